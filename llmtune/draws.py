@@ -39,6 +39,8 @@ class Draw(StrEnum):
     """The rows on which the cost of padding is measured."""
     adapter = "adapter"
     """The first weights of an adapter."""
+    head = "head"
+    """The first weights of a head that the model's files lack."""
     packing_probe = "packing_probe"
     """The documents with which packing is tried on a model, the same in every run."""
     dropout = "dropout"

@@ -49,12 +49,11 @@ class Registry(Generic[Variant]):
         also: Sequence[str] = (),
         interface: type[Variant] | None = None,
     ):
-        """
-        Args:
-            key: The configuration key that takes the name of a variant.
-            package: The package with llmtune's own variants; its modules register on import.
-            also: Values of the key that name no variant, such as ``none``.
-            interface: The class of the variants, with an annotation for each attribute.
+        """Args:
+        key: The configuration key that takes the name of a variant.
+        package: The package with llmtune's own variants; its modules register on import.
+        also: Values of the key that name no variant, such as ``none``.
+        interface: The class of the variants, with an annotation for each attribute.
         """
         self.key = key
         self._package = package

@@ -34,7 +34,7 @@ class _EndlessError(BaseException):
 class _Render:
     thread: int
     clock: int
-    """Of the thread's own time: one that has to wait for others is not slow."""
+    """Clock of the thread's own time: a thread that has to wait for others is not slow."""
     deadline: float
     is_stopped: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -23,20 +24,34 @@ LAYERS: dict[str, set[str]] = {
     "security": set(),
     "storage": {"security"},
     "config": {"security", "storage"},
-    "task": {"security", "storage", "config"},
+    "metrics": {"security", "storage", "config"},
+    "task": {"security", "storage", "config", "metrics"},
     "tuner": {"security", "storage", "config"},
-    "plan": {"security", "storage", "config", "task", "tuner"},
-    "track": {"security", "storage", "config", "task", "tuner", "plan"},
-    "data": {"security", "storage", "config", "task", "tuner", "plan"},
-    "model": {"security", "storage", "config", "task", "tuner", "plan"},
-    "engine": {"security", "storage", "config", "task", "tuner", "plan"},
-    "checkpoint": {"security", "storage", "config", "task", "tuner", "plan", "engine"},
+    "optimizer": {"security", "storage", "config"},
+    "plan": {"security", "storage", "config", "metrics", "task", "tuner", "optimizer"},
+    "track": {"security", "storage", "config", "metrics", "task", "tuner", "optimizer", "plan"},
+    "data": {"security", "storage", "config", "metrics", "task", "tuner", "optimizer", "plan"},
+    "model": {"security", "storage", "config", "metrics", "task", "tuner", "optimizer", "plan"},
+    "engine": {"security", "storage", "config", "metrics", "task", "tuner", "optimizer", "plan"},
+    "checkpoint": {
+        "security",
+        "storage",
+        "config",
+        "metrics",
+        "task",
+        "tuner",
+        "optimizer",
+        "plan",
+        "engine",
+    },
     "train": {
         "security",
         "storage",
         "config",
+        "metrics",
         "task",
         "tuner",
+        "optimizer",
         "plan",
         "track",
         "data",
@@ -44,15 +59,38 @@ LAYERS: dict[str, set[str]] = {
         "engine",
         "checkpoint",
     },
-    "export": {"security", "storage", "config", "task", "tuner", "plan", "model", "checkpoint"},
-    "launch": {"security", "storage", "config", "task", "tuner", "plan"},
-    "doctor": {"security", "storage", "config", "task", "tuner", "plan", "launch"},
+    "export": {
+        "security",
+        "storage",
+        "config",
+        "metrics",
+        "task",
+        "tuner",
+        "optimizer",
+        "plan",
+        "model",
+        "checkpoint",
+    },
+    "launch": {"security", "storage", "config", "metrics", "task", "tuner", "optimizer", "plan"},
+    "doctor": {
+        "security",
+        "storage",
+        "config",
+        "metrics",
+        "task",
+        "tuner",
+        "optimizer",
+        "plan",
+        "launch",
+    },
     "run": {
         "security",
         "storage",
         "config",
+        "metrics",
         "task",
         "tuner",
+        "optimizer",
         "plan",
         "track",
         "data",
@@ -67,8 +105,10 @@ LAYERS: dict[str, set[str]] = {
         "security",
         "storage",
         "config",
+        "metrics",
         "task",
         "tuner",
+        "optimizer",
         "plan",
         "track",
         "data",
@@ -88,6 +128,7 @@ ROOMS: dict[str, list[str]] = {
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
     "task": ["kinds"],
     "tuner": ["kinds"],
+    "optimizer": ["kinds"],
     "model": ["weights"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
     "launch": ["launchers", "preflight", "processes", "supervise"],
@@ -373,6 +414,35 @@ def calls_a_class_by_position(path: Path) -> Iterator[str]:
                 yield f"line {node.lineno}: {name} gets {len(node.args)} positional arguments"
 
 
+#: Words that begin a fragment: a summary is an imperative sentence, or names a thing.
+_FRAGMENT = re.compile(
+    r"(What|Whether|How|Where|Which|When|Who|Whose|Why"
+    r"|Of|By|For|From|To|At|On|With|Without|Between|Before|As)\b"
+)
+_SECTION = re.compile(r"(Args|Returns|Yields|Raises):\n")
+
+
+def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring, also of those after a field."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else ():
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                text = statement.value.value
+                if isinstance(text, str):
+                    yield statement.lineno, inspect.cleandoc(text)
+
+
+def has_no_clear_summary(path: Path) -> Iterator[str]:
+    """A docstring begins with one line that says what a thing is, or what a function does."""
+    for line, text in docstrings(ast.parse(path.read_text())):
+        summary = text.split("\n\n")[0]
+        if _FRAGMENT.match(summary):
+            yield f"line {line}: a fragment: {summary}"
+        if "\n" in summary and not _SECTION.match(summary):
+            yield f"line {line}: a summary of more than one line: {summary}"
+
+
 RULES = (
     imports_higher_layers,
     tells_several_stories,
@@ -384,6 +454,7 @@ RULES = (
     nests_conditional_expressions,
     takes_many_fields_by_position,
     calls_a_class_by_position,
+    has_no_clear_summary,
 )
 
 
@@ -468,6 +539,19 @@ def test_no_file_breaks_the_rule(broken: Callable[[Path], Iterator[str]]) -> Non
             "line 2: A gets 5 positional arguments",
         ),
         (
+            has_no_clear_summary,
+            "a.py",
+            'class A:\n    b: int\n    """What comes."""',
+            "line 3: a fragment: What comes.",
+        ),
+        (has_no_clear_summary, "a.py", '"""How it is done."""', "line 1: a fragment: How it"),
+        (
+            has_no_clear_summary,
+            "a.py",
+            'def f():\n    """Return what\n    is asked for.\n\n    More."""',
+            "line 2: a summary of more than one line: Return what\nis asked for.",
+        ),
+        (
             imports_higher_rooms,
             "data/rows/a.py",
             "from llmtune.data.load.loader import load",
@@ -547,6 +631,12 @@ def test_a_rule_finds_what_breaks_it(
             "a.py",
             "class A(NamedTuple):\n    a: int\n    b: int\n    c: int\n    d: int",
         ),
+        (
+            has_no_clear_summary,
+            "a.py",
+            '"""Tell whether it is.\n\nWhat else\nthere is."""\na = """What\nelse"""',
+        ),
+        (has_no_clear_summary, "a.py", 'def f():\n    """Args:\n        a: What it is.\n    """'),
         (calls_a_class_by_position, "a.py", "class A: ...\nA(1, 2, 3, 4, e=5)"),
         (calls_a_class_by_position, "a.py", "class A: ...\nB(1, 2, 3, 4, 5)\na(1, 2, 3, 4, 5)"),
     ],
@@ -596,3 +686,42 @@ def test_tests_join_ranks_with_their_ops_loaded_under_the_lock() -> None:
     ]
     assert "joined.py" in bare
     assert set(bare) <= own
+
+
+#: Folders of tests that cover the whole program and mirror no room.
+WHOLE_PROGRAM = {"architectures", "cuda", "extend", "faults", "suite"}
+#: Tests beside those that mirror a module or a folder of their room: each covers a subject.
+SUBJECTS = {
+    "checkpoint": {"resume_matrix"},
+    "cli": {"bad_input", "main_job", "pipeline", "secrets", "start", "sweep"},
+    "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
+    "data": {"huge_rows", "malformed", "spellings"},
+    "engine": {"bad_gradients", "optimizers", "parity", "placements", "states"},
+    "export": {"merge_faults", "restart", "zero_command"},
+    "launch": {"hangs", "slurm_script"},
+    "plan": {"by_hand"},
+    "run": {"adapter_path", "restarts"},
+    "security": {
+        *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),
+        *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),
+        "templates",
+    },
+    "task": {"plain_loop"},
+    "train": {"begin_from_path", "left_behind", "plain_loop"},
+}
+
+
+def mirrored_names(room: str) -> set[str]:
+    """Names of the modules and folders of a room."""
+    return {path.stem for path in (PACKAGE / room).rglob("*.py")} | {
+        path.name for path in (PACKAGE / room).rglob("*") if path.is_dir()
+    }
+
+
+def test_a_test_file_mirrors_a_module_or_covers_a_subject_that_is_listed() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}
+    assert folders - WHOLE_PROGRAM <= set(LAYERS)
+    for room in sorted(folders - WHOLE_PROGRAM):
+        names = {path.stem[5:] for path in (ROOT / "tests" / room).rglob("test_*.py")}
+        subjects = SUBJECTS.get(room, set())
+        assert names - mirrored_names(room) == subjects, f"tests/{room}"

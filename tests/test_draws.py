@@ -44,6 +44,7 @@ def test_draws_that_change_get_a_new_version() -> None:
         "window_order": [9, 44, 37],
         "padding": [73, 70, 64],
         "adapter": [94, 26, 22],
+        "head": [71, 83, 7],
         "packing_probe": [84, 9, 5],
         "dropout": [21, 80, 65],
     }

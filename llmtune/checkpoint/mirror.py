@@ -86,7 +86,7 @@ class Mirror:
 
     @property
     def busy(self) -> set[Path]:
-        """Folders that are queued or being copied, and must not be removed yet."""
+        """Return the folders that are queued or being copied, and must not be removed yet."""
         with self._changed:
             return {job.folder for job in self._open_jobs()}
 
@@ -139,6 +139,7 @@ class Mirror:
         if job.keep is None:
             return
         try:
+            # Only after a complete copy, so that the mirror always has one.
             for _, other in retry(self._remote.list_checkpoints):
                 if other != name and other not in job.keep:
                     retry(self._remote.remove, other)
@@ -174,6 +175,8 @@ class Mirror:
         if folder.name in (name for _, name in retry(self._remote.list_checkpoints)):
             # It is a copy that was cut off, or another checkpoint of the same step.
             retry(self._remote.remove, folder.name)
+
+        # The files first; the marker, which makes the copy count, comes last.
         for name, entry in files.items():
             retry(
                 self._remote.upload,

@@ -14,11 +14,11 @@ import torch
 from llmtune.checkpoint.stored_states import StoredParameter, read_stored_states
 from llmtune.checkpoint.writer import CheckpointWriter
 from llmtune.engine.optimizer_state import (
-    STATE_KEYS,
     StateSlice,
     iterate_in_memory,
     make_state,
     slices_to_save,
+    state_keys,
     state_slices,
     view_state,
     write_state,
@@ -37,7 +37,7 @@ def add_states(module: TrainModule, writer: CheckpointWriter) -> None:
     ((name, specs),) = state_specs(module).items()
     writer.start(name, specs, {layout.STATE_SLICES: json.dumps(where)})
     for batch in iterate_in_memory(module, pieces):
-        for piece, kind in product(batch, STATE_KEYS):
+        for piece, kind in product(batch, state_keys(module)):
             writer.add(view_state(module, piece, kind))
 
 
@@ -46,7 +46,7 @@ def state_specs(module: TrainModule) -> dict[str, list[TensorSpec]]:
     specs = [
         TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,))
         for piece in slices_to_save(module)
-        for kind in STATE_KEYS
+        for kind in state_keys(module)
     ]
     return {layout.state_file(module.rank.rank, module.rank.world_size): specs}
 
@@ -55,7 +55,7 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
     """Fill this rank's slices from the files that cover them.
 
     Args:
-        steps: Optimizer steps that AdamW had counted.
+        steps: Optimizer steps that the optimizer had counted.
 
     Raises:
         CheckpointError: A file is damaged, a slice is not covered, or a parameter has another size.
@@ -89,5 +89,5 @@ def _load_slice(
             f"{folder}: {piece.name} has {parameter.numel} elements there and"
             f" {piece.parameter_numel} here"
         )
-    for kind in STATE_KEYS:
+    for kind in state_keys(module):
         write_state(module, piece, kind, parameter.read(kind, piece.start, piece.numel))

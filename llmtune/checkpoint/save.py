@@ -31,7 +31,7 @@ from llmtune.storage.manifest import publish, write_manifest
 from llmtune.storage.signature import Signer
 from llmtune.storage.tensors.tensor_checks import find_bad_tensors, find_untrained_adapter
 
-#: Seconds between two looks of rank 0 for the others' reports.
+#: Seconds between two checks of rank 0 for the others' reports.
 _POLL_SECONDS = 0.02
 
 
@@ -47,7 +47,7 @@ class SaveRequest:
     about: dict[str, Any]
     """Further values of the manifest."""
     signer: Signer | None = None
-    """On rank 0, where checkpoints are signed."""
+    """The signer on rank 0, where checkpoints are signed."""
     published: Callable[[Path], None] = lambda _: None
     """Called on rank 0 once the folder is published, in the thread that published it."""
 
@@ -66,9 +66,9 @@ class PendingSave:
     def __init__(self, module: TrainModule, request: SaveRequest, writer: CheckpointWriter):
         self.folder = request.folder
         self.pause_seconds = 0.0
-        """How long training was stopped."""
+        """Seconds for which training was stopped."""
         self.seconds = 0.0
-        """From the start until this rank was done; on rank 0, until the folder was published."""
+        """Seconds until this rank was done; on rank 0, until the folder was published."""
         self._rank = module.rank
         self._request = request
         self._writer = writer
@@ -96,12 +96,12 @@ class PendingSave:
 
     @property
     def has_ended(self) -> bool:
-        """Whether this rank has nothing left to do."""
+        """Tell whether this rank has nothing left to do."""
         return self._thread is None or not self._thread.is_alive()
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank failed, so that nothing will be published."""
+        """Tell whether this rank failed, so that nothing will be published."""
         return self._failure is not None
 
     def finish(self) -> None:
@@ -110,7 +110,7 @@ class PendingSave:
         Raises:
             DiskRefusedError: On every rank, when any rank could not write; nothing is published
                 then.
-            CheckpointError: On every rank, when what any rank wrote is not worth keeping.
+            CheckpointError: On every rank, when what any rank wrote is unusable.
         """
         # Until every rank has ended: a failed one tells rank 0, which waits for reports.
         while True:

@@ -22,7 +22,7 @@ class TensorSlice:
 
     @property
     def end(self) -> int:
-        """The first element that is no longer in it."""
+        """Return the first element that is no longer in it."""
         return self.start + self.values.numel()
 
 
@@ -32,7 +32,7 @@ class PiecedTensor:
 
     spec: TensorSpec
     pieces: tuple[TensorSlice, ...]
-    """In order, without gap and without overlap."""
+    """The slices in order, without gap and without overlap."""
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """Yield blocks of rows: views where a block is in one slice, copies where it is not."""

@@ -1,5 +1,6 @@
-"""Read the optimizer state of a checkpoint, of any number of ranks: which file holds which elements
-of which parameter, and the numbers.
+"""Read the optimizer state of a checkpoint from the files of any number of ranks.
+
+The headers say which file holds which elements of which parameter.
 
 Resuming fills live optimizers from it, and exports take the master weights.
 """
@@ -28,13 +29,13 @@ class StoredSlice:
 
     file: Path
     name: str
-    """Of the parameter."""
+    """Name of the parameter."""
     start: int
     numel: int
 
     @property
     def end(self) -> int:
-        """The first element that is no longer in it."""
+        """Return the first element that is no longer in it."""
         return self.start + self.numel
 
     def read(self, kind: str, first: int, last: int) -> torch.Tensor:
@@ -61,9 +62,9 @@ class StoredParameter:
     """All slices of one parameter that the files hold."""
 
     numel: int
-    """Of the whole parameter."""
+    """Elements of the whole parameter."""
     slices: tuple[StoredSlice, ...]
-    """By their start."""
+    """The slices, sorted by their start."""
 
     def read(self, kind: str, start: int, numel: int) -> torch.Tensor:
         """Put elements ``[start, start + numel)`` together from the slices that overlap them.
@@ -94,7 +95,7 @@ class StoredParameter:
 
 
 def read_stored_states(files: Iterable[Path]) -> dict[str, StoredParameter]:
-    """Read the headers of state files; what they hold, by the parameter's name.
+    """Read the headers of state files; return what they hold, by the parameter's name.
 
     Raises:
         CheckpointError: A file is damaged or no state file, or its header does not say what is in
@@ -141,6 +142,8 @@ def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:
             for name, (start, numel, total) in where.items():
                 if min(start, numel) < 0 or start + numel > total:
                     raise ValueError(f"{name}: {numel} elements from {start} of {total}")
+
+                # The header must agree with the tensor that it describes.
                 shape = handle.get_slice(f"{name}/{layout.MASTER_WEIGHT}").get_shape()
                 if math.prod(shape) != numel:
                     raise CheckpointError(f"{file}: {name} has another size than its header says")

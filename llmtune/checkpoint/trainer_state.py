@@ -24,11 +24,12 @@ class TrainerState:
     tokens: int
     """Tokens seen, padding excluded."""
     skipped: int
-    """Steps that changed nothing, because a number was not finite; the schedule does not count
-    them.
+    """Steps that changed nothing, because a number was not finite.
+
+    The schedule does not count them.
     """
     data_fingerprint: str
-    """Of the tokenized rows."""
+    """Fingerprint of the tokenized rows."""
     data_position: Mapping[str, Any] | None
     """Position in the data, as the loader describes it."""
     evaluation_due: bool = False
@@ -38,7 +39,7 @@ class TrainerState:
     tracker_run_id: str | None = None
     """The id at the experiment tracker, where a resumed run continues."""
     optimizer_steps: int = 0
-    """Steps that AdamW counted."""
+    """Steps that the optimizer counted."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     """fp16 only."""
     draws_version: int = 1

@@ -1,5 +1,6 @@
-"""Save the trained weights: gathered a few at a time, and each file written by one rank, so that no
-rank holds the model twice.
+"""Save the trained weights, gathered a few at a time.
+
+Each file is written by one rank, so that no rank holds the model twice.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def add_weights(module: TrainModule, files: WeightFiles, writer: CheckpointWrite
 
 
 def write_model_config(model: Any, folder: Path) -> None:
-    """Write ``config.json`` and ``generation_config.json``, for beside full weights."""
+    """Write ``config.json`` and ``generation_config.json``, which belong beside full weights."""
     config = model.config.to_dict()
     config["use_cache"] = True
     config["architectures"] = [type(model).__name__]
@@ -115,7 +116,7 @@ def _batches(
 
 @contextmanager
 def _at_rest(module: TrainModule) -> Iterator[None]:
-    """Under ZeRO 3, wait for weights that are being prefetched: those cannot be gathered."""
+    """Wait, under ZeRO 3, for weights that are being prefetched: those cannot be gathered."""
     if module.zero_stage < 3:
         yield
         return

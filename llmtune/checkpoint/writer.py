@@ -1,5 +1,6 @@
-"""Write tensors to a checkpoint's files: at once, or from copies in host memory, by a thread while
-training continues.
+"""Write the tensors of a checkpoint to its files.
+
+They are written at once, or from copies in host memory, by a thread while training continues.
 """
 
 from __future__ import annotations
@@ -158,14 +159,14 @@ class Buffers:
 
     def _make(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         if self._source is not None:
-            # Where no more memory can be pinned, other memory does, more slowly.
+            # Where no more memory can be pinned, pageable memory is used, which is slower.
             with contextlib.suppress(RuntimeError):
                 return torch.empty(numel, dtype=dtype, pin_memory=True)
         return torch.empty(numel, dtype=dtype)
 
     @property
     def nbytes(self) -> int:
-        """Host memory that is kept, in bytes."""
+        """Return the host memory that is kept, in bytes."""
         self._wait()
         return sum(tensor.nbytes for tensor in self._kept.values())
 

@@ -29,7 +29,10 @@ class Options:
     mirror: bool = False
     """``verify --mirror``: copy to ``checkpoint.mirror`` what is not there."""
     launcher: Launcher | None = None
-    """What started this process as a rank; None where llmtune starts the ranks. Not an option."""
+    """The launcher that started this process as a rank; None where llmtune starts the ranks.
+
+    It is not an option.
+    """
 
 
 @dataclass(slots=True, kw_only=True)

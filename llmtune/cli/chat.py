@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from llmtune.errors import ConfigError
 from llmtune.security.terminal import show_controls
 from llmtune.track.console import Console
 from llmtune.track.status import Status
@@ -20,8 +21,15 @@ def run(composed: Composed, _options: Options) -> int:
     with Status(Console(sys.stderr), "loading the libraries and the model"):
         from llmtune.model.generate import generate
         from llmtune.run.artifact import load_model, resolve_target
+        from llmtune.task.task import find_task
 
         target = resolve_target(composed)
+        task = find_task(target.config.model.task)
+        if not task.generates:
+            raise ConfigError(
+                f"chat needs a model that writes text, and {target.adapter or target.model_folder}"
+                f" is trained for {task.title}; take predict, with predict.input=FILE"
+            )
         model, tokenizer = load_model(target)
     history = [{"role": "system", "content": settings.system}] if settings.system else []
 

@@ -73,6 +73,8 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
             "data.streaming=true: a stream cannot be counted; look at some files of it with"
             " data.streaming=false"
         )
+
+    # The rows as a training would read them, except that problems are collected.
     console = Console(sys.stderr)
     cache = cache_dir(config)
     folder = resolve_model_folder(config.model, cache, console.say)
@@ -85,6 +87,8 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
     data = replace(data, fatal=data.fatal + len(beyond))
     problems = [*beyond, *read_problems(data)]
     rows = open_rows(data, "train")
+
+    # What the terminal, the page and ``--json`` show.
     report = _build_report(config, data, rows, problems, tokenizer)
     report.numbers["read as"] = _describe_format(config.data, data.formats)
     report.numbers["read by"] = _describe_reader(composed)
@@ -228,7 +232,7 @@ def _numbers(
 
 
 def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dict[str, Any]:
-    """The counts as plain values.
+    """Return the counts as plain values.
 
     ``rows`` counts documents, and ``packed_rows`` the rows that the model sees.
     """
@@ -257,7 +261,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
 
 
 def to_text(report: DataReport, untrained: list[str]) -> list[str]:
-    """The lines of the report on a terminal, without its rows."""
+    """Return the lines of the report on a terminal, without its rows."""
     from llmtune.data.rows.problems import describe
 
     width = max(map(len, report.numbers))

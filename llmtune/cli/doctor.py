@@ -28,6 +28,7 @@ def run(composed: Composed, options: Options) -> int:
     rows, bad = [], 0
     with stdout_for_us() as write:
         for finding in inspect_machine(locate_cache(composed.config.paths)):
+            # Fix what is safe, where that was asked for.
             outcome = ""
             if finding.state != "ok" and options.fix and finding.fix is not None:
                 reason = finding.fix()
@@ -43,6 +44,8 @@ def run(composed: Composed, options: Options) -> int:
                     "mended": outcome or None,
                 }
             )
+
+            # A line per finding as it comes, because some take seconds.
             if not options.as_json:
                 write(f"{MARKS[finding.state]}  {finding.what:<16} {finding.message}\n")
                 if outcome:

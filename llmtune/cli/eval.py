@@ -1,8 +1,9 @@
-"""``eval``: take the held-out loss and perplexity of a run, a checkpoint or a model."""
+"""``eval``: take the held-out loss and the metrics of a run, a checkpoint or a model."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.data import name_data
@@ -11,10 +12,15 @@ from llmtune.track.console import Console
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from llmtune.cli.arguments import Options
     from llmtune.config.compose import Composed
     from llmtune.config.schema import Config
+    from llmtune.data.load.collate import Batch
     from llmtune.run.artifact import Target
+    from llmtune.task.labels import Labels
+    from llmtune.task.task import Task
 
 #: Most rows of a forward pass where none are asked for: there is no micro-batch to go by.
 AUTO_EVAL_ROWS = 8
@@ -94,8 +100,6 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
-    import torch
-
     from llmtune.data.load.collate import Collator
     from llmtune.data.load.loader import iterate_eval
     from llmtune.data.prepare import prepare_data
@@ -103,11 +107,10 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     from llmtune.data.store.vocabulary import check_stores
     from llmtune.errors import DataError
     from llmtune.model.build import sees_padding
-    from llmtune.model.loss import sum_token_losses
     from llmtune.plan.abilities import check_row_length, max_positions
     from llmtune.run.artifact import free_memory_bytes, load_model, resolve_target
     from llmtune.run.prepare import cache_dir
-    from llmtune.train.hooks.evaluation import perplexity
+    from llmtune.task.task import find_task
 
     status.doing = "loading the model"
     target = resolve_target(composed)
@@ -118,32 +121,53 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     check_stores((*data.train_stores, *data.eval_stores), target.model_folder, tokenizer)
     if data.eval is None:
         raise DataError("nothing is held out: add data.eval=FILE, or data.val_set_size above 0")
-    total, tokens = 0.0, 0
+    task, labels = find_task(config.model.task), target.labels
     device = next(model.parameters()).device
     asked = config.train.per_device_eval_batch_size
     held_out = open_rows(data, "eval")
     longest = int(held_out.lengths.max())
     check_row_length(longest, max_positions(model, model.config), target.base_name)
+    outputs = 1 if task.judges_rows else len(labels.names) or len(tokenizer)
     rows = (
         asked
         if isinstance(asked, int)
-        else auto_eval_rows(longest, len(tokenizer), free_memory_bytes(device))
+        else auto_eval_rows(longest, outputs, free_memory_bytes(device))
     )
-    collator = Collator(tokenizer.pad_token_id, masked=sees_padding(model))
+    collator = Collator(
+        pad_token_id=tokenizer.pad_token_id,
+        masked=sees_padding(model),
+        token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
+        find_targets=partial(task.make_targets, labels=labels),
+    )
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)
-    status.doing = f"taking the held-out loss of {data.eval.rows} rows"
-    with torch.no_grad():
-        for batch in (batch.to(device) for batch in batches):
-            output = model(**batch.inputs, use_cache=False)
-            total += float(sum_token_losses(output.logits, batch.targets))
-            tokens += len(batch.targets)
+    status.doing = f"evaluating {data.eval.rows} rows"
+    loss, weight, metrics = _judge(model, batches, task, labels)
     note = find_other_split(composed, target, data.fingerprint)
     return {
-        "eval_loss": total / tokens,
-        "eval_perplexity": perplexity(total / tokens),
+        "eval_loss": loss,
+        **metrics,
         "rows": data.eval.rows,
-        "trained_tokens": tokens,
+        **({"trained_tokens": int(weight)} if task.generates else {}),
         "data": describe_held_out(composed, config),
         "model": str(target.adapter or target.model_folder),
         **({"warning": note} if note else {}),
     }
+
+
+def _judge(
+    model: Any, batches: Iterable[Batch], task: Task, labels: Labels
+) -> tuple[float, float, dict[str, float]]:
+    """Return the mean loss of batches, the weight of their targets, and their metrics."""
+    import torch
+
+    device = next(model.parameters()).device
+    total, weight = 0.0, 0.0
+    observed: list[dict[str, torch.Tensor]] = []
+    with torch.no_grad():
+        for batch in (batch.to(device) for batch in batches):
+            logits = model(**batch.inputs, use_cache=False).logits
+            total += float(task.sum_losses(logits, batch.targets, labels))
+            weight += batch.targets.weight
+            observed.append(task.observe(logits, batch.targets))
+    joined = {name: torch.cat([one[name] for one in observed]).cpu() for name in observed[0]}
+    return total / weight, weight, task.metrics(total / weight, joined, labels)

@@ -73,11 +73,11 @@ options
   --version, --help
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
-            75 training stopped by a signal, saved: the same command goes on,
+            75 training stopped by a signal, saved: the same command resumes,
             130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM,
             and with its terminal (SIGHUP)
 
-Every key, its type and meaning: llmtune/config/schema.py and llmtune/config/groups/;
+Every key, its type, default and meaning: llmtune/config/schema.py and llmtune/config/groups/;
 every option: conf/."""
 
 #: Overrides that show tracebacks even of what goes wrong before anything is composed.
@@ -171,8 +171,8 @@ def run(argv: list[str] | None = None) -> NoReturn:
     if ending.received:
         sys.stdout.flush()
         end_now(code)
-    # At its end Python looks several times through all that torch and transformers have made: a
-    # second, for nothing.
+    # At its end Python visits all objects of torch and transformers several times, which takes a
+    # second and is of no use.
     gc.freeze()
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Write to the terminal that a user reads, and keep libraries off it."""
+"""Write to the terminal of the user, and keep libraries off it."""
 
 from __future__ import annotations
 

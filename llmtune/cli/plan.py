@@ -39,10 +39,11 @@ def _plan(composed: Composed, options: Options, write: Output) -> int:
     from llmtune.plan.plan import resolve_ladder
     from llmtune.plan.report import describe_misfit
     from llmtune.run.adapter import adopt_adapter
+    from llmtune.run.task import adopt_task
     from llmtune.track.console import Console
     from llmtune.track.status import Status
 
-    composed = adopt_adapter(composed)
+    composed = adopt_task(adopt_adapter(composed))
     config = composed.config
     with Status(Console(sys.stderr), "loading the libraries and planning"):
         ladder = resolve_ladder(config, planning=True)
@@ -60,7 +61,7 @@ def _plan(composed: Composed, options: Options, write: Output) -> int:
 def to_json(
     composed: Composed, ladder: Ladder, advice: list[Advice], misfit: str | None
 ) -> dict[str, Any]:
-    """The ladder as plain values.
+    """Return the ladder as plain values.
 
     Bytes of a GPU are one rank's; host, NVMe and what is written are one machine's.
     """
@@ -118,7 +119,7 @@ def _rung_to_json(rung: Rung, ladder: Ladder) -> dict[str, Any]:
 
 
 def host_bytes(rung: Rung, ladder: Ladder) -> int:
-    """Host memory of one machine, in bytes; on a CPU, with the share of the accelerator."""
+    """Return the host memory of one machine, in bytes; on a CPU, with the accelerator's share."""
     assert rung.candidate is not None
     memory = rung.candidate.memory
     device = memory.device.total if ladder.hardware.accelerator == "cpu" else 0
@@ -136,7 +137,7 @@ def describe_rows(composed: Composed) -> str:
 
 
 def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
-    """The table of rungs, the reasons, and the advice."""
+    """Return the table of rungs, the reasons, and the advice."""
     config, shape, hardware = composed.config, ladder.shape, ladder.hardware
     cpu = hardware.accelerator == "cpu"
     rungs = _render_rungs(ladder)
@@ -189,7 +190,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
 
 
 def _render_rungs(ladder: Ladder) -> str:
-    """The table of rungs, as wide as the terminal, with long lines broken."""
+    """Render the table of rungs, as wide as the terminal, with long lines broken."""
     import io
 
     from rich.console import Console

@@ -1,6 +1,6 @@
 """``train``: prepare, supervise the ranks, export.
 
-Under ``deepspeed``, ``torchrun`` or ``srun``: be one of their ranks.
+Under ``deepspeed``, ``torchrun`` or ``srun``, run one of their ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def join_launcher() -> Launcher | None:
-    """Find out whether another launcher started this process as a rank, and prepare to be one.
+    """Find out whether another launcher started this process as a rank, and prepare for that.
 
     The configuration is composed later: a plug-in that it looks for may import torch, which reads
     the defaults of the environment.
@@ -81,12 +81,13 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     from llmtune.run.fallback import FallbackRunner, check_fits
     from llmtune.run.prepare import lock_file, resolve_run_target
     from llmtune.run.ranks_ahead import RanksAhead, Surroundings
+    from llmtune.run.task import adopt_task
     from llmtune.train.begun import begun_train
     from llmtune.train.run_folder import RunFolder, open_run_folder
 
     started = time.monotonic()
     target = resolve_run_target(composed)
-    composed = adopt_adapter(composed, target.folder)
+    composed = adopt_task(adopt_adapter(composed, target.folder))
     quiet_environment()
     before = RunFolder(target.folder)
     if before.finished_step is None:

@@ -20,10 +20,11 @@ class Verb:
 
     run: RunVerb
     summary: str
-    """For ``--help``."""
+    """The line of ``--help``."""
     trains: bool = False
-    """It trains: a signal means that nothing has begun yet, and the same command starts again. The
-    libraries are imported only when the ranks have been started.
+    """It trains: a signal means that nothing has begun yet, and the same command starts again.
+
+    The libraries are imported only when the ranks have been started.
     """
     plans: bool = False
     """It plans a training that may never take place, so that no data has to be named."""
@@ -125,7 +126,7 @@ VERBS = {
         summary="a run, checkpoint or adapter becomes a model folder that other tools load",
     ),
     "merge": Verb(run=_export, summary="the same as export"),
-    "eval": Verb(run=_eval, summary="held-out loss and perplexity of a run, checkpoint or model"),
+    "eval": Verb(run=_eval, summary="held-out loss and metrics of a run, checkpoint or model"),
     "chat": Verb(run=_chat, summary="talk to a run, checkpoint or model"),
     "verify": Verb(
         run=_verify,

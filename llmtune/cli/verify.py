@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
     from llmtune.config.compose import Composed
 
-#: Whoever asks for copies waits for them: a week.
+#: Seconds to wait for copies: a week, because the user asked for them.
 _COPY_SECONDS = 7 * 86400.0
 
-#: What stands in a stored URL for a password.
+#: The replacement of a password in a stored URL.
 _HIDDEN = "***"
 
 
@@ -45,6 +45,8 @@ def run(composed: Composed, options: Options) -> int:
             reports.append(_report(folder, key))
             if not options.as_json:
                 write(_to_text(reports[-1]))
+
+        # Copies, only of checkpoints that are whole.
         bad = sum(not report["healthy"] for report in reports)
         if mirror is not None:
             healthy = [Path(report["path"]) for report in reports if report["healthy"]]
@@ -53,6 +55,8 @@ def run(composed: Composed, options: Options) -> int:
                 folder for folder in healthy if layout.checkpoint_step(folder) is not None
             ]
             not_copied = _copy(mirror, run, checkpoints)
+
+        # What was checked, and what a check without a key cannot show.
         if options.as_json:
             copies = {} if mirror is None else {"not_copied": dict(not_copied)}
             write(
@@ -65,6 +69,8 @@ def run(composed: Composed, options: Options) -> int:
                 write(f"all files are as they were signed with the private key of {key}\n")
             if mirror is not None and not not_copied:
                 write(f"ok  {mirror.url} has every checkpoint that is whole\n")
+
+    # What is missing at the mirror, and what is damaged.
     for name, reason in not_copied:
         sys.stderr.write(to_terminal(f"{name} is not at checkpoint.mirror: {reason}\n"))
     if not_copied and not bad:
@@ -154,7 +160,7 @@ def _run_folders(run: Path) -> list[Path]:
 
 
 def _report(folder: Path, key: Path | None) -> dict[str, Any]:
-    """Check one folder; the values that ``--json`` prints.
+    """Check one folder; return the values that ``--json`` prints.
 
     Args:
         key: Public key of the signature that is required.

@@ -1,1 +1,1 @@
-"""From YAML files and overrides to one typed, checked :class:`~llmtune.config.schema.Config`."""
+"""Compose YAML files and overrides to a typed, checked :class:`~llmtune.config.schema.Config`."""

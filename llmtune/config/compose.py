@@ -1,7 +1,7 @@
 """Compose ``conf/`` and the overrides into one typed config, and report all problems at once.
 
-Hydra composes the groups through its compose API, because llmtune has verbs and exit codes of its
-own. llmtune itself then sets single keys, so that a text arrives as it was typed. Unknown groups,
+Hydra composes the groups through its compose API, because llmtune has its own verbs and exit codes.
+llmtune itself then sets single keys, so that a text arrives as it was typed. Unknown groups,
 options and keys, which Hydra would report one at a time, are found before that, each with the
 nearest known one.
 """
@@ -74,7 +74,7 @@ class Composed:
     overrides: list[str]
     """The overrides as they were typed."""
     unnamed: frozenset[str]
-    """Those of ``model`` and ``data`` that nobody named, so that the default job's are used."""
+    """Groups (``model``, ``data``) without a name, for which the default job's are used."""
 
     @property
     def yaml(self) -> str:
@@ -88,7 +88,7 @@ class Composed:
         return [ALIASES.get(name, name) for name in names]
 
     def explicit(self, key: str) -> bool:
-        """Whether the command line set ``key`` (a group or a dotted key)."""
+        """Tell whether the command line set ``key`` (a group or a dotted key)."""
         return key in self.keys
 
 
@@ -284,7 +284,7 @@ def _compose_named(
 
 
 def _is_embedded(node: DictConfig) -> bool:
-    """Whether all training data is the embedded data set."""
+    """Tell whether all training data is the embedded data set."""
     if OmegaConf.is_missing(node.data, "train"):
         return False
     sources = node.data.train
@@ -356,7 +356,7 @@ _compose_packaged = cache(_compose_groups)
 
 @cache
 def _store_schema() -> None:
-    """Give Hydra the schema, in which users' files may spell keys as they were spelled before."""
+    """Give Hydra the schema, in which users' files may use the earlier names of keys."""
     node = copy.deepcopy(schema())
     for key in YAML_ALIASES:
         OmegaConf.update(node, key, None, force_add=True)

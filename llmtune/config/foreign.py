@@ -11,7 +11,7 @@ _NO_QUANTIZED = (
 _NO_PREFERENCES = "nothing: llmtune does supervised fine-tuning and no other stage"
 
 #: Foreign name, without its group and in lower case -> what to write instead. A bare key takes the
-#: value that was given; ``nothing`` stands for what there is no key for, with the reason.
+#: value that was given; ``nothing`` marks what there is no key for, with the reason.
 MEANINGS: dict[str, str] = {
     # Model.
     "base_model": "model.name_or_path",
@@ -193,12 +193,8 @@ MEANINGS: dict[str, str] = {
     "adam_epsilon": "optim.eps",
     "adam_eps": "optim.eps",
     "epsilon": "optim.eps",
-    "optimizer": (
-        "nothing: the optimizer is AdamW with fp32 states (optim.learning_rate, optim.betas, ...)"
-    ),
-    "optim_type": (
-        "nothing: the optimizer is AdamW with fp32 states (optim.learning_rate, optim.betas, ...)"
-    ),
+    "optimizer": "optim=adamw (the default; or lion)",
+    "optim_type": "optim=adamw (the default; or lion)",
     "lr_scheduler": "schedule.lr_scheduler_type",
     "scheduler": "schedule.lr_scheduler_type",
     "scheduler_type": "schedule.lr_scheduler_type",

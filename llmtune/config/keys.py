@@ -16,7 +16,7 @@ FREE = ("model.config", "zero.deepspeed")
 #: Keys that take a file name, a mapping, or a list of both.
 SOURCES = ("data.train", "data.eval")
 
-#: Short or earlier spelling -> the key that it sets, on the command line and in YAML files.
+#: Short or earlier name -> the key that it sets, on the command line and in YAML files.
 ALIASES = {
     "run": "target.run",
     "checkpoint": "target.checkpoint",
@@ -30,8 +30,8 @@ YAML_ALIASES = {alias: key for alias, key in ALIASES.items() if alias != "checkp
 #: Keys that take a word or a list of names.
 NAMES = ("tuner.target_modules",)
 
-#: What a model is told. Nothing is looked up for it, not even in a YAML file: that may be somebody
-#: else's, and ask for variables of the environment.
+#: Prompts. Nothing in them is interpolated, not even in a YAML file: the file may be another
+#: user's, and ask for variables of the environment.
 PROMPTS = ("chat.prompt", "chat.system")
 
 
@@ -41,17 +41,17 @@ def known_keys() -> set[str]:
 
 
 def is_text(key: str) -> bool:
-    """Whether the key takes only a text; ``data.train`` does not, because it may be a list."""
+    """Tell whether the key takes only a text; ``data.train`` does not, because it may be a list."""
     return _hints().get(key) in (str, str | None)
 
 
 def may_be_null(key: str) -> bool:
-    """Whether a key that takes a text can be unset."""
+    """Tell whether a key that takes a text can be unset."""
     return _hints().get(key) == str | None
 
 
 def takes_list(key: str) -> bool:
-    """Whether the key takes a list of numbers."""
+    """Tell whether the key takes a list of numbers."""
     return get_origin(_hints().get(key)) is list
 
 
@@ -63,7 +63,7 @@ def enum_name(key: str, text: str) -> str:
 
 
 def is_free(key: str) -> bool:
-    """Whether the key is inside a dictionary that takes any key."""
+    """Tell whether the key is inside a dictionary that takes any key."""
     return key in FREE or key.startswith(tuple(f"{name}." for name in FREE))
 
 

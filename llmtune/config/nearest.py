@@ -1,4 +1,4 @@
-"""The known name that a wrong one was probably meant to be."""
+"""Suggest the known name that a wrong one was probably meant to be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import difflib
 
 
 def nearest(word: str, known: set[str]) -> str:
-    """``": did you mean ...?"``, or nothing. A key is also compared without its group."""
+    """Return ``": did you mean ...?"``, or an empty text.
+
+    A key is also compared without its group.
+    """
     close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
     if not close:
         tails: dict[str, str] = {key.rsplit(".", 1)[-1]: key for key in sorted(known)}

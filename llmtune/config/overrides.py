@@ -183,7 +183,7 @@ def _read_source(key: str, text: str) -> Any:
 
 
 def _is_source(text: str) -> bool:
-    """Whether a part between commas is the name of a source by itself."""
+    """Tell whether a part between commas is the name of a source by itself."""
     name = _ROW_LIMIT.sub("", unquote(text))
     if name == _BUILTIN or "://" in name or _is_file(name):
         return True
@@ -197,7 +197,7 @@ def _is_source(text: str) -> bool:
 
 
 def _is_file(text: str) -> bool:
-    """Whether a file or folder has this name, with or without a number of rows after it."""
+    """Tell whether a file or folder has this name, with or without a number of rows after it."""
     try:
         return any(
             Path(name).expanduser().exists() for name in {text, _ROW_LIMIT.sub("", text)} if name

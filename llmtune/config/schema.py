@@ -29,7 +29,7 @@ from llmtune.config.groups.zero import OffloadConfig, ZeroConfig
 class Precision(Enum):
     """Dtype of weights, activations and gradients.
 
-    Master weights and Adam moments are always fp32.
+    Master weights and the optimizer's states are always fp32.
     """
 
     bf16 = "bf16"

@@ -76,7 +76,7 @@ def from_plain(values: dict[str, Any]) -> Config:
 
 
 def take_out_aliases(values: dict[str, Any]) -> dict[str, Any]:
-    """Copy plain values, with those under an alias moved to the key that it stands for."""
+    """Copy plain values, with those under an alias moved to the key that it names."""
     values = copy.deepcopy(values)
     for alias, key in YAML_ALIASES.items():
         owner, _, name = alias.rpartition(".")

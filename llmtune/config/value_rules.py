@@ -24,7 +24,6 @@ _POSITIVE = (
     "train.max_steps",
     "train.logging_steps",
     "train.eval_steps",
-    "train.eval_max_rows",
     "train.save_steps",
     "train.save_total_limit",
     "data.max_seq_length",
@@ -84,7 +83,7 @@ def find_value_problems(config: Config) -> list[str]:
 
 
 def _find_infinite_numbers(config: Config) -> Iterator[str]:
-    """``nan`` passes every comparison, and ``inf`` every lower bound."""
+    """Find ``nan``, which passes every comparison, and ``inf``, which passes every lower bound."""
     for key, value in _infinite_numbers(to_plain(config), ""):
         yield f"{key}={value}: must be a finite number"
 
@@ -102,14 +101,14 @@ def _infinite_numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
 
 
 def _find_name_problems(config: Config) -> Iterator[str]:
-    """A run's name is one folder below ``runs/``, and one at a mirror."""
+    """Find a run's name that is not one folder below ``runs/``, and one at a mirror."""
     name = config.run_name
     if name and (set(name) & set("/\\\0") or name.strip() in ("", ".", "..")):
         yield f"run_name={name}: a name, without slashes; another folder is named by output_dir="
 
 
 def _find_empty_paths(config: Config) -> Iterator[str]:
-    """A script's ``checkpoint.mirror=$PLACE`` is empty where the variable is not set."""
+    """Find empty paths: ``checkpoint.mirror=$PLACE`` of a script where the variable is not set."""
     for key in PATHS:
         value = read_key(config, key)
         if value is not None and not value.strip():
@@ -140,6 +139,12 @@ def _find_range_problems(config: Config) -> Iterator[str]:
 
 def _find_choice_problems(config: Config) -> Iterator[str]:
     """OmegaConf's unions cannot restrict a text to a list of words."""
+    rows = config.train.eval_max_rows
+    if rows not in ("auto", None) and not (type(rows) is int and rows > 0):
+        yield f"train.eval_max_rows={rows}: must be above 0 and a whole number, 'auto' or null"
+    weights = config.data.class_weights
+    if weights not in ("none", "balanced", None) and not isinstance(weights, list):
+        yield f"data.class_weights={weights}: none, balanced, or a list of numbers above 0"
     for key in _COUNTS_OR_AUTO:
         value = read_key(config, key)
         if value != "auto" and not (type(value) is int and value > 0):

@@ -1,1 +1,1 @@
-"""Sources -> conversations -> tokens with a mask -> batches, each step in a file of its own."""
+"""Sources -> conversations -> tokens with a mask -> batches, each step in its own file."""

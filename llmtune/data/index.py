@@ -1,6 +1,4 @@
-"""The index of prepared rows: which of them are trained on, which are for evaluation, and which
-share a packed row.
-"""
+"""Write the index of prepared rows: the training and evaluation rows, and the packed rows."""
 
 from __future__ import annotations
 
@@ -17,7 +15,14 @@ import numpy as np
 from llmtune.config.groups.data import DataConfig, OnBadRow
 from llmtune.data.prepared_data import PROBLEMS, SUMMARY
 from llmtune.data.read.sources import Source
-from llmtune.data.report.preflight import find_leaks, find_mixed_labels, find_overlong_sources
+from llmtune.data.report.label_checks import (
+    find_label_problems,
+    find_mixed_labels,
+    find_unlabeled,
+    keep_every_class,
+    summarize_labels,
+)
+from llmtune.data.report.preflight import find_leaks, find_overlong_sources
 from llmtune.data.rows.problems import Problem, refuse, write_problems
 from llmtune.data.settings import check_packed_formats
 from llmtune.data.store.mixing import mix, split_eval
@@ -25,9 +30,6 @@ from llmtune.data.store.packing import pack_rows, packing_efficiency
 from llmtune.data.store.token_store import Rows, TokenStore
 from llmtune.errors import DataError
 from llmtune.plan.prepared_data import SplitSummary
-
-#: More different labels than this are values, not classes.
-MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,11 @@ class IndexWriter:
             *find_overlong_sources(
                 every, self.config.max_seq_length, self.config.max_overlong_share
             ),
-            *find_mixed_labels(every),
+            *(
+                find_unlabeled(every)
+                or find_mixed_labels(every)
+                or find_label_problems(splits.train, splits.eval)
+            ),
         ]
         bad_rows = sum(store.summary.bad_rows for store in every)
 
@@ -109,7 +115,7 @@ class IndexWriter:
             "eval": None,
             "train_stores": self.names[0],
             "eval_stores": self.names[1] or self.names[0],
-            "classes": _find_classes(every),
+            **self._describe_labels(splits.train),
             "special_tokens": sorted({token for store in every for token in store.summary.special}),
             "unknown_fields": sorted({name for store in every for name in store.summary.unknown}),
             "formats": sorted({name for store in every for name in store.summary.formats}),
@@ -141,7 +147,8 @@ class IndexWriter:
             nothing = np.zeros(0, dtype=np.int64)
             return _Splits(train=Rows([], nothing), eval=Rows([], nothing), duplicates_of_eval=0)
 
-        # Evaluation rows are split off; too few are left where many are bad: that is the news.
+        # Evaluation rows are split off. Where many rows are bad, too few are left, and the bad rows
+        # are the error to report.
         every = Rows(self.stores, np.arange(sum(self._counts), dtype=np.int64))
         try:
             keep, drawn = split_eval(every.documents("begins"), self.config.val_set_size, self.seed)
@@ -155,12 +162,14 @@ class IndexWriter:
             hashes = every.documents("hashes")
             is_duplicate = np.isin(hashes[keep], hashes[drawn])
             keep, duplicates = keep[~is_duplicate], int(is_duplicate.sum())
+            if every.labels:
+                keep, drawn = keep_every_class(keep, drawn, every.labels)
         return _Splits(
             train=self._mix(keep), eval=Rows(self.stores, drawn), duplicates_of_eval=duplicates
         )
 
     def _mix(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
-        """The rows of an epoch.
+        """Return the rows of an epoch.
 
         Raises:
             DataError: There are none.
@@ -211,6 +220,17 @@ class IndexWriter:
             packing_efficiency=efficiency,
         ).to_dict()
 
+    def _describe_labels(self, train: Rows) -> dict[str, Any]:
+        labels = summarize_labels(train)
+        if labels is None:
+            return {"classes": []}
+        return {
+            "classes": labels.classes,
+            "class_counts": labels.counts,
+            "label_kind": labels.kind.value,
+            "outputs": labels.outputs,
+        }
+
     def _nothing_left(self) -> DataError:
         dropped = sum(store.summary.dropped for store in self.stores)
         if dropped and not any(store.summary.bad_rows for store in self.stores):
@@ -224,9 +244,3 @@ class IndexWriter:
             self._bad_rows(self.stores),
             f"No row of data.train={self.config.train} can be trained on",
         )
-
-
-def _find_classes(stores: list[TokenStore]) -> list[Any]:
-    """Different labels, sorted."""
-    every = {label for store in stores for label in store.labels()}
-    return sorted(every, key=lambda label: (isinstance(label, str), label))[:MAX_CLASSES]

@@ -1,4 +1,4 @@
-"""Sources become tokenized rows on disk, once, and an index of which rows are trained on.
+"""Make tokenized rows on disk from sources, once, and an index of the rows that are trained on.
 
 The tokens of each source are in the cache under a hash of its content and of all that shapes them;
 the index, under a hash of those and of how sources are mixed, split and packed. A second start
@@ -33,7 +33,7 @@ from llmtune.draws import DRAWS_VERSION
 from llmtune.errors import ConfigError
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.security.trust import require_own
-from llmtune.storage.atomic import write_cache_folder
+from llmtune.storage.atomic import remove_folder, write_cache_folder
 from llmtune.storage.hashing import hash_json
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class _TokenizedSources:
     keys: list[str]
 
     def folders(self, cache_dir: Path) -> list[str]:
-        """The folders of their tokens."""
+        """Return the folders of their tokens."""
         return [str(token_folder(cache_dir, key)) for key in self.keys]
 
 
@@ -102,6 +102,8 @@ def prepare_data(
     # The index over them.
     fingerprint = _fingerprint(config, seed, tokenizer_hash, train, evaluation, stream)
     folder = cache_dir / "data" / "prepared" / fingerprint
+    if _is_outdated(folder):
+        remove_folder(folder)
     if not (folder / SUMMARY).is_file():
         with write_cache_folder(folder) as aside:
             _write_index(config, tokenizer, seed, cache_dir, (train, evaluation), aside)
@@ -114,6 +116,14 @@ def prepare_data(
         )
         raise refuse(itertools.islice(read_problems(data), data.fatal), advice)
     return data
+
+
+def _is_outdated(folder: Path) -> bool:
+    """Tell whether an index of rows with labels is that of an earlier version."""
+    if not (folder / SUMMARY).is_file():
+        return False
+    summary = json.loads((folder / SUMMARY).read_text())
+    return bool(summary["classes"]) and "label_kind" not in summary
 
 
 def _write_index(
@@ -155,7 +165,7 @@ def _fingerprint(
     evaluation: _TokenizedSources,
     stream: list[list[str]] | None,
 ) -> str:
-    """The hash of all that shapes the index; its order is part of it."""
+    """Hash all that shapes the index; its order is part of it."""
     mixing = [(source.repeat, source.weight) for source in train.sources]
     settings = [
         None if evaluation.sources else config.val_set_size,
@@ -169,7 +179,7 @@ def _fingerprint(
 
 
 def _identify_stream(sources: list[Source]) -> list[list[str]]:
-    """Names and sizes of the files of a stream, which are too large to be hashed.
+    """Return names and sizes of the files of a stream, which are too large to be hashed.
 
     Raises:
         ConfigError: A source cannot be streamed.
@@ -191,7 +201,7 @@ def _identify_stream(sources: list[Source]) -> list[list[str]]:
 def _find_samples(
     folder: Path, stores: list[str], sources: list[Source], tokenizer: PreTrainedTokenizerBase
 ) -> list[SamplePrompt]:
-    """The first evaluation conversations, read again from their files."""
+    """Read the first evaluation conversations again from their files."""
     if json.loads((folder / SUMMARY).read_text())["eval"] is None or not tokenizer.chat_template:
         return []
     rows = open_index(folder, stores, "eval")

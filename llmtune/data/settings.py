@@ -1,4 +1,4 @@
-"""Checks of the ``data`` settings that need no file: sources, streaming, packing, template."""
+"""Check the ``data`` settings that need no file: sources, streaming, packing, template."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def check_eval_sources(sources: list[Source]) -> None:
 
 
 def check_packed_formats(formats: Iterable[str]) -> None:
-    """Refuse packing for rows with labels: a label belongs to one text, and several would share a
-    row.
+    """Refuse packing for rows with labels, because a label belongs to one text.
 
     Raises:
         ConfigError: One of the formats has labels.

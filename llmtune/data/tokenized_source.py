@@ -1,4 +1,4 @@
-"""The tokens of one source: taken from the cache, or made by the workers."""
+"""Take the tokens of one source from the cache, or have the workers make them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from llmtune.data.rows.fields import without_fields
 from llmtune.data.rows.problems import RowError, format_location
 from llmtune.data.rows.turns import rename
 from llmtune.data.rows.values import Row
-from llmtune.data.store.token_store import SUMMARY, write_store
+from llmtune.data.store.token_store import is_stored, write_store
 from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.workers import TokenBlock, TokenizerPool, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
 from llmtune.errors import DataError
 from llmtune.security.trust import require_own
-from llmtune.storage.atomic import write_cache_folder
+from llmtune.storage.atomic import remove_folder, write_cache_folder
 from llmtune.storage.hashing import hash_json
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class TokenizeProgress:
     tokens: int
     seconds: float
     share: float | None
-    """Of the source's bytes; None where its size says nothing about the rows."""
+    """Share of the source's bytes; None where its size says nothing about the rows."""
 
 
 ProgressCallback = Callable[[TokenizeProgress], None]
@@ -69,7 +69,7 @@ def tokenize_source(
     cache: Path,
     watch: ProgressCallback | None,
 ) -> str:
-    """Tokenize a source unless its tokens are in the cache already; their key there.
+    """Tokenize a source unless its tokens are in the cache already; return their key there.
 
     Raises:
         DataError: A file cannot be read, or there is no row in it.
@@ -77,6 +77,7 @@ def tokenize_source(
         MissingPrerequisiteError: The tokens in the cache are another user's, or others may write to
             them.
     """
+    # The key: content, tokenizer, and all settings that shape tokens.
     files = resolve_files(source)
     settings = EncodeSettings.from_config(config)
     shaping = [settings.max_seq_length, settings.overlong.value, settings.train_on_inputs]
@@ -84,13 +85,15 @@ def tokenize_source(
     drawn = [source.limit, seed, DRAWS_VERSION] if source.limit else None
     contents = hash_files(files, source, cache)
     columns = [source.fields, sorted(source.ignore)]
-    # A format of the user's own may read a row otherwise tomorrow.
+    # A plug-in's format may read a row differently tomorrow.
     shaping += [plugins] if (plugins := FORMATS.hash_plugins()) else []
     key = hash_json(
         [TOKENS_VERSION, tokenizer_hash, contents, source.format, *columns, drawn, shaping]
     )
     folder = token_folder(cache, key)
-    if not (folder / SUMMARY).is_file():
+    if not is_stored(folder):
+        # An earlier version may have left one.
+        remove_folder(folder)
         recipes = find_recipes(source, files)
         if any(FORMATS.find(recipe.format).is_chat for recipe in recipes.values()):
             check_chat_template(tokenizer, tokenizer.name_or_path)
@@ -106,7 +109,7 @@ def tokenize_source(
 
 
 def token_folder(cache: Path, key: str) -> Path:
-    """The folder of a source's tokens in the cache."""
+    """Return the folder of a source's tokens in the cache."""
     return cache / "data" / "tokens" / key
 
 
@@ -130,7 +133,7 @@ def read_source(
     seed: int,
     contents: list[list[str]],
 ) -> Iterator[Work]:
-    """The blocks of a source with their recipes, only the drawn rows where ``limit`` is set.
+    """Yield the blocks of a source with their recipes, only the drawn rows where ``limit`` is set.
 
     Args:
         contents: Name and content hash of each file. No two sources draw the same numbers, and a
@@ -210,7 +213,7 @@ def find_conversations(
 def _read_lines(
     source: Source, file: DataFile, lines: set[int]
 ) -> Iterator[tuple[int, Row | RowError]]:
-    """The rows on some lines of a file."""
+    """Read the rows on some lines of a file."""
     for block in read_blocks(file, source):
         if _may_hold(block, lines):
             yield from ((line, row) for line, row in parse_rows(block) if line in lines)
@@ -227,7 +230,7 @@ def _may_hold(block: Block, lines: set[int]) -> bool:
 
 
 def _workers(config: DataConfig, files: list[DataFile]) -> int:
-    """Processes that tokenize; 0 for none."""
+    """Return the number of processes that tokenize; 0 for none."""
     if isinstance(config.num_workers, int):
         return config.num_workers
     if sum(file_size(file) for file in files) < SMALL_BYTES:
@@ -236,7 +239,7 @@ def _workers(config: DataConfig, files: list[DataFile]) -> int:
 
 
 def file_size(file: DataFile) -> int:
-    """Bytes of a file on disk; what is elsewhere counts as large."""
+    """Return the bytes of a file on disk; any other file counts as large."""
     if file.kind == "builtin":
         return 0
     path = Path(file.path)
@@ -244,8 +247,9 @@ def file_size(file: DataFile) -> int:
 
 
 class _Watched:
-    """Counts the blocks of a source, and tells how far it is: behind each block, and while one
-    takes its time.
+    """Counts the blocks of a source, and reports its progress.
+
+    It reports after each block, and while a block takes long.
     """
 
     def __init__(self, source: Source, files: list[DataFile], watch: ProgressCallback | None):
@@ -264,7 +268,7 @@ class _Watched:
         self._current = ""
 
     def count(self, blocks: Iterator[TokenBlock]) -> Iterator[TokenBlock]:
-        """The blocks, on their way to whoever writes them."""
+        """Count the blocks on their way to the writer."""
         for block in blocks:
             yield block
             self._rows += len(block.lengths)
@@ -276,7 +280,7 @@ class _Watched:
             self.pulse(0)
 
     def pulse(self, tokens: int) -> None:
-        """Tell how far it is.
+        """Report the progress.
 
         Args:
             tokens: Of the text that is being tokenized.

@@ -10,7 +10,7 @@ from llmtune.doctor.finding import Finding
 
 
 def inspect_credentials() -> Iterator[Finding]:
-    """Report which tokens are set, in the environment or in the files of their own tools."""
+    """Report which tokens are set, in the environment or in files of the tools that use them."""
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "token"
     present = "HF_TOKEN" in os.environ or hub.is_file()
     yield Finding(

@@ -1,3 +1,1 @@
-"""DeepSpeed, driven: process groups, the training module, the optimizer's state by parameter
-name.
-"""
+"""Drive DeepSpeed: process groups, the training module, optimizer state by parameter name."""

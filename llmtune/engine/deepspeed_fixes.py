@@ -64,16 +64,21 @@ def step_in_few_kernels(optimizer: Any) -> bool:
     masters, halves = list(chain(*optimizer.fp32_groups)), list(chain(*optimizer.fp16_groups))
 
     def step(closure: None = None) -> bool:  # noqa: ARG001 - DeepSpeed passes it
+        # The overflow check and the norm, with one wait for the GPU.
         trained = [half for half in halves if half.grad is not None]
         norm = float(_sum_of_squares(norms_of([half.grad for half in trained])).sqrt())
         if not math.isfinite(norm):
             optimizer.overflow = True
             return bool(optimizer._skip_invalid_grad_norm())
+
+        # The factor of unscaling and clipping, by DeepSpeed's own formula; it is applied below.
         optimizer.overflow = False
         optimizer._global_grad_norm = norm / optimizer.loss_scale_config.cur_scale
         scale = optimizer.unscale_and_clip_grads(norm, apply_scale=False)
         # DeepSpeed does this earlier: see :func:`grow_loss_scale_behind_step`.
         optimizer._update_scale(False)
+
+        # Gradients to fp32, the optimizer step, and the master weights back to the model.
         with torch.no_grad():
             gradients = [torch.zeros_like(master) for master in masters]
             pairs = [
@@ -110,6 +115,7 @@ def grow_loss_scale_behind_step(optimizer: Any) -> bool:
     update, step = optimizer._update_scale, optimizer.step
     waiting: list[bool] = []
 
+    # Called by DeepSpeed inside its step, before the gradients are divided.
     def note(has_overflow: bool = False) -> None:
         if has_overflow:
             # This step is skipped, so that nothing is divided by the scale.
@@ -145,15 +151,18 @@ def keep_overflow_on_device(optimizer: Any) -> bool:
     seen: list[torch.Tensor] = []
     has_overflow, reset = optimizer.has_overflow, optimizer.reset_cpu_buffers
 
+    # Called per gradient: adds to a flag on the device.
     def track(gradient: torch.Tensor | None) -> None:
         if gradient is not None:
             overflows = optimizer._has_inf_or_nan(gradient.data)
             seen[:] = [seen[0].logical_or(overflows) if seen else overflows]
 
+    # Called once per step: waits for the flag.
     def ask(*arguments: Any, **named: Any) -> bool:
         optimizer.local_overflow = bool(seen) and bool(seen[0])
         return bool(has_overflow(*arguments, **named))
 
+    # Called when the gradients on the host are reset.
     def forget() -> None:
         seen.clear()
         reset()
@@ -188,6 +197,7 @@ def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
         norm = total.sqrt()
         return torch.where(torch.isfinite(norm), norm, -1.0)
 
+    # Stages 1 to 3 with gradients on the host.
     if hasattr(optimizer, "norm_for_param_grads"):
 
         def offloaded(parameters: Sequence[Any]) -> torch.Tensor:
@@ -201,6 +211,8 @@ def keep_norm_precision(optimizer: Any, zero_stage: int) -> bool:
 
         optimizer.complete_grad_norm_calculation_for_cpu_offload = offloaded
         return True
+
+    # Stages 1 and 2 on the device; stage 3 adds up in fp64 there by itself.
     if zero_stage < 3:
 
         def direct(gradients: Sequence[torch.Tensor], _: Any, norm_type: float = 2) -> torch.Tensor:

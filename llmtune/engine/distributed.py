@@ -31,7 +31,7 @@ class Rank:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes, prints and tracks."""
+        """Tell whether this is rank 0, which writes, prints and tracks."""
         return self.rank == 0
 
 
@@ -53,6 +53,7 @@ def init_ranks(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # The device of this rank.
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     phases = phases or PhaseLog()
@@ -66,7 +67,8 @@ def init_ranks(
     # The process group.
     init_method = None
     if meeting is not None:
-        # A descriptor, which stays open, stands for the folder: torch ends a path at # or ?.
+        # A descriptor, which stays open, replaces the path of the folder: torch ends a path at # or
+        # ?.
         folder = os.open(meeting.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         init_method = f"file:///proc/self/fd/{folder}/{meeting.name}"
     deepspeed.init_distributed(
@@ -77,9 +79,13 @@ def init_ranks(
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
+
+    # The number of ranks on this machine: torchrun, or DeepSpeed's launcher, says it.
     on_node = int(
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
     )
+
+    # With NCCL, small decisions go through a group on the host.
     control = None
     if not on_host:
         control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
@@ -131,6 +137,24 @@ def all_reduce_any(flags: Sequence[bool], rank: Rank) -> list[bool]:
     tensor = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=rank.control)
     return [bool(flag) for flag in tensor]
+
+
+def gather_rows(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
+    """Join the rows of all ranks' tensors, in the order of the ranks, on every rank.
+
+    Args:
+        tensor: On the host. Ranks may have different numbers of rows. Shape (rows, ...).
+    """
+    if rank.world_size == 1:
+        return tensor
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(rank.world_size)]
+    dist.all_gather(counts, torch.tensor([len(tensor)]), group=rank.control)
+    longest = max(int(count) for count in counts)
+    padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    pieces = [torch.empty_like(padded) for _ in range(rank.world_size)]
+    dist.all_gather(pieces, padded, group=rank.control)
+    return torch.cat([piece[: int(count)] for piece, count in zip(pieces, counts, strict=True)])
 
 
 def gather_objects(value: Any, rank: Rank) -> list[Any]:

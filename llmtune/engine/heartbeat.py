@@ -67,7 +67,7 @@ class PhaseLog:
             self._write()
 
     def describe(self) -> str | None:
-        """Say what the rank does; None after its first step, because each step logs a line."""
+        """Describe what the rank does; None after its first step, because each step logs a line."""
         if self._phase in _LONG_PHASES:
             return _LONG_PHASES[self._phase]
         return (
@@ -90,6 +90,8 @@ class PhaseLog:
         if time.monotonic() - self._device_peak_at > _DEVICE_SECONDS:
             self._device_peak_at, self._device_peak = time.monotonic(), self.device_peak()
         device_peak, device_limit = self._device_peak
+
+        # For the supervisor: a rank that ends near its limit may have run out of memory.
         at_limit = None
         if device_peak > _NEAR_LIMIT * device_limit > 0:
             at_limit = "device"
@@ -106,7 +108,7 @@ class PhaseLog:
 
 
 def _is_near_limit() -> bool:
-    """Whether this process has nearly reached ``RLIMIT_DATA``, which counts unused memory too."""
+    """Tell whether this process is near ``RLIMIT_DATA``, which counts unused memory too."""
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     if limit == resource.RLIM_INFINITY:
         return False

@@ -1,6 +1,6 @@
 """The optimizer's state by parameter name: the slices that this rank holds, in every ZeRO stage.
 
-Master weights and moments are in flat fp32 tensors whose layout depends on stage and world size.
+Master weights and states are in flat fp32 tensors whose layout depends on stage and world size.
 Callers see neither: they get a name, an offset in the flattened parameter, and the values.
 """
 
@@ -17,9 +17,6 @@ import torch
 from llmtune.engine.nvme_swap import swapped_in
 from llmtune.engine.train_module import TrainModule
 from llmtune.storage.layout import MASTER_WEIGHT
-
-#: The fp32 copy of the weight, and AdamW's two moments.
-STATE_KEYS = (MASTER_WEIGHT, "exp_avg", "exp_avg_sq")
 
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -41,6 +38,11 @@ class StateSlice:
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the slice of ``tensor``, which has the layout of ``flat``."""
         return tensor.data.view(-1).narrow(0, self.flat_offset, self.numel)
+
+
+def state_keys(module: TrainModule) -> tuple[str, ...]:
+    """Name the tensors of a slice: the fp32 copy of the weight, and the optimizer's states."""
+    return (MASTER_WEIGHT, *module.optimizer.states)
 
 
 def state_slices(module: TrainModule) -> list[StateSlice]:
@@ -77,6 +79,8 @@ def slices_to_save(module: TrainModule) -> list[StateSlice]:
     slices = state_slices(module)
     if module.zero_stage > 0 or module.rank.world_size == 1:
         return slices
+
+    # Stage 0 on several ranks: every rank holds all, and saves an equal part.
     owned = []
     for part in slices:
         size = math.ceil(part.numel / module.rank.world_size)
@@ -103,17 +107,20 @@ def view_state(module: TrainModule, part: StateSlice, kind: str) -> torch.Tensor
     """
     if kind == MASTER_WEIGHT:
         return part.view(part.flat)
-    state = module.adam.state.get(part.flat)
+    state = module.torch_optimizer.state.get(part.flat)
     return part.view(state[kind]) if state else torch.zeros(part.numel)
 
 
 def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:
-    """Create zero moments, as the optimizer's first step would, and set its step counter."""
+    """Create zero states, as the optimizer's first step would, and set its step counter."""
     for flat in {id(part.flat): part.flat for part in slices}.values():
-        state = module.adam.state[flat]
-        # The fused kernel needs the counter on the device of the values.
-        state["step"] = torch.tensor(float(steps), device=flat.device)
-        for kind in STATE_KEYS[1:]:
+        state = module.torch_optimizer.state[flat]
+        if module.optimizer.update is None:
+            # torch's fused kernels need the counter on the device of the values.
+            state["step"] = torch.tensor(float(steps), device=flat.device)
+        else:
+            state["step"] = steps
+        for kind in module.optimizer.states:
             if kind in state:
                 # The same tensor is kept, because the NVMe swapper refers to it.
                 state[kind].data.zero_()
@@ -123,14 +130,16 @@ def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> Non
 
 def write_state(module: TrainModule, part: StateSlice, kind: str, values: torch.Tensor) -> None:
     """Write values into this rank's slice; the state must exist."""
-    target = part.flat if kind == MASTER_WEIGHT else module.adam.state[part.flat][kind]
+    target = part.flat if kind == MASTER_WEIGHT else module.torch_optimizer.state[part.flat][kind]
     with torch.no_grad():
         part.view(target).copy_(values)
 
 
 def optimizer_steps(module: TrainModule) -> int:
-    """Return the steps that AdamW has counted; skipped steps are not among them."""
-    counts = [int(state["step"]) for state in module.adam.state.values() if "step" in state]
+    """Return the steps that the optimizer has counted; skipped steps are not among them."""
+    counts = [
+        int(state["step"]) for state in module.torch_optimizer.state.values() if "step" in state
+    ]
     return max(counts, default=0)
 
 
@@ -163,7 +172,11 @@ def _stage0_slices(module: TrainModule, names: dict[int, str]) -> Iterator[State
         pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
     else:
         # fp32: the parameters are their own masters.
-        own = [parameter for group in module.adam.param_groups for parameter in group["params"]]
+        own = [
+            parameter
+            for group in module.torch_optimizer.param_groups
+            for parameter in group["params"]
+        ]
         pairs = zip(chain(own), chain(own), strict=True)
     for parameter, master in pairs:
         yield StateSlice(

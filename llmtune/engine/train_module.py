@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -20,32 +20,55 @@ from llmtune.engine.deepspeed_fixes import (
     undo_stage0_dummy_step,
 )
 from llmtune.engine.distributed import Rank, all_reduce_sum
+from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.deepspeed_config import read_placement
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.tensor_shapes import TensorShape
 from llmtune.plan.memory.zero_buffers import parameter_groups
 
 LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
-"""(logits, targets of the batch) -> sum of token losses, a scalar."""
+"""(logits, targets of the batch) -> sum of losses, a scalar."""
+
+Observe = Callable[[torch.Tensor, Any], dict[str, torch.Tensor]]
+"""(logits, targets of the batch) -> what metrics need of it."""
+
+
+class Weighed(Protocol):
+    """The targets of a batch."""
+
+    @property
+    def weight(self) -> float:
+        """Return the divisor of their summed loss."""
 
 
 class MicroBatch(Protocol):
-    """What a forward pass takes: a ``Batch`` of ``data/``, which ``engine/`` may not import."""
+    """The input of a forward pass: a ``Batch`` of ``data/``, which ``engine/`` may not import."""
 
     @property
     def inputs(self) -> Mapping[str, Any]:
         """Arguments of the model's forward."""
 
     @property
-    def targets(self) -> Sized:
-        """What the loss function takes; as long as there are trained tokens."""
+    def targets(self) -> Weighed:
+        """Return the targets, for the loss function."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """Copy it to another device."""
 
     def split(self) -> list[Self]:
-        """The same, a batch for each row."""
+        """Split it into a batch per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The result of one evaluation."""
+
+    loss: float
+    """Mean over all ranks' batches."""
+    observed: dict[str, torch.Tensor]
+    """Values of this rank's batches that metrics need, joined, on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +76,7 @@ class StepResult:
     """The result of one optimizer step."""
 
     loss: float
-    """Mean over the step's trained tokens, over all ranks and micro-batches."""
+    """Mean over the step's targets, over all ranks and micro-batches."""
     grad_norm: float
     """Global 2-norm of the gradient, before clipping."""
     applied: bool
@@ -83,9 +106,16 @@ class TrainModule:
     """Runs the forward pass, backward pass, optimizer step and evaluation."""
 
     def __init__(
-        self, model: Any, deepspeed_config: dict[str, Any], rank: Rank, loss_function: LossFunction
+        self,
+        model: Any,
+        deepspeed_config: dict[str, Any],
+        rank: Rank,
+        loss_function: LossFunction,
+        optimizer: Optimizer,
     ):
         import deepspeed
+
+        self.optimizer = optimizer
 
         self.rank = rank
         self.loss_function = loss_function
@@ -97,12 +127,16 @@ class TrainModule:
             key: dict(value) if isinstance(value, dict) else value
             for key, value in deepspeed_config.items()
         }
-        copy["optimizer"] = {
-            "type": "AdamW",
-            "params": dict(deepspeed_config["optimizer"]["params"]),
-        }
+        settings = dict(copy["optimizer"]["params"])
+        copy["optimizer"]["params"] = settings
         groups = group_parameters(model, self.placement, rank.world_size)
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=copy)
+        own = None
+        if optimizer.update is not None:
+            del copy["optimizer"]
+            own = ElementwiseOptimizer(groups, optimizer, settings)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=groups, optimizer=own, config=copy
+        )
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)
@@ -118,14 +152,14 @@ class TrainModule:
         return self.engine.module
 
     @property
-    def adam(self) -> Any:
-        """The AdamW object inside DeepSpeed's wrapper."""
+    def torch_optimizer(self) -> Any:
+        """The optimizer of torch inside DeepSpeed's wrapper."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
-        trained_tokens: int,
+        loss_weight: float,
         learning_rate: float,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> StepResult | None:
@@ -134,19 +168,21 @@ class TrainModule:
         A step whose gradient is not finite changes nothing.
 
         Args:
-            trained_tokens: Trained tokens of the step, over all ranks. The loss is divided by them
-                once, so that accumulation and ranks change nothing. DeepSpeed averages gradients
-                over ranks, hence the factor ``world_size``.
+            loss_weight: Trained tokens or rows of the step, over all ranks. The loss is divided by
+                them once, so that accumulation and ranks change nothing. DeepSpeed averages
+                gradients over ranks, hence the factor ``world_size``.
             interrupted: Called on every rank between micro-batches, with the same result on all.
                 True abandons the step: None is returned, and the state is that of the step before.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        scale = self.rank.world_size / max(trained_tokens, 1)
+        scale = self.rank.world_size / (loss_weight or 1)
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         norm: float | None = None
         self.engine.train()
         phases = self.rank.phases
+
+        # ``engine.step`` only counts until the last micro-batch, and then steps.
         for index, batch in enumerate(micro_batches):
             if index and interrupted():
                 return None
@@ -164,36 +200,47 @@ class TrainModule:
                 self.engine.step()
             else:
                 self._leave_step_out()
+
+        # The norm, the mean loss of all ranks, and whether the step was applied.
         reported = self.engine.get_global_grad_norm()
         if norm is None:
             norm = 0.0 if reported is None else float(reported)
         (summed,) = all_reduce_sum([float(total)], self.rank)
         applied = bool(self.engine.was_step_applied()) and math.isfinite(norm)
-        return StepResult(summed / max(trained_tokens, 1), norm, applied)
+        return StepResult(summed / (loss_weight or 1), norm, applied)
 
     def evaluate(
-        self, batches: Iterable[MicroBatch], interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[float, int] | None:
-        """Mean loss over the trained tokens of all ranks' batches, and their number; None where it
-        was interrupted.
+        self,
+        batches: Iterable[MicroBatch],
+        observe: Observe,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
+        """Take the mean loss of all ranks' batches, and what metrics need; None if interrupted.
 
         Args:
+            observe: Its results of all batches of this rank are joined.
             interrupted: Called on every rank before each batch, with the same result on all.
         """
         self.rank.phases.enter("evaluate")
         self.engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
-        count = 0
+        weight = 0.0
+        pieces: list[dict[str, torch.Tensor]] = []
         with torch.no_grad():
             for batch in batches:
                 if interrupted():
                     return None
-                total += self._loss(batch)
-                count += len(batch.targets)
+                batch = batch.to(self.rank.device)
+                logits = self.engine(**batch.inputs, use_cache=False).logits
+                total += self.loss_function(logits, batch.targets)
+                weight += batch.targets.weight
+                pieces.append(observe(logits, batch.targets))
                 self.rank.phases.beat()
         self.engine.train()
-        summed, tokens_seen = all_reduce_sum([float(total), float(count)], self.rank)
-        return summed / max(tokens_seen, 1), int(tokens_seen)
+        summed, weights = all_reduce_sum([float(total), weight], self.rank)
+        names = pieces[0] if pieces else ()
+        observed = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in names}
+        return Evaluation(summed / (weights or 1), observed)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Compute a batch's logits, on the host, without gradients and without dropout.

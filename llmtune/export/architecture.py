@@ -1,6 +1,4 @@
-"""What a model is for, told by its architecture's name: the class that loads it, and what the hub
-and peft call it.
-"""
+"""Derive a model's task from its architecture: its loader, and its names at the hub and in peft."""
 
 from __future__ import annotations
 
@@ -19,13 +17,11 @@ class Task:
     loader: str
     """Class of transformers."""
     ends: tuple[str, ...]
-    """Of the names of architectures."""
+    """Ends of the names of architectures."""
     peft: str
     """peft's ``task_type``; empty where it has none."""
     mapping: str = ""
-    """Table of transformers from ``model_type`` to the architecture, where peft may have trained a
-    new head.
-    """
+    """Table of transformers: ``model_type`` -> architecture, for tasks with a new head of peft."""
     heads: tuple[str, ...] = ()
     """Modules that peft adds to ``modules_to_save`` by itself; a model has one of them."""
 
@@ -76,14 +72,14 @@ TASKS = (TEXT, TEXT_TO_TEXT, TEXT_CLASSES, TOKEN_CLASSES, ANSWERS, MASKED_WORDS,
 
 
 def find_architecture(folder: Path) -> str:
-    """What ``config.json`` names; empty where it names none or is not there."""
+    """Return the architecture that ``config.json`` names; empty where there is none."""
     file = folder / "config.json"
     named = parse_json(file.read_text()).get("architectures") if file.is_file() else None
     return str(named[0]) if named else ""
 
 
 def headed_task(task_type: str | None) -> Task | None:
-    """The task of an adapter for which peft trains a head; None for others.
+    """Return the task of an adapter for which peft trains a head; None for others.
 
     Args:
         task_type: Of ``adapter_config.json``.
@@ -92,12 +88,12 @@ def headed_task(task_type: str | None) -> Task | None:
 
 
 def task_of(architecture: str) -> Task | None:
-    """What an architecture is for; None where its name does not tell."""
+    """Return the task of an architecture; None where its name does not tell."""
     return next((task for task in TASKS if architecture.endswith(task.ends)), None)
 
 
 def is_renamed(folder: Path) -> bool:
-    """Whether transformers translates this architecture's stored names, as for fused experts."""
+    """Tell whether transformers translates the architecture's stored names (fused experts)."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     values = parse_json((folder / "config.json").read_text())

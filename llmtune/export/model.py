@@ -48,7 +48,7 @@ def _silent(_: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """What is exported, and to where."""
+    """The inputs and the output folder of an export."""
 
     base: Path
     """Model folder; for full fine-tuning, the trained model itself."""
@@ -60,8 +60,7 @@ class ExportRequest:
     """The run folder whose files describe the training."""
     output: Path
     zero: Path | None = None
-    """DeepSpeed's own checkpoint, which holds the tensors; ``base`` then only describes the model.
-    """
+    """DeepSpeed's own checkpoint, which holds the tensors; ``base`` only describes the model."""
     unpacked_from: Path | None = None
     """DeepSpeed's own checkpoint that ``adapter``, a folder of this start alone, was made from."""
     progress: ProgressCallbacks | None = None
@@ -86,23 +85,23 @@ class ExportModel:
     """Keys of ``config.json`` that are no longer the base's."""
     adapter: Adapter | None
     merged: MergedSource | None
-    """What the adapter changes; None without one."""
+    """The base with the adapter merged into it; None without one."""
     base_changes: dict[str, Any] = field(default_factory=dict)
-    """Those of them that describe a head which the adapter brings."""
+    """Changes of ``config.json`` that describe a head which the adapter brings."""
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype that most of the floating numbers are stored in."""
+        """Return the dtype that most of the floating numbers are stored in."""
         return usual_dtype(self.source)
 
     @property
     def computed(self) -> bool:
-        """Whether tensors are computed on the way, rather than copied."""
+        """Tell whether tensors are computed on the way, rather than copied."""
         return self.source is not self.base
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors as they are stored."""
+        """Return the size of all tensors as they are stored."""
         return sum(spec.nbytes for spec in self.source.specs.values())
 
 
@@ -116,6 +115,8 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
     source, model_files, changes = base, [request.base], {}
     adapter, merged = None, None
     base_changes: dict[str, Any] = {}
+
+    # An adapter is merged while the base is read; its own head replaces the base's.
     if request.adapter is not None:
         adapter = read_adapter(request.adapter)
         _note_other_base(request, adapter)
@@ -128,6 +129,8 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
         merged = MergedSource(base, adapter, output)
         source, changes = merged, base_changes | merged.config_changes
         model_files.append(request.adapter)
+
+    # The dtype of the files; DeepSpeed's checkpoint has fp32 master weights.
     auto = config.dtype is ExportDtype.auto
     dtype = None if auto else configured_dtype(config.dtype.value)
     if request.zero is not None and dtype is None:
@@ -158,7 +161,7 @@ def _note_other_base(request: ExportRequest, adapter: Adapter) -> None:
 
 
 def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
-    """The trained model, or what the adapter is added to."""
+    """Open the trained model, or the base that the adapter is added to."""
     if request.zero is not None:
         zero = ZeroSource(request.zero)
         return open_base_part(zero) if has_adapter(zero) else open_model_part(zero)
@@ -181,7 +184,7 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
 
 
 def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
-    """The name of the matrix that the logits are computed with."""
+    """Return the name of the matrix that the logits are computed with."""
     if not (folder / "config.json").is_file():
         return "lm_head.weight"
     skeleton = build_skeleton(folder, changes)
@@ -192,7 +195,7 @@ def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
 
 
 def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
-    """Output embeddings that repeat the input: transformers keeps one matrix, peft trains that."""
+    """Find output embeddings that repeat the input; transformers keeps one matrix of the two."""
     file = folder / "config.json"
     if not file.is_file() or not parse_json(file.read_text()).get("tie_word_embeddings"):
         return []
@@ -208,7 +211,7 @@ def _are_equal(source: TensorSource, one: str, other: str) -> bool:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype that ``config.json`` names."""
+    """Read the dtype that ``config.json`` names."""
     file = folder / "config.json"
     config = parse_json(file.read_text()) if file.is_file() else {}
     name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")

@@ -49,6 +49,8 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
             f"export={kind.name}: this run was a full fine-tuning and has no adapter; take"
             " export=safetensors"
         )
+
+    # Refuse what cannot work before the model is opened.
     if (problem := kind.find_problems(config)) is not None:
         raise ExportError(problem)
     check_places(request)
@@ -63,12 +65,13 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
         _describe_dry_run(export_model, config)
         return request.output
 
+    # Called on a folder beside the published one. Checks come before the card, which reports them.
     def write(folder: Path, journal: Journal) -> None:
         check_room(folder, int(export_model.nbytes * kind.space) + _MODEL_FILES_BYTES)
         parity = None if kind.is_checked_on_disk else verify_merged_model(export_model, config)
         write_files(export_model, folder, journal, config)
         if kind.is_checked_on_disk and kind.is_merged:
-            # Of what lies on the disk now.
+            # Of the files that are on the disk now.
             parity = verify_written_folder(export_model, folder, config)
         write_model_card(folder, request, config, parity.describe() if parity else None)
 
@@ -97,7 +100,7 @@ def write_files(
 
 
 def _describe_export(request: ExportRequest, config: ExportConfig) -> dict[str, Any]:
-    """The fields of the manifest that tell one export from another."""
+    """Return the fields of the manifest that tell one export from another."""
     return {
         "base": request.base_name if is_hub_id(request.base_name) else Path(request.base_name).name,
         "format": config.format,

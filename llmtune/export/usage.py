@@ -1,4 +1,4 @@
-"""What the code and the commands of a model card depend on: how an export is loaded and served."""
+"""The facts that the code and commands of a model card need to load and serve an export."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from llmtune.export.architecture import TEXT, TEXT_TO_TEXT, Task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What the commands depend on; templates read it as ``usage``."""
+    """The facts that the commands need; templates read them as ``usage``."""
 
     folder: Path
-    """The files that were written, in a folder that gets its name later: texts name its files by
-    paths within it."""
+    """Folder of the written files, which is renamed later: texts name files by paths within it."""
     loads_from_hub: bool
     """Loaders of the format take the name of a repository, and not only a folder."""
     name: str
-    """What a server calls the model: letters, digits, dots and dashes."""
+    """Name of the model at a server: letters, digits, dots and dashes."""
     repo: str | None
     """The repository on the hub that it is uploaded to."""
     base: str
     """Hub id of the base, or a path for the reader to fill in."""
     has_template: bool
-    """Whether the tokenizer has a chat template."""
+    """True if the tokenizer has a chat template."""
     task: Task
     own_code: bool
     """The base brings Python code that transformers has to be allowed to run."""
@@ -39,12 +38,12 @@ class Usage:
 
     @property
     def place(self) -> str:
-        """The repository or folder that loaders of transformers, peft and vLLM are given."""
+        """Return the repository or folder that loaders of transformers, peft and vLLM are given."""
         return self.repo if self.repo is not None and self.loads_from_hub else "."
 
     @property
     def writes_text(self) -> bool:
-        """Whether the model continues a text, rather than giving labels or numbers for it."""
+        """Tell whether the model continues a text, rather than giving labels or numbers for it."""
         return self.task in (TEXT, TEXT_TO_TEXT)
 
     def find_file(self, pattern: str, default: str) -> Markup:

@@ -1,1 +1,1 @@
-"""Tokenizer, weights, adapters, loss, answers."""
+"""A model and what belongs to it: tokenizer, weights, loss, answers."""

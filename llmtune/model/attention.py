@@ -24,7 +24,7 @@ class _Pass:
     positions: torch.Tensor | None
     """int64, shape (rows, length); without them every row holds one document."""
     masked: bool
-    """Whether the caller gave an attention mask."""
+    """True if the caller gave an attention mask."""
 
 
 #: The current pass of a model that was given to :func:`answer_on_host`.
@@ -46,7 +46,7 @@ def answer_on_host(model: Any) -> None:
     in any case, which is right for one document too.
 
     Architectures such as OPT, MPT, BLOOM and gpt-oss take positions and do not pass them to the
-    functions that make their masks, or pass a mask of ones of their own, so that the documents of a
+    functions that make their masks, or pass their own mask of ones, so that the documents of a
     row would see each other. Those functions get the positions here. What is mixed nevertheless,
     such as the state of a recurrent layer, is found by
     :mod:`llmtune.train.hooks.packing_probe`.

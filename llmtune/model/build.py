@@ -21,11 +21,12 @@ from llmtune.model.weights.zero3_loading import load_partitions, restore_buffers
 from llmtune.plan.abilities import is_bidirectional
 from llmtune.process import no_collection
 from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.task.task import find_task
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsTo:
-    """Where the weights go when they are read."""
+    """The destination of the weights when they are read."""
 
     device_map: Any = None
     """transformers' ``device_map``, for unpartitioned weights."""
@@ -43,7 +44,7 @@ def build_model(
     attn_implementation: str,
     weights: WeightsTo = WeightsTo(),
 ) -> Any:
-    """Build a causal language model in the training dtype, ready for adapters and for DeepSpeed.
+    """Build the model of ``config.task`` in the training dtype, for adapters and for DeepSpeed.
 
     Args:
         folder: Model folder with safetensors.
@@ -82,9 +83,10 @@ def _load_unpartitioned(
     weights: WeightsTo,
 ) -> Any:
     with no_collection():
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    model_class = getattr(transformers, find_task(config.task).model_class)
+    loaded: Any = model_class.from_pretrained(
         str(folder),
         dtype=configured_dtype(precision.value),
         device_map=weights.device_map,
@@ -111,15 +113,16 @@ def _load_partitioned(
             " (or 0, 1)"
         )
     with no_collection():
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
         from transformers.initialization import no_init_weights
 
-    architecture = AutoConfig.from_pretrained(
+    model_class = getattr(transformers, find_task(config.task).model_class)
+    architecture = transformers.AutoConfig.from_pretrained(
         str(folder), trust_remote_code=config.trust_remote_code
     )
 
     def make(dtype: torch.dtype) -> Any:
-        return AutoModelForCausalLM.from_config(
+        return model_class.from_config(
             architecture,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -127,6 +130,8 @@ def _load_partitioned(
         )
 
     assert weights.partitioned is not None
+
+    # No value is initialized: the slices are read over the empty memory.
     dtype = configured_dtype(precision.value)
     with no_init_weights():
         with weights.partitioned():

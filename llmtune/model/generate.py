@@ -44,6 +44,7 @@ def generate(
     )
     _check_tokens(model, tokenizer, encoded["input_ids"])
 
+    # One call for all prompts; the model returns to the mode that it had.
     device = device or next(model.parameters()).device
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:

@@ -12,13 +12,13 @@ from llmtune.storage.plain_json import parse_json
 
 KEY = "model.trust_remote_code"
 
-#: Files of a model folder that may name classes of its own, under this key.
+#: Files of a model folder that may name its own classes, under this key.
 _FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 _NAMED = "auto_map"
 
 
 def find_own_code(folder: Path) -> list[str]:
-    """Return the classes of its own that a model folder names, such as ``modeling_x.XForCausalLM``.
+    """Return the Python classes that a model folder brings, such as ``modeling_x.XForCausalLM``.
 
     They may be in another repository.
     """
@@ -54,7 +54,7 @@ def explain_own_code(
         of_adapter: The folder is an adapter's, whose code never runs.
 
     Raises:
-        ConfigError: The folder needs code of its own.
+        ConfigError: The folder needs its own code.
     """
     try:
         yield
@@ -72,6 +72,6 @@ def explain_own_code(
             )
         classes = ", ".join(find_own_code(folder)) or "of another repository"
         raise ConfigError(
-            f"{folder} needs Python code of its own ({classes}), which would run as you.{asked}"
+            f"{folder} needs its own Python code ({classes}), which would run as you.{asked}"
             f" {advice}"
         ) from error

@@ -1,6 +1,4 @@
-"""A small model of an architecture: few and narrow layers of the same kinds, for quick tests on a
-CPU.
-"""
+"""Shrink an architecture to few and narrow layers of the same kinds, for quick tests on a CPU."""
 
 from __future__ import annotations
 
@@ -116,7 +114,7 @@ def _narrow(small: Any) -> None:
 
 
 def _small_key_heads(small: Any, heads: int | None, kept_heads: int) -> int:
-    """Heads of keys and values: as many as of queries, one, or half, as in the large model."""
+    """Return the key-value heads: as many as queries, one, or half, as in the large model."""
     key_heads = getattr(small, "num_key_value_heads", None) or getattr(small, "num_kv_heads", None)
     if key_heads == heads:
         return kept_heads
@@ -153,7 +151,7 @@ def _narrow_heads(small: Any, key_heads: int) -> None:
 
 
 def _narrow_state_space(small: Any, kept_heads: int, width: int) -> None:
-    """The inner width of a state-space layer is a whole number of heads."""
+    """Narrow a state-space layer, whose inner width is a whole number of heads."""
     expand = int(getattr(small, "mamba_expand", 2))
     _replace(small, ("mamba_n_heads", "n_mamba_heads"), expand * kept_heads)
     _replace(small, ("mamba_d_head", "mamba_headdim"), _HEAD_SIZE)
@@ -161,7 +159,7 @@ def _narrow_state_space(small: Any, kept_heads: int, width: int) -> None:
 
 
 def _replace(part: Any, names: tuple[str, ...], value: int) -> None:
-    """Set those of the attributes that are there and not zero."""
+    """Set those of the attributes that exist and are not zero."""
     for name in names:
         if getattr(part, name, None):
             setattr(part, name, value)

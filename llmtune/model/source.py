@@ -57,9 +57,11 @@ def resolve_model_folder(
         digest = short_hash(json.dumps(architecture, sort_keys=True).encode())
         # Encoders were causal language models once, with another tokenizer.
         key = f"random-encoder-{digest}" if makes_encoder(architecture) else f"random-{digest}"
-        return _cached(
+        return make_once(
             cache_dir / "models" / key, lambda folder: write_random_model(architecture, folder)
         )
+
+    # Files: of an installed package, GGUF, a folder, or the hub.
     wheel = _find_in_wheel(config.wheel)
     if wheel is not None and wheel.is_dir():
         folder = wheel
@@ -80,6 +82,8 @@ def resolve_model_folder(
                 f"{name} has no model.revision, so it is what its authors publish now;"
                 f" model.revision={commit} keeps it"
             )
+
+    # Whatever it was, it is safetensors of the planned architecture now.
     if not list(folder.glob("*.safetensors")):
         raise MissingPrerequisiteError(
             f"model.name_or_path={name}: {folder} holds no *.safetensors (it has: "
@@ -112,7 +116,7 @@ def _from_gguf(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
     folder = cache_dir / "models" / f"{path.stem}-{short_hash_file(path)}"
     if not folder.is_dir():
         say(f"unpacking {path.name} into {folder} (once, half a minute) ...")
-    return _cached(folder, lambda target: convert_gguf(path, target))
+    return make_once(folder, lambda target: convert_gguf(path, target))
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -199,7 +203,7 @@ def _check_architecture(config: ModelConfig, folder: Path) -> None:
         )
 
 
-def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Return ``folder``, which ``make`` writes the first time, once among concurrent processes.
 
     No process sees it half-written.

@@ -34,6 +34,7 @@ def load_tokenizer(
     with no_collection():
         from transformers import AutoTokenizer
 
+    # The class of an adapter's tokenizer is the base's, so that no code of the adapter runs.
     tokenizer: PreTrainedTokenizerBase
     if config.trust_remote_code and code_of is not None:
         kind = type(AutoTokenizer.from_pretrained(str(code_of), trust_remote_code=True))
@@ -47,6 +48,8 @@ def load_tokenizer(
             f"{folder}: the tokenizer has no fast implementation (tokenizer.json), and masks need"
             " token offsets"
         )
+
+    # A padding token.
     if config.pad_token is not None:
         if config.pad_token not in tokenizer.get_vocab():
             raise ConfigError(
@@ -57,6 +60,8 @@ def load_tokenizer(
     elif tokenizer.pad_token is None:
         # Harmless: padding is masked by position, not by token id.
         tokenizer.pad_token = tokenizer.eos_token
+
+    # The chat template, which must not compute huge powers.
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     template: Any = tokenizer.chat_template

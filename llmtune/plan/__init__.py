@@ -1,3 +1,1 @@
-"""The frozen plan: hardware, model shape, batches, memory, the placement, and DeepSpeed's
-dictionary.
-"""
+"""The frozen plan: hardware, model shape, batches, memory, placement, DeepSpeed's dictionary."""

@@ -1,5 +1,7 @@
-"""Changes that only the user may make: those of the arithmetic with the memory they save, and the
-smallest one under which a job fits.
+"""Find changes that only the user may make.
+
+These are changes of the arithmetic with the memory they save, and the smallest one under which a
+job fits.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from llmtune.config.groups.zero import OffloadConfig
 from llmtune.config.schema import Config
+from llmtune.optimizer.optimizer import FP32_BYTES, OPTIMIZERS, Optimizer
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder, build_ladder
 from llmtune.plan.memory.model_shape import resolve_shape
@@ -26,7 +29,7 @@ class Advice:
 
     change: str
     saves_bytes: int
-    """On one rank's accelerator, or in its share of the host if that holds the optimizer."""
+    """Bytes saved on one rank's accelerator, or in its host memory if the optimizer is there."""
     where: str
     override: str | None
     """The override to add to the command; None if llmtune has no such option."""
@@ -59,29 +62,42 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
     shape = ladder.shape
     trained = shape.trainable_parameters // (ladder.world_size if placement.zero_stage else 1)
     where = {"none": "accelerator", "cpu": "host", "nvme": "NVMe"}[placement.optimizer]
-    if trained * 12 < 10**9:
+    optimizer = OPTIMIZERS.find(config.optim.kind)
+    master_and_states = optimizer.master_and_state_bytes * trained
+    if master_and_states < 10**9:
         return
     if TUNERS.find(config.tuner.kind).trains_all:
-        lora = shape.trainable_parameters * 12 // ladder.world_size
+        lora = shape.trainable_parameters * optimizer.master_and_state_bytes // ladder.world_size
         yield Advice(
             change="train adapters only", saves_bytes=lora, where=where, override="tuner=lora"
         )
+    for other in OPTIMIZERS.list().values():
+        if other.state_bytes < optimizer.state_bytes:
+            yield Advice(
+                change=f"{other.title} instead of {optimizer.title}",
+                saves_bytes=(optimizer.state_bytes - other.state_bytes) * trained,
+                where=where,
+                override=f"optim={other.name}",
+            )
     yield Advice(
         change="master weights and moments in bf16 instead of fp32",
-        saves_bytes=6 * trained,
+        saves_bytes=master_and_states // 2,
         where=where,
         override=None,
     )
     yield Advice(
         change="moments in 8 bits (bitsandbytes)",
-        saves_bytes=6 * trained,
+        saves_bytes=optimizer.state_bytes * trained * 3 // 4,
         where=where,
         override=None,
     )
     if placement.optimizer == "cpu":
         yield Advice(
-            change="a quarter of the optimizer back on the accelerator, with another AdamW there",
-            saves_bytes=4 * trained,
+            change=(
+                "a quarter of the optimizer back on the accelerator, with another kernel of"
+                f" {optimizer.title} there"
+            ),
+            saves_bytes=(master_and_states + FP32_BYTES * trained) // 4,
             where=where,
             override=None,
         )
@@ -101,7 +117,7 @@ def find_smallest_change(config: Config, ladder: Ladder) -> str:
 
 
 def _plan_again(config: Config, hardware: Hardware, ladder: Ladder) -> Ladder:
-    """The same job for changed config or hardware."""
+    """Plan the same job for changed config or hardware."""
     world_size = ladder.world_size * hardware.nodes // ladder.hardware.nodes
     rows = config.train.global_batch_size
     if isinstance(rows, int) and rows % world_size:
@@ -130,7 +146,7 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
         yield " ".join(restricted), free, hardware
 
     if not hardware.nvme_bytes:
-        drives = _needed_nvme(ladder)
+        drives = _needed_nvme(ladder, OPTIMIZERS.find(config.optim.kind))
         change = f"offload.nvme_path=/path on a drive with {format_bytes(drives)} free"
         yield change, free, replace(hardware, nvme_bytes=drives)
 
@@ -151,7 +167,7 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
 
 
 def _without_restrictions(config: Config, ladder: Ladder) -> Config:
-    """The config with everything left open that changes no result."""
+    """Return the config with everything left open that changes no result."""
     free = copy.deepcopy(config)
     free.offload = replace(OffloadConfig(), nvme_path=config.offload.nvme_path)
     free.zero.stage = "auto"
@@ -164,7 +180,7 @@ def _without_restrictions(config: Config, ladder: Ladder) -> Config:
 
 
 def _restrictions(config: Config, free: Config, ladder: Ladder) -> list[str]:
-    """The overrides that remove the user's restrictions."""
+    """Return the overrides that remove the user's restrictions."""
     train = config.train
     sets_rows_by_product = train.global_batch_size == "auto" and "auto" not in (
         train.per_device_train_batch_size,
@@ -193,15 +209,17 @@ def _more_hardware(config: Config, ladder: Ladder) -> Iterator[Change]:
         yield f"hardware.nodes={nodes}", config, replace(hardware, nodes=nodes)
 
 
-def _needed_nvme(ladder: Ladder) -> int:
+def _needed_nvme(ladder: Ladder, optimizer: Optimizer) -> int:
     """Free space for weights and states, rounded up to half a terabyte or ten gigabytes."""
-    needed = (2 * ladder.shape.parameters + 16 * ladder.shape.trainable_parameters) / USABLE_SHARE
+    swapped = optimizer.master_and_state_bytes + FP32_BYTES
+    weights = 2 * ladder.shape.parameters
+    needed = (weights + swapped * ladder.shape.trainable_parameters) / USABLE_SHARE
     unit = 5 * 10**11 if needed > 10**11 else 10**10
     return int(-(-needed // unit) * unit)
 
 
 def _needed_host(ladder: Ladder) -> int:
-    """Host memory of a node for the cheapest offload to it, rounded up to 64 GB."""
+    """Return the host memory per node for the cheapest offload to it, rounded up to 64 GB."""
     candidates: list[Candidate] = [
         c for c in ladder.candidates if c.placement.rung in ("optimizer_cpu", "cpu")
     ]

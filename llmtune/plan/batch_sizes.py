@@ -43,7 +43,7 @@ class StepRows:
     micro_batch_size: int | None
     """None if the ladder chooses it."""
     origin: str | None
-    """Where ``train.global_batch_size=auto`` came from; None if the user set it."""
+    """Origin of ``train.global_batch_size=auto``; None if the user set it."""
 
 
 def resolve_batch(
@@ -113,7 +113,7 @@ def batch_options(
 def _derive(
     micro_batch_size: int | None, accumulation_steps: int | None, world_size: int
 ) -> tuple[int, str]:
-    """Derive ``train.global_batch_size=auto`` of a new run, and say where it came from."""
+    """Derive ``train.global_batch_size=auto`` of a new run, and name its origin."""
     ranks = counted(world_size, "rank")
     unit = world_size * (micro_batch_size or 1) * (accumulation_steps or 1)
     if micro_batch_size and accumulation_steps:
@@ -216,5 +216,5 @@ def _divisors(value: int) -> list[int]:
 
 
 def _set_value(value: int | str) -> int | None:
-    """The value that the user set; None for ``auto``."""
+    """Return the value that the user set; None for ``auto``."""
     return value if isinstance(value, int) else None

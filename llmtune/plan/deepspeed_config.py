@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.schema import Precision
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.memory.placement import Placement
@@ -19,7 +18,11 @@ def to_deepspeed(
     precision: Precision,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    """Build what ``deepspeed.initialize`` needs; :func:`with_nvme_path` fills in ``nvme_path``."""
+    """Build what ``deepspeed.initialize`` needs; :func:`with_nvme_path` fills in ``nvme_path``.
+
+    Args:
+        optimizer: What :meth:`llmtune.optimizer.optimizer.Optimizer.to_deepspeed` returns.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
@@ -29,7 +32,7 @@ def to_deepspeed(
         # It would wait for the device twice per micro-batch, to print a speed that is measured here
         # anyway.
         "timers": {"throughput": {"enabled": False}},
-        "optimizer": {"type": "AdamW", "params": optimizer},
+        **optimizer,
         "zero_optimization": _zero(placement, sizes),
     }
     if placement.uses_nvme:
@@ -44,24 +47,6 @@ def to_deepspeed(
     if precision is not Precision.fp32:
         config[precision.value] = {"enabled": True}
     return config
-
-
-def adamw_parameters(optim: OptimConfig, learning_rate: float) -> dict[str, Any]:
-    """Return AdamW's settings in DeepSpeed's spelling: torch's fused kernel on every device.
-
-    It is as fast on a CPU as DeepSpeedCPUAdam (40 M parameters on 2 cores: 14 to 20 ms against 20),
-    needs no compiler, and resumes to the bit, which DeepSpeed's kernel does not: that one keeps
-    ``beta^t`` as a running product. One kernel for every rung also means that falling back changes
-    no digit where rungs compute on the same device.
-    """
-    return {
-        "lr": learning_rate,
-        "betas": list(optim.betas),
-        "eps": optim.eps,
-        "weight_decay": optim.weight_decay,
-        "torch_adam": True,
-        "fused": True,
-    }
 
 
 def with_nvme_path(config: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -96,6 +81,8 @@ def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
         "reduce_bucket_size": sizes.reduce_bucket,
         "allgather_bucket_size": sizes.allgather_bucket,
     }
+
+    # The optimizer's states.
     if placement.optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     elif placement.optimizer == "nvme":
@@ -105,6 +92,8 @@ def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
             "buffer_count": sizes.optimizer_buffers,
             "fast_init": False,
         }
+
+    # Weights are partitioned, and may be elsewhere, in stage 3 alone.
     if placement.zero_stage < 3:
         return zero
     zero |= {

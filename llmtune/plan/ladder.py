@@ -1,5 +1,7 @@
-"""The ladder: all placements, micro-batch sizes and activation checkpointing at the user's global
-batch size, and the choice of the fastest that fits.
+"""Build the ladder of placements, and choose the fastest candidate that fits.
+
+Candidates are all placements, micro-batch sizes and activation checkpointing at the user's global
+batch size.
 
 Rungs never change what is computed: precision of states, optimizer and row length are the user's.
 """
@@ -13,6 +15,7 @@ from itertools import product
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
@@ -26,7 +29,7 @@ from llmtune.plan.memory.placement import (
     make_placement,
     named_rung,
 )
-from llmtune.plan.memory.rank_bytes import element_bytes
+from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
@@ -56,11 +59,11 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether it stays within the usable share of every memory."""
+        """Tell whether it stays within the usable share of every memory."""
         return self.lacks is None
 
     def describe(self) -> str:
-        """One phrase for messages."""
+        """Describe the candidate in one phrase, for messages."""
         checkpointing = "on" if self.gradient_checkpointing else "off"
         return (
             f"{self.placement.describe()}; micro-batch {self.batch.micro_batch_size}, checkpointing"
@@ -76,7 +79,7 @@ class Rung:
     candidate: Candidate | None
     """The fastest that fits, or the smallest if none does; None if the rung is not possible."""
     reason: str
-    """Why it was chosen, or why it lost."""
+    """Reason why it was chosen, or why it lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,13 +97,13 @@ class Ladder:
     attn_implementation: str
     activations_origin: str
     refusals: tuple[str, ...] = ()
-    """Why a job that is only planned could not be trained here."""
+    """Reasons why a job that is only planned could not be trained here."""
     notes: tuple[str, ...] = ()
-    """What is worth a line about hardware and model."""
+    """Lines about hardware and model for the page before step 1."""
 
     @property
     def cluster(self) -> Cluster:
-        """The machines and their ranks."""
+        """Return the machines and their ranks."""
         return Cluster(self.hardware, self.world_size)
 
 
@@ -128,6 +131,8 @@ def build_ladder(
         attn_implementation=attn_implementation,
         begun=begun,
     )
+
+    # Candidates of every rung, or why there are none.
     asked = named_rung(config.offload)
     by_rung: dict[str, list[Candidate]] = {}
     blocked: dict[str, str] = {}
@@ -139,6 +144,7 @@ def build_ladder(
         if not by_rung[rung]:
             blocked[rung] = reason or f"needs ZeRO 3, and zero.stage is {config.zero.stage}"
 
+    # The fastest of those that the user left open.
     allowed: list[Candidate] = []
     for rung, candidates in by_rung.items():
         if asked in (None, rung):
@@ -205,7 +211,7 @@ def next_candidate(
 
 
 def _needed(candidate: Candidate, pool: str, only_persistent: bool) -> int:
-    """Planned bytes of one rank in a memory (``device``, ``host`` or ``both``)."""
+    """Return the planned bytes of one rank in a memory (``device``, ``host`` or ``both``)."""
     device = candidate.memory.device
     on_device = device.persistent if only_persistent else device.total
     on_host = candidate.memory.host.total
@@ -271,6 +277,7 @@ class Search:
     ):
         self.config = config
         self.tuner = TUNERS.find(config.tuner.kind)
+        self.arithmetic = Arithmetic(config.precision, OPTIMIZERS.find(config.optim.kind))
         self.shape = shape
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
@@ -293,11 +300,13 @@ class Search:
         """Estimate memory and speed of one candidate."""
         config, shape, world = self.config, self.shape, self.cluster.world_size
         hardware, length = self.cluster.hardware, config.data.max_seq_length
+        optimizer = self.arithmetic.optimizer
         sizes = resize(
-            resolve_zero_sizes(shape, placement, world, hardware.accelerator), config.zero.deepspeed
+            resolve_zero_sizes(shape, placement, optimizer, world, hardware.accelerator),
+            config.zero.deepspeed,
         )
         states = state_bytes(
-            shape, placement, sizes, config.precision, world, batch.accumulation_steps
+            shape, placement, sizes, self.arithmetic, world, batch.accumulation_steps
         )
         settings = TraceSettings(
             rows=batch.micro_batch_size,
@@ -317,13 +326,15 @@ class Search:
             placement,
             sizes,
             states,
-            config.precision,
+            self.arithmetic,
             world,
             Workload(activations, self._eval_logits(batch), hardware.accelerator),
         )
+
+        # What is too small, and how fast it is.
         lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
         speed = estimate_speed(
-            shape, placement, batch, length, recompute, config.precision, self.cluster
+            shape, placement, batch, length, recompute, self.arithmetic, self.cluster
         )
         return Candidate(
             placement=placement,
@@ -336,11 +347,11 @@ class Search:
         )
 
     def _eval_logits(self, batch: BatchPlan) -> int:
-        """Bytes of an evaluation batch's logits, their fp32 copy and the log-probabilities."""
+        """Return the bytes of evaluation logits, their fp32 copy and the log-probabilities."""
         if self.config.data.val_set_size == 0 and self.config.data.eval is None:
             return 0
         rows = self.config.train.per_device_eval_batch_size
         count = rows if isinstance(rows, int) else batch.micro_batch_size
-        size = element_bytes(self.config.precision) + 8
+        size = self.arithmetic.element_bytes + 8
         judged = count if self.shape.judges_rows else count * self.config.data.max_seq_length
         return judged * self.shape.outputs * size

@@ -1,8 +1,9 @@
-"""The default peak learning rate, by the tuner and the size of the model."""
+"""The default peak learning rate, by tuner, size of the model and optimizer."""
 
 from __future__ import annotations
 
 from llmtune.config.groups.optim import OptimConfig
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.tuner.tuner import Tuner
 
 
@@ -13,7 +14,10 @@ def resolve_learning_rate(
     if not isinstance(optim.learning_rate, str):
         return float(optim.learning_rate)
     rate = next(rate for limit, rate in tuner.learning_rates if parameters < limit)
-    notes.append(
-        f"learning rate: {rate:g} (auto: {tuner.name}, {parameters / 1e9:.2g} B parameters)"
-    )
+    optimizer = OPTIMIZERS.find(optim.kind)
+    origin = f"auto: {tuner.name}, {parameters / 1e9:.2g} B parameters"
+    if optimizer.learning_rate_scale != 1.0:
+        rate *= optimizer.learning_rate_scale
+        origin += f", {optimizer.learning_rate_scale:g} of AdamW's for {optimizer.title}"
+    notes.append(f"learning rate: {rate:g} ({origin})")
     return rate

@@ -15,10 +15,11 @@ from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.abilities import check_row_length, check_stage
 from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
-from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed, with_nvme_path
+from llmtune.plan.deepspeed_config import to_deepspeed, with_nvme_path
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 from llmtune.plan.devices.hardware import Hardware, fp16_supported, resolve_hardware
@@ -51,7 +52,7 @@ class Plan:
     learning_rate: float
     deepspeed: dict[str, Any]
     notes: tuple[str, ...]
-    """Where the derived values came from, for the page before step 1."""
+    """Origins of the derived values, for the page before step 1."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for ``plan.json`` and for the ranks."""
@@ -120,6 +121,7 @@ def resolve_ladder(
                 raise
             refusals.append(str(error))
 
+    # The hardware.
     check_raw(config.zero.deepspeed)
     on_node = max(1, world_size // config.hardware.nodes) if world_size else None
     hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning, on_node)
@@ -128,6 +130,8 @@ def resolve_ladder(
     if not planning and config.offload.nvme_path is None:
         # hardware.nvme_bytes alone is for planning.
         hardware = replace(hardware, nvme_bytes=0)
+
+    # The model on it.
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_task, shape, config.model.name_or_path)
@@ -137,6 +141,8 @@ def resolve_ladder(
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
     )
+
+    # The rungs; the stage that was chosen may be one that the architecture cannot use.
     ladder = build_ladder(config, hardware, shape, world, kernel, begun)
     if ladder.chosen is not None:
         require(
@@ -159,16 +165,15 @@ def plan_candidate(
         *ladder.notes,
         f"ranks: {ladder.world_size} ({_world_origin(config, launched)})",
     ]
-    tuner = TUNERS.find(config.tuner.kind)
+    tuner, optimizer = TUNERS.find(config.tuner.kind), OPTIMIZERS.find(config.optim.kind)
     rate = resolve_learning_rate(config.optim, tuner, ladder.shape.parameters, notes)
     notes += [ladder.rows.origin] if ladder.rows.origin else []
     notes += describe_choice(config, ladder, candidate)
-    optimizer = adamw_parameters(config.optim, rate)
     planned = to_deepspeed(
         candidate.placement,
         candidate.batch,
         candidate.sizes,
-        optimizer,
+        optimizer.to_deepspeed(config.optim, rate),
         config.precision,
         config.train.max_grad_norm,
     )
@@ -214,7 +219,7 @@ def _resolve_world_size(config: Config, hardware: Hardware) -> int:
 def _world_origin(config: Config, launched: bool) -> str:
     if launched:
         return "from the launcher"
-    return "launch.nproc" if config.launch.nproc else "one a GPU, or one on a CPU"
+    return "launch.nproc" if config.launch.nproc else "one per GPU, or one on a CPU"
 
 
 def _check_task(shape: ModelShape, name: str) -> None:

@@ -17,7 +17,7 @@ class SplitSummary:
     STORED_NAMES: ClassVar = {"supervised_tokens": "trained_tokens", "duplicates_of_eval": "twins"}
 
     rows: int
-    """As the model sees them: packed rows where packing is on."""
+    """Rows as the model sees them: packed rows where packing is on."""
     documents: int
     """Rows of the sources, repeats counted."""
     tokens: int
@@ -27,8 +27,9 @@ class SplitSummary:
     """Rows left out as over-long."""
     truncated: int
     skipped: int
-    """Rows left out because they cannot be trained on, or, of evaluation files, because they are
-    trained on.
+    """Rows left out because they cannot be trained on.
+
+    In evaluation files also those that are trained on.
     """
     duplicates_of_eval: int = 0
     """Training rows left out because they equal an evaluation row that was split off."""
@@ -42,7 +43,7 @@ class SplitSummary:
         return cls(**{names.get(key, key): value for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, under the names that files hold."""
+        """Return plain values, under the names that files hold."""
         return {self.STORED_NAMES.get(key, key): value for key, value in asdict(self).items()}
 
 
@@ -60,11 +61,17 @@ class PreparedData:
     special_tokens: list[int]
     """Special tokens that occur in the rows."""
     classes: list[str | int | float]
-    """Labels of classification rows, sorted; at most ``llmtune.data.index.MAX_CLASSES``."""
+    """Classes of rows with labels, sorted."""
     fatal: int
     """Problems for which training is refused."""
     left_out: int
     """Problems of rows that were left out instead."""
+    class_counts: list[int] = field(default_factory=list)
+    """Training rows, or words, of each class."""
+    label_kind: str | None = None
+    """Kind of the labels (:class:`llmtune.task.labels.LabelKind`); None where rows have none."""
+    outputs: int = 0
+    """Classes, or values per row."""
     unknown_fields: list[str] = field(default_factory=list)
     """Fields of rows, messages and parts that are neither read nor known to be harmless, sorted."""
     formats: list[str] = field(default_factory=list)
@@ -80,7 +87,7 @@ class PreparedData:
         return cls(**{**values, **splits})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, under the names that files hold."""
+        """Return plain values, under the names that files hold."""
         splits = {
             "train": self.train.to_dict(),
             "eval": self.eval.to_dict() if self.eval else None,

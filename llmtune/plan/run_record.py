@@ -56,12 +56,12 @@ class MemoryFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """What ``plan.json`` holds."""
+    """The contents of ``plan.json``."""
 
     world_size: int | None = None
     hardware: Hardware | None = None
     shape: ModelShape | None = None
-    """Without its tensors."""
+    """The model's shape, without its tensors."""
     placement: Placement | None = None
     batch: BatchPlan | None = None
     memory: MemoryPlan | None = None
@@ -72,29 +72,31 @@ class RunRecord:
     learning_rate: float | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    """Where the derived values came from."""
+    """Origins of the derived values."""
     steps: StepsPlan | None = None
     data: PreparedData | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+    """Values of :class:`llmtune.task.labels.Labels`; empty for language modeling."""
     model_folder: Path | None = None
     run_name: str | None = None
     """The name by which a mirror knows the run."""
     run_id: str | None = None
-    """What the run's place at a mirror is marked with; None in a run of an earlier version."""
+    """Id that marks the run's folder at a mirror; None in a run of an earlier version."""
     began_from: BeganFrom | None = None
-    """None for a run that began from the beginning."""
+    """None for a run that began without a checkpoint."""
     history: tuple[MemoryFailure, ...] = ()
     """Attempts that ran out of memory, oldest first."""
 
     @classmethod
     def of_plan(cls, plan: Plan, **rest: Any) -> RunRecord:
-        """The record of a plan, with the fields that are not the plan's."""
+        """Make the record of a plan, with the fields that are not the plan's."""
         values = {item.name: getattr(plan, item.name) for item in fields(plan)}
         # Hundreds of tensors that only planning needs.
         shape = replace(plan.shape, tensors=())
         return cls(**{**values, "shape": shape}, **rest)
 
     def to_json(self) -> str:
-        """The text of the file, without secrets."""
+        """Return the text of the file, without secrets."""
         values = asdict(self)
         if self.shape is not None:
             del values["shape"]["tensors"]
@@ -113,5 +115,5 @@ class RunRecord:
 
     @classmethod
     def from_plain(cls, values: Any) -> RunRecord:
-        """The same of what ``json.loads`` returned."""
+        """Read the record from what ``json.loads`` returned."""
         return from_plain(cls, values)

@@ -11,19 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtune.config.schema import Precision
+from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.rank_bytes import NF4_BYTES, element_bytes
+from llmtune.plan.memory.rank_bytes import NF4_BYTES, Arithmetic, element_bytes
 
-#: Bytes of host memory that CPU Adam touches per parameter: it reads weight, gradient and two
-#: moments, and writes three of them (fp32) and the weight's copy in the training dtype.
-CPU_ADAM_BYTES = 34
 #: Seconds that Python and kernel launches add per layer and pass, without and with ZeRO 3's hooks.
 LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}
-#: Bytes of device memory that Adam touches per parameter, and a device's bandwidth for it.
-ADAM_BYTES, DEVICE_BANDWIDTH = 30, {"cuda": 1.5e12, "cpu": 10e9}
+#: Bytes of memory that a step touches per parameter, beside the states that it reads and writes: it
+#: reads weight and gradient, and writes the weight (fp32) and its copy in the training dtype. On
+#: the host four more are counted.
+STEP_BYTES, HOST_BYTES = 14, 4
+#: A device's bandwidth for it.
+DEVICE_BANDWIDTH = {"cuda": 1.5e12, "cpu": 10e9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,13 @@ class SpeedPlan:
     """The longest term."""
     terms: dict[str, float]
     """Seconds per step by cause, overlap not subtracted."""
+
+
+def step_bytes(optimizer: Optimizer) -> int:
+    """Count the bytes of a device's memory that an optimizer step touches per parameter."""
+    if optimizer.kernel_bytes is not None:
+        return optimizer.kernel_bytes
+    return STEP_BYTES + 2 * optimizer.state_bytes
 
 
 def forward_flops(shape: ModelShape, length: int) -> float:
@@ -71,7 +80,7 @@ class Cluster:
 
     @property
     def ranks_on_node(self) -> int:
-        """Ranks that share a machine."""
+        """Return the number of ranks that share a machine."""
         return max(1, self.world_size // self.hardware.nodes)
 
     def collective_seconds(self, nbytes: float) -> float:
@@ -91,27 +100,34 @@ def estimate_speed(
     batch: BatchPlan,
     length: int,
     gradient_checkpointing: bool,
-    precision: Precision,
+    arithmetic: Arithmetic,
     cluster: Cluster,
 ) -> SpeedPlan:
     """Predict the seconds of one optimizer step over rows of ``length`` tokens."""
     hardware, accumulation_steps = cluster.hardware, batch.accumulation_steps
+    precision = arithmetic.precision
     tokens = batch.micro_batch_size * length
     ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
     flops = _flops(hardware, precision)
+
+    # Arithmetic, and the launches of kernels.
     compute = tokens * step_flops(shape, length, gradient_checkpointing) * ranks / flops
     passes = 3 if gradient_checkpointing else 2
     compute += (
         passes * shape.layers * LAUNCH_SECONDS[hardware.accelerator][placement.zero_stage == 3]
     )
+
+    # Other work per micro-batch, and once per step.
     gathers = _gather_seconds(shape, placement, passes, precision, cluster)
     weights = _weights_seconds(shape, placement, passes, precision, cluster)
     terms = {
         "compute": accumulation_steps * compute,
         "gathers": accumulation_steps * gathers,
         "weights from offload": accumulation_steps * weights,
-        **_step_terms(shape, placement, batch, precision, cluster),
+        **_step_terms(shape, placement, batch, arithmetic, cluster),
     }
+
+    # Gathers overlap with arithmetic; all else is added.
     overlapped = max(terms["compute"], terms["gathers"])
     rest = sum(value for name, value in terms.items() if name not in ("compute", "gathers"))
     seconds = overlapped + rest
@@ -125,7 +141,7 @@ def estimate_speed(
 
 
 def _flops(hardware: Hardware, precision: Precision) -> float:
-    """Operations per second that a training step reaches."""
+    """Return the operations per second that a training step reaches."""
     if precision is not Precision.fp32:
         return hardware.flops * hardware.efficiency
     # A CPU's vector units have half of bf16's rate; a GPU computes fp32 outside of its tensor
@@ -136,7 +152,7 @@ def _flops(hardware: Hardware, precision: Precision) -> float:
 def _gather_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Seconds of one micro-batch's collectives: weights in both passes, and gradients."""
+    """Return the seconds of a micro-batch's collectives: weights in both passes, and gradients."""
     size = element_bytes(precision)
     seconds = 0.0
     if placement.zero_stage == 3:
@@ -152,7 +168,7 @@ def _gather_seconds(
 def _weights_seconds(
     shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
 ) -> float:
-    """Seconds of one micro-batch to bring offloaded weights to the accelerator."""
+    """Return the seconds per micro-batch to bring offloaded weights to the accelerator."""
     if placement.param == "none":
         return 0.0
     hardware = cluster.hardware
@@ -169,33 +185,40 @@ def _step_terms(
     shape: ModelShape,
     placement: Placement,
     batch: BatchPlan,
-    precision: Precision,
+    arithmetic: Arithmetic,
     cluster: Cluster,
 ) -> dict[str, float]:
     """Seconds of what is done once per step, after the backward pass."""
-    hardware, size = cluster.hardware, element_bytes(precision)
-    trained = shape.trainable_parameters
+    hardware, size = cluster.hardware, arithmetic.element_bytes
+    trained, optimizer = shape.trainable_parameters, arithmetic.optimizer
     share = trained / (1 if placement.zero_stage == 0 else cluster.world_size)
     terms: dict[str, float] = {}
+
+    # Collectives of the step.
     if placement.zero_stage == 0:
         terms["gradient reduction"] = 2 * cluster.collective_seconds(size * trained)
     elif placement.zero_stage < 3:
         rounds = 2 if placement.zero_stage == 1 else 1
         terms["weights after the step"] = rounds * cluster.collective_seconds(size * trained)
+
+    # AdamW on the device, or on the host with what goes there and back.
     if placement.optimizer == "none":
         ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
-        terms["optimizer"] = ADAM_BYTES * share * ranks / DEVICE_BANDWIDTH[hardware.accelerator]
+        touched = step_bytes(optimizer) * share * ranks
+        terms["optimizer"] = touched / DEVICE_BANDWIDTH[hardware.accelerator]
         return terms
     on_node = share * cluster.ranks_on_node
-    terms["optimizer on the host"] = CPU_ADAM_BYTES * on_node / hardware.host_memory_bandwidth
+    touched = (step_bytes(optimizer) + HOST_BYTES) * on_node
+    terms["optimizer on the host"] = touched / hardware.host_memory_bandwidth
     # Each micro-batch's gradients go to the host and, to be added to, back again; at the end fp32
     # gradients go to the host, and weights come back.
     moved = 2 * size * share * (batch.accumulation_steps - 1) + (size + 4 + size) * share
     terms["gradients and weights over PCIe"] = moved / hardware.pcie_bandwidth
     if placement.optimizer == "nvme":
+        # Weights, states and gradients.
+        swapped = (optimizer.master_and_state_bytes + FP32_BYTES) * on_node
         terms["optimizer states on NVMe"] = (
-            16 * on_node / hardware.nvme_read_bandwidth
-            + 16 * on_node / hardware.nvme_write_bandwidth
+            swapped / hardware.nvme_read_bandwidth + swapped / hardware.nvme_write_bandwidth
         )
     if placement.param == "nvme" and not shape.adapter_parameters:
         terms["weights to NVMe"] = size * on_node / hardware.nvme_write_bandwidth

@@ -21,7 +21,7 @@ class StepsPlan:
     total_rows: int | None
     """Rows after which the last step ends, for epochs; None where ``max_steps`` decides."""
     origin: str
-    """Where the length came from, for the page before step 1."""
+    """Origin of the length, for the page before step 1."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StepsPlan:

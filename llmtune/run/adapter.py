@@ -97,7 +97,7 @@ def _folder(tuner: TunerConfig) -> Path:
 
 
 def _asked(composed: Composed) -> set[str]:
-    """Keys of ``tuner`` that the command line set, or that an experiment changed."""
+    """Return keys of ``tuner`` that the command line set, or that an experiment changed."""
     tuner, defaults = composed.config.tuner, TunerConfig()
     return {
         item.name
@@ -108,7 +108,7 @@ def _asked(composed: Composed) -> set[str]:
 
 
 def _stored_tuner(run: Path, tuner: TunerConfig) -> TunerConfig | None:
-    """The tuner that the run began with, if it has checkpoints of the same adapter."""
+    """Return the tuner that the run began with, if it has checkpoints of the same adapter."""
     file = run / layout.CONFIG
     if not file.is_file() or not find_checkpoints(run):
         return None
@@ -117,7 +117,7 @@ def _stored_tuner(run: Path, tuner: TunerConfig) -> TunerConfig | None:
 
 
 def _built(shape: ModelShape) -> dict[str, int]:
-    """Elements of each adapter tensor, by its name in a file."""
+    """Return the elements of each adapter tensor, by its name in a file."""
     return {
         f"{PREFIX}{tensor.name.replace('.default.', '.')}": tensor.numel
         for tensor in shape.tensors

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import describe_own_code, explain_own_code
 from llmtune.model.source import resolve_model_folder
+from llmtune.model.task_folder import read_labels, resolve_task_folder
+from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan.run_record import RunRecord
 from llmtune.run.prepare import cache_dir
 from llmtune.security.terminal import to_terminal
@@ -25,6 +27,8 @@ from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
 from llmtune.storage.manifest import check_undamaged, is_complete
 from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.task.labels import Labels
+from llmtune.task.task import AUTO
 from llmtune.tuner.stored_adapter import read_adapter_config
 from llmtune.tuner.tuner import TUNERS
 
@@ -46,19 +50,32 @@ class Target:
     adapter: Path | None
     run: Path | None
     base_name: str
+    labels: Labels = field(default_factory=Labels)
+    """The classes that the model tells apart; none for a language model."""
     code_asked_by: str | None = None
-    """The stored configuration that turns on ``model.trust_remote_code``, which only the command
-    line can.
-    """
+    """Origin of ``model.trust_remote_code=true`` in a stored configuration, which is not enough."""
 
 
 def resolve_target(composed: Composed) -> Target:
-    """Find what the command line names.
+    """Find what the command line names, and what it was trained to do.
 
     Raises:
         ConfigError: Two things are named at once.
         CheckpointError: There is nothing complete at that place.
     """
+    target = _find_target(composed)
+    model, record = target.config.model, RunRecord()
+    task, labels = read_labels(target.model_folder)
+    if target.run is not None:
+        record = _read_record(target.run / layout.PLAN)
+    if model.task == AUTO and labels.kind is not None:
+        model = replace(model, task=task)
+    if record.labels and labels.kind is not None:
+        labels = replace(labels, weights=Labels.from_dict(record.labels).weights)
+    return replace(target, config=replace(target.config, model=model), labels=labels)
+
+
+def _find_target(composed: Composed) -> Target:
     given, config = composed.config.target, composed.config
     places = {"run": given.run, "checkpoint": given.checkpoint, "base": given.base}
     named = [key for key, place in places.items() if place]
@@ -66,6 +83,8 @@ def resolve_target(composed: Composed) -> Target:
         raise ConfigError(f"{' and '.join(f'{key}=' for key in named)} exclude each other")
     if given.adapter and named not in (["base"], []):
         raise ConfigError(f"adapter= goes with base=, not with {named[0]}=")
+
+    # A run: what it trained, or its newest checkpoint.
     if given.run:
         run = Path(given.run).expanduser()
         stored = _stored_config(run, run / layout.CONFIG)
@@ -77,6 +96,8 @@ def resolve_target(composed: Composed) -> Target:
             )
         check_undamaged(folder, left_out=layout.is_state_file)
         return _from_stored(stored, composed, folder, run)
+
+    # A checkpoint of llmtune, which may be outside of its run.
     if given.checkpoint:
         folder = Path(given.checkpoint).expanduser()
         if not is_complete(folder):
@@ -84,6 +105,8 @@ def resolve_target(composed: Composed) -> Target:
         check_undamaged(folder, left_out=layout.is_state_file)
         stored = _stored_config(folder, folder / layout.CONFIG)
         return _from_stored(stored, composed, folder, folder.parent)
+
+    # A base, with or without an adapter.
     if given.adapter and "model" in composed.unnamed:
         raise ConfigError(f"adapter={given.adapter} needs its base model: add base=MODEL")
     model = config.model
@@ -97,7 +120,7 @@ def resolve_target(composed: Composed) -> Target:
 
 
 def _from_stored(stored: Config, composed: Composed, folder: Path, run: Path) -> Target:
-    """The target as its stored configuration describes it, which may be anybody's.
+    """Return the target as its stored configuration describes it, which may be anybody's.
 
     It says neither that code is run nor where this call keeps its files: the command line does.
     """
@@ -113,7 +136,7 @@ def load_model(target: Target) -> tuple[Any, Any]:
     """Load the model, with its adapter, in evaluation mode, on the GPUs if any, and its tokenizer.
 
     Raises:
-        ConfigError: The model needs Python code of its own, and the command line does not allow it.
+        ConfigError: The model needs its own Python code, and the command line does not allow it.
         CheckpointError: The adapter cannot be read, or is another model's.
     """
     if target.config.model.trust_remote_code and (note := describe_own_code(target.model_folder)):
@@ -128,12 +151,11 @@ def load_model(target: Target) -> tuple[Any, Any]:
 
 
 def _load_tokenizer(target: Target) -> Any:
-    """Load the tokenizer of the adapter, which may have tokens of its own, or else the base's.
+    """Load the tokenizer of the adapter, which may have added tokens, or else the base's.
 
     Code is the base's alone.
     """
     from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
-    from llmtune.model.tokenizer import load_tokenizer
 
     folder, code_of = target.model_folder, None
     if target.adapter is not None and (target.adapter / "tokenizer.json").is_file():
@@ -141,7 +163,8 @@ def _load_tokenizer(target: Target) -> Any:
     template = load_chat_template(target.config.data.chat_template)
     with explain_own_code(folder, target.code_asked_by, of_adapter=code_of is not None):
         tokenizer = load_tokenizer(folder, target.config.model, template, code_of)
-    check_chat_template(tokenizer, target.base_name)
+    if target.labels.kind is None:
+        check_chat_template(tokenizer, target.base_name)
     return tokenizer
 
 
@@ -160,7 +183,7 @@ def _load_weights(target: Target) -> Any:
     capability = visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
     trusted = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
-    kernels = attention_kernels(build_meta_model(architecture, trusted)[0])
+    kernels = attention_kernels(build_meta_model(architecture, trusted, config.model.task)[0])
     attention = resolve_attention(config, accelerator, kernels, capability)
     places = (
         WeightsTo(place_weights(target.model_folder, config.precision))
@@ -192,7 +215,7 @@ def place_weights(folder: Path, precision: Precision) -> Any:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, or of the host, in bytes."""
+    """Return the free memory of a GPU, or of the host, in bytes."""
     import psutil
     import torch
 
@@ -220,6 +243,8 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"adapter {adapter}: {str(error).splitlines()[0]}") from error
+
+    # Matrices that are missing or left over are another model's.
     missing = [name for name in found.missing_keys if "lora_" in name]
     if wrong := [*missing, *found.unexpected_keys]:
         raise CheckpointError(
@@ -231,7 +256,7 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
 
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
-    """The target of a run: the adapter on its base, or the whole model, in ``folder``."""
+    """Return the target of a run: the adapter on its base, or the whole model, in ``folder``."""
     if not TUNERS.find(config.tuner.kind).has_adapter:
         return Target(
             config=config,
@@ -251,28 +276,34 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 
 def _base_folder(config: Config, run: Path) -> Path:
     """The folder of the run's base: as in training, or as the configuration finds it now."""
-    noted = _noted_base(run / layout.PLAN)
+    record = _read_record(run / layout.PLAN)
+    noted, cache = record.model_folder, cache_dir(config)
     if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
         return noted
-    return resolve_model_folder(config.model, cache_dir(config))
+    base = resolve_model_folder(config.model, cache)
+    labels = Labels.from_dict(record.labels)
+    tokenizer = load_tokenizer(base, config.model)
+    return resolve_task_folder(
+        base, config.model, labels, tokenizer, config.seed, cache, lambda _: None
+    )
 
 
-def _noted_base(plan: Path) -> Path | None:
-    """The base folder in ``plan.json``; None also if a crash of the machine cut the file off.
+def _read_record(plan: Path) -> RunRecord:
+    """Read ``plan.json``; the record is empty if a crash of the machine cut the file off.
 
     Raises:
         CheckpointError: The plan may not be opened.
     """
     if not plan.is_file():
-        return None
+        return RunRecord()
     try:
-        return RunRecord.from_json(read_foreign(plan, CheckpointError)).model_folder
+        return RunRecord.from_json(read_foreign(plan, CheckpointError))
     except ValueError:
-        return None
+        return RunRecord()
 
 
 def trained_folder(run: Path, config: Config) -> Path:
-    """The folder of the trained model, or of the newest checkpoint of an unfinished run."""
+    """Return the folder of the trained model, or an unfinished run's newest checkpoint."""
     result = layout.result_folder(run, TUNERS.find(config.tuner.kind).has_adapter)
     if is_complete(result):
         return result

@@ -20,9 +20,10 @@ from llmtune.model.weights.quantized import (
 from llmtune.model.weights.report import WeightReport
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.hashing import sha256_files
+from llmtune.task.task import find_task
 from llmtune.tuner.tuner import TUNERS
 
-#: What the remembered answers depend on beside the model.
+#: Dependencies of the remembered answers beside the model.
 _SOURCES = (
     "model/weights/names.py",
     "model/weights/files.py",
@@ -71,9 +72,10 @@ def check_model(
         ConfigError: Documents of a packed row would see each other.
     """
     name, trusted = config.model.name_or_path, config.model.trust_remote_code
+    task = config.model.task
     settings = quantization(folder)
     if settings is None or has_known_names(settings):
-        for note in _find_weight_notes(name, folder, trusted, cache_dir):
+        for note in _find_weight_notes(name, folder, trusted, cache_dir, task):
             say(note)
     if settings is not None:
         say(_describe_comparison(settings))
@@ -94,14 +96,16 @@ def _describe_comparison(settings: dict[str, Any]) -> str:
     )
 
 
-def _find_weight_notes(name: str, folder: Path, trusted: bool, cache_dir: Path | None) -> list[str]:
-    key = repr((_sources(), identify_weights(folder)))
+def _find_weight_notes(
+    name: str, folder: Path, trusted: bool, cache_dir: Path | None, task: str
+) -> list[str]:
+    key = repr((_sources(), identify_weights(folder), find_task(task).name))
     values = None if trusted else read_cached(cache_dir, "weights", key)
     if values is None:
         from llmtune.model.weights.check import compare_weights
         from llmtune.plan.memory.model_shape import build_meta_model
 
-        model, _ = build_meta_model(_architecture(folder, trusted), trusted)
+        model, _ = build_meta_model(_architecture(folder, trusted), trusted, task)
         values = compare_weights(model, folder).to_dict()
         write_cached(cache_dir, "weights", key, values)
     report = WeightReport.from_dict(values)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.run.adapter import describe_adapter
@@ -13,7 +16,7 @@ from llmtune.units import format_bytes, format_count
 
 
 def describe(request: RunRequest) -> dict[str, str]:
-    """The rows of the page: a title and its text each."""
+    """Return the rows of the page: a title and its text each."""
     config, plan, data, steps = request.config, request.plan, request.data, request.steps
     shape = plan.shape
     tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
@@ -28,7 +31,8 @@ def describe(request: RunRequest) -> dict[str, str]:
         "batch": plan.batch.describe(),
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
         "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type}",
-        "precision": f"{config.precision.value}; fp32 master weights and moments",
+        "optimizer": OPTIMIZERS.find(config.optim.kind).describe(asdict(config.optim)),
+        "precision": f"{config.precision.value}; fp32 master weights and optimizer states",
         "placement": plan.placement.describe(),
         "memory": describe_memory(plan),
         "derived": "; ".join(plan.notes),
@@ -70,7 +74,7 @@ def describe_data(config: Config, data: PreparedData) -> str:
 
 
 def describe_memory(plan: Plan) -> str:
-    """Describe the planned peak memory of a rank."""
+    """Describe the planned peak memory per rank."""
     memory = plan.memory
     if plan.hardware.accelerator == "cpu":
         text = f"about {format_bytes(memory.device.total + memory.host.total)} per rank at its peak"

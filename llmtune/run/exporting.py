@@ -33,7 +33,7 @@ def export_run(run: Path, config: Config, output: Path, say: Callable[[str], Non
 
 
 def export_target(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
-    """Export a resolved target into ``output``; the folder that was written."""
+    """Export a resolved target into ``output``; return the folder that was written."""
     with show_progress(f"writing {output.name}", say) as shown:
         request = ExportRequest(
             base=target.model_folder,
@@ -49,7 +49,7 @@ def export_target(target: Target, config: Config, output: Path, say: Callable[[s
 
 
 def export_zero_checkpoint(given: Config) -> Path:
-    """Export a checkpoint that DeepSpeed wrote, from any program; the folder that was written.
+    """Export a checkpoint that DeepSpeed wrote, from any program; return the written folder.
 
     ``base=`` names the model that it was trained from.
     """
@@ -63,12 +63,15 @@ def export_zero_checkpoint(given: Config) -> Path:
         tempfile.TemporaryDirectory(prefix="llmtune-") as scratch,
         show_progress(f"writing {output.name}", print_line) as shown,
     ):
+        # An adapter is first written as peft does, into a folder of this start alone.
         adapter = Path(scratch) if has_adapter(zero) else None
         if adapter is not None and not write_adapter(zero, adapter):
             raise ExportError(
                 f"{checkpoint}: an adapter was trained, and its adapter_config.json is not beside"
                 " it; put it there, from the program that trained it"
             )
+
+        # With ``base=`` an adapter is merged onto that model; else the checkpoint has all tensors.
         base_name = given.target.base or described.name
         own_weights = None if adapter is not None and given.target.base else checkpoint
         unpacked_from = checkpoint if adapter is not None else None
@@ -88,7 +91,7 @@ def export_zero_checkpoint(given: Config) -> Path:
 
 
 def _describing_folder(given: Config, checkpoint: Path) -> Path:
-    """The folder with ``config.json`` and the tokenizer: ``base=``, or the ranks' own.
+    """Return the folder with ``config.json`` and the tokenizer: ``base=``, or the ranks' own.
 
     Transformers' Trainer puts them beside the ranks' files.
     """
@@ -112,7 +115,7 @@ def print_line(text: str) -> None:
 
 
 def output_folder(given: Config, target: Target) -> Path:
-    """``output_dir``, or a folder beside what is exported."""
+    """Return ``output_dir``, or a folder beside what is exported."""
     if given.output_dir:
         return Path(given.output_dir).expanduser()
     if given.target.checkpoint:

@@ -1,10 +1,7 @@
-"""Run training attempts: restart after a rank failure, take the next rung after running out of
-memory.
-"""
+"""Run training attempts: restart after a rank failure, take the next rung after out-of-memory."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +31,7 @@ from llmtune.run.describe import describe
 from llmtune.run.prepare import attempt, prepare_run
 from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 from llmtune.storage import layout
-from llmtune.storage.rank_files import FinishedRecord
+from llmtune.storage.rank_files import FinishedRecord, RestartRecord
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
@@ -76,7 +73,7 @@ class FallbackRunner:
         self.tried: list[Candidate] = []
         self.restarts = Restarts(composed.config.launch.max_restarts)
         self.at_limit: MemoryEvent | None = None
-        """Of the last attempt: memory that may have run out."""
+        """Memory that may have run out in the last attempt."""
 
     def run(self) -> bool:
         """Train until the end, on whatever rung; False if the run was finished already.
@@ -99,8 +96,10 @@ class FallbackRunner:
                 except (RanOutOfMemoryError, RanksFailedError) as error:
                     failure = error
                 stack.enter_context(
-                    raise_stops("stopped between two attempts; the same command goes on")
+                    raise_stops("stopped between two attempts; the same command resumes")
                 )
+
+                # Out of memory: take the next rung. Any other failure of a rank: wait, and restart.
                 event = self._memory_event(failure)
                 if event is not None:
                     candidate = self._next(candidate, event)
@@ -111,7 +110,7 @@ class FallbackRunner:
         return False
 
     def _memory_event(self, failure: RanOutOfMemoryError | RanksFailedError) -> MemoryEvent | None:
-        """Memory that ran out: reported, or because ranks ended at their limit twice in a phase."""
+        """Find memory that ran out: reported, or ranks ended at their limit twice in a phase."""
         if isinstance(failure, RanOutOfMemoryError):
             return failure.event
         before, self.at_limit = self.at_limit, failure.at_limit
@@ -136,7 +135,7 @@ class FallbackRunner:
             return attempt(self.inputs, plan, resume_from, self.console, self.history)
 
     def _take_ranks_ahead(self) -> RankGroup | None:
-        """The ranks that wait, once: a further attempt may be on another rung."""
+        """Return the ranks that wait, once: a further attempt may be on another rung."""
         ahead, self._ahead = self._ahead, None
         return ahead.take() if ahead is not None else None
 
@@ -150,16 +149,16 @@ class FallbackRunner:
         time.sleep(wait_seconds)
 
     def _record_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
-        entry = {
-            "time": time.time(),
-            "reason": failure.reason,
-            "step": failure.step,
-            "resumed_from": request.resume_from.name if request.resume_from else None,
-            "rollback": failure.rollback,
-        }
-        # It is a record for people; the run does not depend on it.
-        with suppress(OSError), (self.folder.path / layout.RESTARTS).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        record = RestartRecord(
+            time=time.time(),
+            reason=failure.reason,
+            step=failure.step,
+            resumed_from=request.resume_from.name if request.resume_from else None,
+            rollback=failure.rollback,
+        )
+        # It is for people; the run does not depend on it.
+        with suppress(OSError):
+            record.append(self.folder.path)
 
     def _resume_own_work(self, began_from: Path | None) -> None:
         """Resume this run's newest checkpoint from now on, wherever the command said to begin."""
@@ -173,7 +172,7 @@ class FallbackRunner:
         return found[-1] if found else None
 
     def _first(self) -> Candidate:
-        """The ladder's choice, or the rung that an earlier start reached on the same hardware."""
+        """Return the ladder's choice, or the rung of an earlier start on the same hardware."""
         candidate = self.ladder.chosen
         assert candidate is not None
         for entry in self.history:
@@ -190,6 +189,7 @@ class FallbackRunner:
         return candidate
 
     def _next(self, failed: Candidate, event: MemoryEvent) -> Candidate:
+        # The failure is recorded at once, so that later starts do not try this candidate again.
         self.tried.append(failed)
         entry = MemoryFailure(
             candidate=_key(failed),
@@ -199,6 +199,8 @@ class FallbackRunner:
         )
         self.history = (*self.history, entry)
         self.folder.write_record(replace(self.folder.read_record(), history=self.history))
+
+        # The next rung, where the user left the choice open.
         if not self._may_move:
             raise DoesNotFitError(self._refusal(failed, event))
         following = next_candidate(self.ladder, failed, self.tried, event.phase, event.pool)
@@ -224,12 +226,12 @@ class FallbackRunner:
         return (
             f"{event.describe()}\noffload={rung} was asked for, so no other rung was tried. Take"
             " offload=auto, which goes down the ladder by"
-            f" itself{f' (here: {named})' if named else ''}. The same command with it goes on from"
+            f" itself{f' (here: {named})' if named else ''}. The same command with it resumes from"
             f" the newest checkpoint.\n{_hint(self.composed.config)}"
         )
 
     def _conditions(self) -> dict[str, Any]:
-        """The conditions under which an earlier failure counts."""
+        """Return the conditions under which an earlier failure counts."""
         hardware = self.ladder.hardware
         return {
             "world_size": self.ladder.world_size,
@@ -250,7 +252,7 @@ def check_fits(config: Config, ladder: Ladder) -> None:
 
 
 def place_swap(plan: Plan, composed: Composed, target: RunTarget) -> Plan:
-    """The plan with this run's own folder on NVMe."""
+    """Return the plan with this run's own folder on NVMe."""
     path = composed.config.offload.nvme_path
     if not plan.placement.uses_nvme or path is None:
         return plan

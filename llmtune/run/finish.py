@@ -8,6 +8,7 @@ from pathlib import Path
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.config.stored import load_config
 from llmtune.storage import layout
+from llmtune.task.task import find_task
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 from llmtune.train.run_folder import RunFolder
@@ -19,7 +20,7 @@ def finished_message(run: Path) -> str:
     records = read_metrics(run / layout.METRICS)
     held_out = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     losses = [record["loss"] for record in records if record.get("loss") is not None]
-    # A run that began from the checkpoint of its last step has no lines of its own.
+    # A run that began from the checkpoint of its last step has written no lines.
     finished = RunFolder(run).finished_step
     step = records[-1]["step"] if records else finished or 0
     text = f"finished: {run} is at step {step}"
@@ -42,7 +43,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     has_adapter = TUNERS.find(config.tuner.kind).has_adapter
     trained = layout.result_folder(run, has_adapter)
     as_trained = "adapter" if has_adapter else "safetensors"
-    # What was trained lies there in its own dtype; another one has to be written.
+    # What was trained is there in its own dtype; another dtype has to be written.
     is_there = (
         export.format == as_trained and export.dtype is ExportDtype.auto and not export.upload
     )
@@ -54,6 +55,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     from llmtune.export.publish.upload import upload_export
     from llmtune.run.exporting import export_run
 
+    # Export, unless an earlier start has; then only its upload may be missing.
     exported = layout.export_folder(run, export.format)
     if export.dry_run or not is_export_of(exported, trained, export):
         export_run(run, config, exported, console.say)
@@ -67,4 +69,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
         f"merged model: {exported}" if is_merged else f"exported {export.format}: {exported}"
     )
     console.say(f"{'adapter:     ' if has_adapter else 'trained model:'} {trained}")
-    console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
+    if find_task(config.model.task).generates:
+        console.say(f'talk to it:   python -m llmtune chat run={run} chat.prompt="..."')
+    else:
+        console.say(f"use it:       python -m llmtune predict run={run} predict.input=FILE")

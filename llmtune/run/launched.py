@@ -41,13 +41,14 @@ if TYPE_CHECKING:
 
 
 def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
-    """Be the rank that ``launcher`` started: train, and end this process with an exit code."""
+    """Run the rank that ``launcher`` started: train, and end this process with an exit code."""
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
     from llmtune.plan.devices.hardware import resolve_accelerator
     from llmtune.plan.memory.placement import Placement
     from llmtune.run.prepare import resolve_run_target
     from llmtune.train.run_folder import open_run_folder
 
+    # The run folder, and the environment before DeepSpeed reads it.
     composed = _on_nodes(composed)
     target = resolve_run_target(composed)
     folder = open_run_folder(target.folder, lambda _: None)
@@ -55,6 +56,8 @@ def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     set_defaults(accelerator, launched_ranks_on_node())
     if accelerator == "cuda":
         bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
+
+    # From here on, output goes to the log; rank 0 alone writes to the console.
     stream = redirect_output(folder.path / layout.LOG)
     rank = launcher.rank
     console = Console(stream if rank == 0 else None)
@@ -93,9 +96,10 @@ def _train_launched(
     with show_phases(console, phases):
         rank = init_ranks(phases=phases)
     _check_run_folder(folder.path, rank)
-    # All have joined. A launcher does not clear up behind its ranks, and these may be killed.
+    # All have joined. A launcher does not clean up after its ranks, and these may be killed.
     remove_shared_buffers(int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"])
     with ExitStack() as stack:
+        # Rank 0 prepares the run, and holds its lock and its swap folder until the end.
         answer: dict[str, Any] = {}
         if rank.is_first:
             try:
@@ -108,10 +112,13 @@ def _train_launched(
                 answer = {"request": prepared.to_json() if prepared else None}
             except Exception as error:
                 answer = _as_answer(error)
+
+        # Every rank gets the request, or ends with the error of rank 0.
         answer = broadcast_object(answer, rank)
         if "error" in answer:
             raise ERRORS_BY_CODE.get(answer["code"], LlmtuneError)(answer["error"])
         if answer["request"] is not None:
+            # This rank's own preparation, then the training.
             request = RunRequest.from_json(answer["request"])
             _check_shared_files(request, rank)
             load_ops(request.plan.hardware.accelerator, request.plan.placement)
@@ -144,7 +151,7 @@ def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: RankW
 
 
 def _on_nodes(composed: Composed) -> Composed:
-    """The config with the launcher's number of machines, among which the plan divides memory."""
+    """Return the config with the launcher's number of machines, for the plan."""
     config = composed.config
     hardware = replace(config.hardware, nodes=launched_nodes())
     return replace(composed, config=replace(config, hardware=hardware))
@@ -158,8 +165,8 @@ def _check_run_folder(folder: Path, rank: Rank) -> None:
     """
     from llmtune.engine.distributed import broadcast_object, gather_objects
 
-    # A name that nobody can have looked up before: network file systems remember what was not
-    # there.
+    # A name that no rank can have looked up before: network file systems remember that a file did
+    # not exist.
     mark = folder / broadcast_object(f".seen-by-all-{uuid.uuid4().hex}", rank)
     if rank.is_first:
         mark.touch()
@@ -220,9 +227,10 @@ def _prepare_first(
     from llmtune.run.describe import describe
     from llmtune.run.fallback import place_swap
     from llmtune.run.prepare import attempt, prepare_run
+    from llmtune.run.task import adopt_task
     from llmtune.train.begun import begun_train
 
-    composed = adopt_adapter(composed, target.folder)
+    composed = adopt_task(adopt_adapter(composed, target.folder))
     begun = begun_train(composed.config, target.folder, target.name)
     plan = place_swap(resolve_plan(composed.config, world_size, begun), composed, target)
     check_adapter(composed.config, plan.shape, target.folder)

@@ -23,9 +23,10 @@ from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import ProgressCallback, TokenizeProgress
-from llmtune.errors import CheckpointError, ConfigError
+from llmtune.errors import CheckpointError
 from llmtune.export.prerequisites import check_exportable
 from llmtune.model.source import resolve_model_folder
+from llmtune.model.task_folder import resolve_task_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.plan import Plan
@@ -33,8 +34,11 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.run_record import MemoryFailure, RunRecord
 from llmtune.plan.steps import StepsPlan, resolve_steps
 from llmtune.run.check_model import check_model, check_quantized
+from llmtune.run.task import resolve_labels
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
+from llmtune.task.labels import Labels
+from llmtune.task.task import find_task
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
 from llmtune.train.mirror_owner import resolve_run_id, withdraw_left_copies
 from llmtune.train.request import RunRequest
@@ -79,15 +83,17 @@ class RunInputs:
     """The inputs of every attempt of a command, checked and prepared once."""
 
     config: Config
-    """With the planned ``train.global_batch_size``."""
+    """The config, with the planned ``train.global_batch_size``."""
     overrides: list[str]
-    """As they were typed."""
+    """The overrides as they were typed."""
     target: RunTarget
     folder: RunFolder
     run_id: str
-    """What the run's place at ``checkpoint.mirror`` is marked with."""
+    """Id that marks the run's folder at ``checkpoint.mirror``."""
     model_folder: Path
     data: PreparedData
+    labels: Labels
+    """The classes that the model is to tell apart; none for language modeling."""
     steps: StepsPlan
     resume_from: Path | None
     """The checkpoint that the first attempt resumes; None for a new run."""
@@ -101,7 +107,7 @@ class RunInputs:
         return resume_point(self.folder, self.config, self.target.name, console.say)
 
     def resuming_own_work(self) -> RunInputs:
-        """The same inputs, which resume the run's own newest checkpoint."""
+        """Return the same inputs, which resume the run's own newest checkpoint."""
         return replace(self, config=replace(self.config, resume_from_checkpoint="auto"))
 
 
@@ -131,17 +137,23 @@ def prepare_run(
 
     # The model, and whether its export will be possible.
     cache = cache_dir(config)
-    model_folder = resolve_model_folder(config.model, cache, console.say)
-    check_quantized(config, plan.placement.zero_stage, model_folder)
-    check_model(config, plan.attn_implementation, model_folder, cache, console.say)
-    check_exportable(config.export, model_folder)
+    base = resolve_model_folder(config.model, cache, console.say)
+    has_head = not find_task(config.model.task).needs_labels
+    if has_head:
+        _check_files(config, plan, base, cache, console)
 
-    # The rows, and the steps that they make.
-    tokenizer = load_tokenizer(
-        model_folder, config.model, load_chat_template(config.data.chat_template)
-    )
+    # The rows, and the head that their labels ask for.
+    tokenizer = load_tokenizer(base, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenizing(console))
-    _check_data(config, data, tokenizer, model_folder, console)
+    _check_data(config, data, tokenizer, base, console)
+    labels = resolve_labels(config, data, base)
+    model_folder = resolve_task_folder(
+        base, config.model, labels, tokenizer, config.seed, cache, console.say
+    )
+    if not has_head:
+        _check_files(config, plan, model_folder, cache, console)
+
+    # The steps that the rows make.
     epoch_rows = None if config.data.streaming else data.train.rows
     steps = resolve_steps(config.train, config.schedule, epoch_rows, step_rows)
     longer = folder.find_extension(steps, data.fingerprint)
@@ -155,9 +167,16 @@ def prepare_run(
         run_id=run_id,
         model_folder=model_folder,
         data=data,
+        labels=labels,
         steps=steps,
         resume_from=resume_from,
     )
+
+
+def _check_files(config: Config, plan: Plan, folder: Path, cache: Path, console: Console) -> None:
+    check_quantized(config, plan.placement.zero_stage, folder)
+    check_model(config, plan.attn_implementation, folder, cache, console.say)
+    check_exportable(config.export, folder)
 
 
 def attempt(
@@ -180,17 +199,22 @@ def attempt(
     check_quantized(config, plan.placement.zero_stage, inputs.model_folder)
     if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
         return None
+
+    # The record of this attempt, for ``plan.json``.
     step = _resolve_resume_step(resume_from, steps.total_steps, data.fingerprint)
     record = RunRecord.of_plan(
         plan,
         steps=steps,
         data=data,
+        labels=inputs.labels.to_dict() if inputs.labels.kind else {},
         model_folder=inputs.model_folder,
         run_name=inputs.target.name,
         run_id=inputs.run_id,
         began_from=began_from(folder, config),
         history=history,
     )
+
+    # The run folder describes the attempt, and loses what does not precede its first step.
     if resume_from is not None:
         first_left = folder.first_left(step, resume_from)
         withdraw_left_copies(config, inputs.target.name, inputs.run_id, first_left, console.say)
@@ -206,6 +230,7 @@ def attempt(
         plan=plan,
         steps=steps,
         data=data,
+        labels=inputs.labels,
         run_folder=folder.path,
         run_name=inputs.target.name,
         model_folder=inputs.model_folder,
@@ -247,16 +272,9 @@ def _check_data(
     """Check that the prepared rows can be trained on.
 
     Raises:
-        ConfigError: The rows have labels, and no classifier can be trained yet.
         DataError: Rows of the stream's beginning cannot be trained on, or hold tokens that the
             model does not know.
     """
-    if data.classes:
-        raise ConfigError(
-            f"data.train={config.data.train} is classification data"
-            f" ({', '.join(map(str, data.classes[:4]))} ...): it can be checked with llmtune data,"
-            " but a classifier cannot be trained yet"
-        )
     unknown = set(data.unknown_fields)
     if config.data.streaming:
         from llmtune.data.load.streaming import RowStream
@@ -287,18 +305,18 @@ def cache_dir(config: Config) -> Path:
 
 
 def lock_file(folder: RunFolder) -> Path:
-    """The lock of a run folder."""
+    """Return the lock file of a run folder."""
     return folder.path / layout.LOCK
 
 
 def _data_name(config: Config) -> str:
-    """The name of the first file, without its ending."""
+    """Return the name of the first file, without its ending."""
     path = parse_sources(config.data.train, "data.train", config.data.format)[0].path
     return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"
 
 
 def _resolve_resume_step(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:
-    """Check that a checkpoint can be resumed; its step, or -1 for a new run."""
+    """Check that a checkpoint can be resumed; return its step, or -1 for a new run."""
     if checkpoint is None:
         return -1
     state = read_trainer_state(checkpoint)

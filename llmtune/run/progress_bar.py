@@ -29,6 +29,7 @@ def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
     Args:
         say: Writes a line to standard output.
     """
+    # Not on a terminal: lines with the time so far, less and less often.
     if not sys.stderr.isatty():
         with Status(Console(sys.stderr), what):
             yield Shown(None, say)
@@ -43,6 +44,7 @@ def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
     )
     from rich.progress import Progress as Bar
 
+    # On a terminal: a bar, which is removed at the end.
     columns = (
         TextColumn(what),
         BarColumn(),

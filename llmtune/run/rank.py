@@ -47,10 +47,14 @@ def main(arguments: list[str]) -> NoReturn:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     answer_with_stacks(Path(os.environ[FAILURE_DIR]), rank)
+
+    # The request; a rank that was started ahead does its imports until there is one.
     request_file, imported = arguments[0], import_file(Path(os.environ[FAILURE_DIR]), rank)
     if request_file == "--ahead":
         request_file = _import_and_wait(arguments[1], imported)
     text = Path(request_file).read_text()
+
+    # Output goes to the log from here on, that of the imports included.
     run_folder = Path(_peek(text, "run_folder"))
     stream = redirect_output(run_folder / layout.LOG)
     if imported.exists():

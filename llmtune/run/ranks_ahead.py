@@ -33,7 +33,7 @@ class Surroundings:
 
     @classmethod
     def of(cls, plan: Plan) -> Surroundings:
-        """The settings for a plan."""
+        """Return the settings for a plan."""
         return cls(plan.hardware.accelerator, plan.world_size, plan.placement.uses_nvme)
 
     @classmethod
@@ -58,7 +58,7 @@ class Surroundings:
 
 
 class RanksAhead:
-    """Ranks of the first attempt; at the end of the block, those that still wait are ended."""
+    """The ranks of the first attempt; at the end of the block, those that still wait are ended."""
 
     def __init__(self, tuner: str):
         self._tuner = tuner

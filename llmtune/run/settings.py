@@ -1,8 +1,8 @@
-"""Find problems of the configuration that only the parts which read a key can see.
+"""Find problems of the configuration that only the readers of a key can see.
 
-The rules of ``llmtune.config.rules`` know keys; here sources, sizes and addresses are read by those
-who use them, before anything is prepared or planned, so that all problems stand in one report and
-``plan`` refuses what ``train`` refuses.
+The rules of ``llmtune.config.rules`` know keys; here sources, sizes and addresses are read by the
+code that uses them, before anything is prepared or planned, so that all problems are in one report
+and ``plan`` refuses what ``train`` refuses.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import find_format
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.registry import NONE
 from llmtune.track.service import SERVICES
 from llmtune.train.schedule import SCHEDULES
@@ -33,6 +34,10 @@ def find_problems(config: Config) -> list[str]:
             found.append(str(error))
     try:
         found += _find_tuner_problems(config)
+    except ConfigError as error:
+        found.append(str(error))
+    try:
+        found += OPTIMIZERS.find(config.optim.kind).find_problems(config.optim)
     except ConfigError as error:
         found.append(str(error))
     return found

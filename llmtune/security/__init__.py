@@ -1,1 +1,1 @@
-"""Whose files are trusted, what a terminal may be told, and what is taken out of every text."""
+"""Trust in files, safe texts for a terminal, and removal of secrets from every text."""

@@ -150,7 +150,7 @@ def describe_secret_overrides(overrides: Iterable[str]) -> str:
 
 
 def has_secrets() -> bool:
-    """Whether this environment holds any secret."""
+    """Tell whether this environment holds any secret."""
     known = _known()
     return known.pattern is not None or bool(known.beside)
 

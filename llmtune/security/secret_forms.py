@@ -38,7 +38,7 @@ _MIN_ENCODED = 8
 #: No spelling of a character is longer, but for more than three writers within each other.
 _MAX_SPELLING = 48
 
-#: What the spellings of a character begin with that are not itself.
+#: Beginnings of the spellings of a character that are not the character itself.
 _STARTERS = ("\\", "%", "&", "'", '"')
 
 _URL_VALUE = re.compile(r"[?&;]([\w.%-]+)=([^\s&;#\"'<>]+)")
@@ -54,7 +54,7 @@ def secret_parts(value: str, is_secret: bool) -> Iterator[str]:
     """
     for user in users_of(value):
         name, _, password = user.partition(":")
-        # A token alone has letters and digits; a name is a word that may stand anywhere.
+        # A token alone has letters and digits; a name is a word that may occur anywhere.
         secret = password or (name if not (name.isalpha() or name.isdigit()) else "")
         yield from (secret, unquote(secret)) if secret else ()
     for name, part in _URL_VALUE.findall(value) if "://" in value else ():
@@ -101,7 +101,7 @@ class Form(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        """The regular expression of this form."""
+        """Return the regular expression of this form."""
         return "".join(
             re.escape(part) if isinstance(part, str) else part.pattern.pattern
             for part in self.parts
@@ -109,22 +109,22 @@ class Form(NamedTuple):
 
     @property
     def least(self) -> int:
-        """Characters of the shortest text of this form."""
+        """Count the characters of the shortest text of this form."""
         return sum(len(part) if isinstance(part, str) else 1 for part in self.parts)
 
     @property
     def most(self) -> int:
-        """Characters of the longest one."""
+        """Count the characters of the longest one."""
         return sum(len(part) if isinstance(part, str) else _MAX_SPELLING for part in self.parts)
 
     def matches(self, text: str) -> bool:
-        """Whether all of a text has this form."""
+        """Tell whether all of a text has this form."""
         if not all(part in text for part in self.parts if isinstance(part, str)):
             return False
         return _compiled(self.pattern).fullmatch(text) is not None
 
     def could_begin(self, text: str, start: int) -> bool:
-        """Whether a text may end within this form, from ``start`` on; in doubt, True."""
+        """Tell whether a text may end within this form, from ``start`` on; in doubt, True."""
         places = {start}
         for part in self.parts:
             following = set()
@@ -199,8 +199,8 @@ _LETTERS = {
     "\x1b": "e",
 }
 
-#: What doubles a sign within quotes of its own (YAML, CSV, SQL, compose files), and how a shell
-#: leaves its quotes.
+#: Ways to double a sign within quotes (YAML, CSV, SQL, compose files), and a shell's way to leave
+#: its quotes.
 _DOUBLED = {
     "'": ("'\\''", "'\"'\"'", "''"),
     '"': ('""',),

@@ -78,7 +78,8 @@ def open_foreign(file: Path, error: type[LlmtuneError], most_bytes: int = MOST_B
     place, reason = _locate(file, most_bytes)
     if reason is None:
         try:
-            # Whoever may write to the folder can put a link or a pipe in its place meanwhile.
+            # Another user who may write to the folder can put a link or a pipe in its place
+            # meanwhile.
             descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as cause:
             raise error(f"{file}: {cause.strerror}") from cause
@@ -291,7 +292,7 @@ def check_links(folder: Path) -> None:
 
 
 def _is_private_group(group: int, owner: int) -> bool:
-    """Whether the group is the private one that many systems make for each user.
+    """Tell whether the group is the private one that many systems make for each user.
 
     Such systems have a umask of 002, so that all files of a user are writable for this group.
     """

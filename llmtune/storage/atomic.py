@@ -32,14 +32,13 @@ def flush(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a small file that one process writes; the old content stays until the new one is on the
-    disk.
+    """Write a small file of one process; the old content stays until the new one is on the disk.
 
     Raises:
         OSError: The disk refused.
     """
     aside = path.with_name(f".{path.name}{_PART}")
-    # Opened before: whoever sees the new file may rename its folder at once.
+    # Opened before: a process that sees the new file may rename its folder at once.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         with aside.open("wb") as file:
@@ -100,8 +99,9 @@ def read_json(path: Path) -> Any:
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
-    """Give a file a second name, in the place of what has that name: a hard link where the file
-    system has them, otherwise a flushed copy.
+    """Give a file a second name, and replace what has that name.
+
+    The new name is a hard link where the file system has them, otherwise a flushed copy.
 
     Returns:
         Whether it is a link.
@@ -120,6 +120,18 @@ def link_or_copy(source: Path, target: Path) -> bool:
     return True
 
 
+def link(source: Path, target: Path) -> None:
+    """Give a large file a second name: a hard link where there are some, else a symbolic one.
+
+    Raises:
+        OSError: The disk refused.
+    """
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        target.symlink_to(source.resolve())
+
+
 def aside_path(folder: Path) -> Path:
     """Return the path that a folder is written to before it gets its name."""
     return folder.with_name(folder.name + ASIDE)
@@ -131,7 +143,7 @@ def replaced_path(folder: Path) -> Path:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, or a link to one; what is not there or cannot be removed is passed over."""
+    """Remove a folder, or a link to one; what is missing or cannot be removed is skipped."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -149,7 +161,7 @@ def make_empty(folder: Path) -> None:
 
 
 def move_folder(folder: Path, target: Path) -> None:
-    """Give a folder another name, in the place of what has that name."""
+    """Give a folder another name, and replace what has that name."""
     remove_folder(target)
     folder.rename(target)
     flush(target.parent)

@@ -1,7 +1,7 @@
 """Hashes of files, streams and plain values.
 
-xxh3 finds damage and names what is cached. SHA-256 is for what nobody may be able to imitate, and
-for names that others agreed on.
+xxh3 finds damage and names what is cached. SHA-256 is for what must not be forged, and where other
+programs use it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class FileHash:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """The values of a manifest: ``size`` and ``xxh3_128``."""
+        """Return the values of a manifest: ``size`` and ``xxh3_128``."""
         return {"size": self.size, "xxh3_128": self._digest.hexdigest()}
 
 
 def hash_stream(source: BinaryIO, target: BinaryIO | None = None) -> dict[str, Any]:
-    """Read a stream to its end, and copy it to ``target`` on the way; its size and xxh3-128."""
+    """Read a stream to its end, and copy it to ``target``; return its size and xxh3-128."""
     digest = FileHash()
     while block := source.read(_BLOCK_BYTES):
         digest.update(block)
@@ -47,7 +47,7 @@ def hash_stream(source: BinaryIO, target: BinaryIO | None = None) -> dict[str, A
 
 
 def hash_file(path: Path) -> dict[str, Any]:
-    """Read a file; its size in bytes and xxh3-128.
+    """Read a file; return its size in bytes and xxh3-128.
 
     Raises:
         OSError: It cannot be read.

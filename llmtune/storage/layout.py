@@ -15,6 +15,8 @@ METRICS = "metrics.jsonl"
 LOG = "train.log"
 SAMPLES = "samples.json"
 LOSS_PLOT = "loss.png"
+CONFUSION_TABLE = "confusion_matrix.json"
+CONFUSION_PLOT = "confusion_matrix.png"
 FINISHED = "finished.json"
 LOCK = ".lock"
 RESTARTS = "restarts.jsonl"
@@ -56,7 +58,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def result_folder(run: Path, has_adapter: bool) -> Path:
-    """What a run trained: an adapter, or a whole model."""
+    """Return the folder of what a run trained: an adapter, or a whole model."""
     return run / (ADAPTER if has_adapter else MODEL)
 
 

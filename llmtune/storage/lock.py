@@ -22,8 +22,9 @@ _held: set[Path] = set()
 
 
 def try_lock(file: IO[str] | int) -> bool:
-    """Take the lock of an open file or folder, which is held until it is closed; False where
-    another process holds it.
+    """Take the lock of an open file or folder; False where another process holds it.
+
+    The lock is held until the file is closed.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,7 +48,8 @@ def hold_lock(path: Path) -> Iterator[None]:
     """
     with _take(path) as file:
         file.truncate(0)
-        # The process id is for the message of whoever is refused. A full disk has no room for it.
+        # The process id is for the message of a process that is refused. A full disk has no room
+        # for it.
         with contextlib.suppress(OSError):
             os.write(file.fileno(), str(os.getpid()).encode())
         _held.add(path)
@@ -84,8 +86,7 @@ def _take(path: Path) -> IO[str]:
 
 @contextmanager
 def removed_if_unused(path: Path) -> Iterator[None]:
-    """Remove the folder that a block made and took the lock of, where it fails before it wrote
-    anything else.
+    """Remove the folder that a block made and locked, if it fails before it writes anything else.
 
     The block must still hold the lock then: another process may be in the folder, which has written
     nothing else yet either.

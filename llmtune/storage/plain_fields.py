@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
-#: In the place of a value that its field cannot take.
+#: The replacement of a value that its field cannot take.
 _UNFIT = object()
 
 
@@ -21,7 +21,7 @@ def from_plain(cls: type[T], values: Any) -> T:
     """Build a dataclass, and those within it, from what ``json.loads`` returned.
 
     Args:
-        values: The fields by name. Names that the class does not have are passed over; anything
+        values: The fields by name. Names that the class does not have are ignored; anything
             else than a dictionary counts as an empty one. A class whose files call a field by
             another name says so in ``STORED_NAMES``: field -> name in files.
     """
@@ -45,7 +45,7 @@ def _read_field(item: Field[Any], hints: dict[str, Any], stored: dict[str, Any])
 
 
 def _read(hint: Any, value: Any) -> Any:
-    """The value as its field has it, or ``_UNFIT``."""
+    """Return the value as its field has it, or ``_UNFIT``."""
     origin = get_origin(hint)
     if hint is Any:
         return value
@@ -76,7 +76,7 @@ def _read_union(arms: tuple[Any, ...], value: Any) -> Any:
 
 
 def _read_sequence(kind: type[Any], item: Any, values: Any) -> Any:
-    """A list or tuple of those items that can be read."""
+    """Return a list or tuple of those items that can be read."""
     if not isinstance(values, list):
         return _UNFIT
     read = (_read(item, value) for value in values)

@@ -1,4 +1,4 @@
-"""Parse JSON that somebody else wrote: into a value of bounded depth, or a ``ValueError``."""
+"""Parse JSON from anybody: into a value of bounded depth, or a ``ValueError``."""
 
 from __future__ import annotations
 

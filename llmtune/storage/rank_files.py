@@ -1,6 +1,6 @@
 """The files through which ranks and their supervisor talk, each a dataclass that both sides use.
 
-They are in a folder of the attempt's own, which the supervisor makes, closes to other users and
+They are in a folder of the attempt, which the supervisor makes, closes to other users and
 removes; ``LLMTUNE_FAILURE_DIR`` tells ranks where. R is the number of a rank.
 
 =================  ==============================  ================================================
@@ -11,24 +11,28 @@ file               written by                      read by
 ``rank-R.json``    rank R, when it fails           supervisor: why the attempt ended
                    (:class:`FailureReport`)
 ``kills``          supervisor, at the start        supervisor, at the end: did the kernel kill
-                   (:class:`KernelKills`)          processes for want of memory meanwhile
+                   (:class:`KernelKills`)          processes for lack of memory meanwhile
 ``stack-R.txt``    rank R, on SIGUSR2, as text     supervisor: saved in the run folder
 ``import-R.txt``   rank R started ahead: what its  rank R: copied into the log when there is one
                    imports print
 ``meeting``        ranks, ``torch``'s file store   ranks: their process group
 =================  ==============================  ================================================
 
-Three more are elsewhere. ``request.json``, the work of an attempt
+Five more are elsewhere. ``request.json``, the work of an attempt
 (:class:`llmtune.train.request.RunRequest`), is in a folder of its own, for ranks may be started
 before it is known. In the run folder, ``finished.json`` (:class:`FinishedRecord`) is written by
-rank 0 at the end and read by the supervisor and by later starts; and ``SAVE`` is an empty file by
-which a user asks a run to save and stop (:class:`llmtune.train.stop_request.Stop`).
+rank 0 at the end and read by the supervisor and by later starts; ``skipped_steps.json``
+(:class:`SkippedSteps`) is written by rank 0 before it asks for a rollback and read by the ranks of
+later attempts; ``restarts.jsonl`` (:class:`RestartRecord`) is written by the supervisor for people;
+and ``SAVE`` is an empty file by which a user asks a run to save and stop
+(:class:`llmtune.train.stop_request.Stop`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +51,7 @@ class PhaseRecord:
     """The phase that a rank is in, and its memory; readable however the rank ends."""
 
     phase: str = "start"
-    """``start``, ``load``, ``answer``, ``forward``, ``backward``, ``step``, ``evaluate`` or
-    ``save``.
-    """
+    """One of ``start load answer forward backward step evaluate save``."""
     step: int = 0
     """The optimizer step under way, from 1; 0 before the first."""
     peak_bytes: int = 0
@@ -63,16 +65,16 @@ class PhaseRecord:
 
     @staticmethod
     def open(path: Path) -> int:
-        """A descriptor to write records to."""
+        """Open a descriptor to write records to."""
         return os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
 
     def write(self, descriptor: int) -> None:
-        """Write over the record before; one system call."""
+        """Overwrite the previous record, with one system call."""
         os.pwrite(descriptor, json.dumps(asdict(self)).ljust(_PHASE_WIDTH).encode(), 0)
 
     @classmethod
     def read(cls, folder: Path, rank: int) -> PhaseRecord:
-        """The last record of a rank; ``start`` where there is none yet."""
+        """Read the last record of a rank; ``start`` where there is none yet."""
         try:
             return from_plain(cls, parse_json(read_raw_phase(folder, rank)))
         except ValueError:
@@ -80,12 +82,12 @@ class PhaseRecord:
 
 
 def phase_file(folder: Path, rank: int) -> Path:
-    """Where a rank keeps its :class:`PhaseRecord`."""
+    """Return the file in which a rank keeps its :class:`PhaseRecord`."""
     return folder / f"phase-{rank}.json"
 
 
 def read_raw_phase(folder: Path, rank: int) -> bytes:
-    """A rank's record as it was written, to tell whether it changed; empty where there is none."""
+    """Return a rank's record as bytes, to tell whether it changed; empty where there is none."""
     try:
         return phase_file(folder, rank).read_bytes()
     except OSError:
@@ -110,12 +112,12 @@ class FailureReport:
     """The rank asks to be started again from an older checkpoint."""
 
     def write(self, folder: Path) -> None:
-        """Leave it for the supervisor."""
+        """Write the report for the supervisor."""
         (folder / f"rank-{self.rank}.json").write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read_all(cls, folder: Path) -> list[FailureReport]:
-        """The reports of all ranks, by time; those that say what to do come first.
+        """Read the reports of all ranks, by time; those that say what to do come first.
 
         A rank that was killed while it wrote has reported nothing.
         """
@@ -130,17 +132,17 @@ class FailureReport:
 
 @dataclass(frozen=True, slots=True)
 class KernelKills:
-    """Processes that the kernel has killed for want of memory: of this machine or container."""
+    """The number of processes that the OOM killer has ended in this machine or container."""
 
     count: int = 0
 
     def write(self, folder: Path) -> None:
-        """Remember it, to be compared with at the end."""
+        """Write the number, to be compared with the one at the end."""
         (folder / "kills").write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> KernelKills:
-        """The count at the start.
+        """Read the count at the start.
 
         Raises:
             OSError: It was not written.
@@ -159,26 +161,81 @@ class FinishedRecord:
     """``metric``, ``value`` and ``step`` of the best checkpoint, where one is kept."""
 
     def write(self, run: Path) -> None:
-        """Mark the run as finished."""
+        """Write the record, which marks the run as finished."""
         write_atomically(run / layout.FINISHED, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, run: Path) -> FinishedRecord | None:
-        """The record of a run folder; None where the run is not finished."""
+        """Read the record of a run folder; None where the run is not finished."""
         values = read_json(run / layout.FINISHED)
         return from_plain(cls, values) if values else None
 
 
+@dataclass(frozen=True, slots=True)
+class SkippedSteps:
+    """The steps that a run leaves out after rollbacks; in the file, a list of their numbers."""
+
+    steps: frozenset[int] = frozenset()
+
+    def write(self, run: Path) -> None:
+        """Replace the list in the run folder."""
+        write_atomically(run / layout.SKIPPED_STEPS, json.dumps(sorted(self.steps)))
+
+    @classmethod
+    def read(cls, run: Path) -> SkippedSteps:
+        """The steps of a run folder; none where there is no list, or half of one."""
+        stored = read_json(run / layout.SKIPPED_STEPS)
+        steps = stored if isinstance(stored, list) else []
+        return cls(frozenset(step for step in steps if type(step) is int))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartRecord:
+    """A restart after ranks failed: one line of ``restarts.jsonl``."""
+
+    time: float
+    """Seconds since 1970."""
+    reason: str
+    step: int
+    """The last step that was done."""
+    resumed_from: str | None = None
+    """The checkpoint that the failed attempt had resumed from; None for the beginning."""
+    rollback: bool = False
+    """A rank asked for it, because a loss or gradient was not finite."""
+
+    def append(self, run: Path) -> None:
+        """Add the line to the run folder.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        with (run / layout.RESTARTS).open("a") as file:
+            file.write(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def read_all(cls, run: Path) -> list[RestartRecord]:
+        """The restarts of a run folder, oldest first; a line that was cut off is passed over."""
+        try:
+            lines = (run / layout.RESTARTS).read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            with suppress(ValueError):
+                records.append(from_plain(cls, parse_json(line)))
+        return records
+
+
 def stack_file(folder: Path, rank: int) -> Path:
-    """Where a rank writes the stacks of its threads when it is asked for them."""
+    """Return the file to which a rank writes its threads' stacks when it is asked for them."""
     return folder / f"stack-{rank}.txt"
 
 
 def import_file(folder: Path, rank: int) -> Path:
-    """Where a rank that is started ahead prints while it imports: there is no log yet."""
+    """Return the file for what a rank started ahead prints while there is no log yet."""
     return folder / f"import-{rank}.txt"
 
 
 def meeting_file(folder: Path) -> Path:
-    """Where the ranks of this node meet."""
+    """Return the file at which the ranks of this node meet."""
     return folder / "meeting"

@@ -80,7 +80,7 @@ class RemoteFolder:
 
     @property
     def system(self) -> Any:
-        """The driver, with its cached listings dropped: other processes write there too."""
+        """Return the driver without cached listings: other processes write there too."""
         self._driver.invalidate_cache()
         return self._driver
 

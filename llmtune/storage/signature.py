@@ -33,7 +33,7 @@ _MAKE = (
 
 
 class Signer:
-    """A private key, read once: its file may change before the run's last checkpoint."""
+    """A private key, read once, because its file may change before the run's last checkpoint."""
 
     def __init__(self, path: Path):
         """
@@ -85,6 +85,7 @@ def find_forgery(folder: Path, public_key: Path) -> list[str]:
     except OSError as error:
         return [f"{layout.SIGNATURE} cannot be read ({error.strerror})"]
     try:
+        # The signature is of the manifest's bytes.
         key.verify(signature, manifest)
     except InvalidSignature:
         return [
@@ -92,6 +93,7 @@ def find_forgery(folder: Path, public_key: Path) -> list[str]:
             f" of {public_key}"
         ]
     try:
+        # The manifest has a hash of every file, and the step that the folder must have.
         about = parse_json(manifest)
         files = {str(name): str(entry[_SHA256]) for name, entry in about["files"].items()}
         step = layout.checkpoint_step(folder)

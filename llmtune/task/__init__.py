@@ -1,1 +1,1 @@
-"""What a model is trained to do: its head, the targets of its rows, its loss and its metrics."""
+"""Tasks that a model is trained for: head, targets of the rows, loss and metrics."""

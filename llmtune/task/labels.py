@@ -8,12 +8,19 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-#: The label of a row, as its file has it.
-Label = str | int | float | tuple[str | int | float, ...]
+
+class Tags(tuple[str | int, ...]):
+    """The tag of every word of a row."""
+
+    __slots__ = ()
+
+
+#: The label of a row, as its file has it: a class, a number, several of them, or tags.
+Label = str | int | float | tuple[str | int | float, ...] | Tags
 
 
 class LabelKind(Enum):
-    """What the label of a row is."""
+    """The kind of a row's label."""
 
     name = "class"
     """One class: a name or an integer."""
@@ -71,3 +78,17 @@ class Labels:
         if self.kind is LabelKind.tags:
             return numbers
         return [float(number in numbers) for number in range(len(self.names))]
+
+
+def label_to_json(label: Label) -> Any:
+    """Return what JSON can hold of a label."""
+    if isinstance(label, Tags):
+        return {"tags": list(label)}
+    return list(label) if isinstance(label, tuple) else label
+
+
+def label_from_json(value: Any) -> Label:
+    """Read what :func:`label_to_json` returned."""
+    if isinstance(value, dict):
+        return Tags(value["tags"])
+    return tuple(value) if isinstance(value, list) else value

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from llmtune.metrics.confusion import ConfusionTable
     from llmtune.task.targets import Targets
 
 #: The value of ``model.task`` that goes by the labels of the rows.
@@ -19,7 +20,7 @@ AUTO = "auto"
 
 
 class Task:
-    """What a model is trained to do.
+    """A task that a model is trained for.
 
     The methods here describe a task whose rows have labels, with one vector of logits per row.
     """
@@ -46,6 +47,11 @@ class Task:
     """A row has one vector of logits, and not one per token."""
     default_labels: ClassVar[Labels]
     """Labels that a plan counts where those of the data are not known yet."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Tell whether its rows must have labels."""
+        return None not in self.label_kinds
 
     def head_settings(self, labels: Labels) -> dict[str, Any]:
         """Return the keys of ``config.json`` that describe the head."""
@@ -113,5 +119,22 @@ class Task:
         """
         raise NotImplementedError
 
+    def count(self, observed: dict[str, torch.Tensor], labels: Labels) -> ConfusionTable | None:
+        """Count which classes were taken for which; None for a task without classes.
+
+        Args:
+            observed: As for :meth:`metrics`.
+        """
+        return None
+
 
 TASKS: Registry[Task] = Registry("model.task", "llmtune.task.kinds", also=(AUTO,), interface=Task)
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name; language modeling where none was chosen.
+
+    Raises:
+        ConfigError: No task has this name; with the nearest one.
+    """
+    return TASKS.find("causal_lm" if name == AUTO else name)

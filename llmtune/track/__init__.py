@@ -1,1 +1,1 @@
-"""What a run reports: metrics file, console, loss plot, experiment trackers."""
+"""The reports of a run: metrics file, console, loss plot, experiment trackers."""

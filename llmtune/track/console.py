@@ -34,7 +34,7 @@ class Console:
             stream: The terminal; None on all ranks but the first, which are silent.
         """
         self.is_heard = stream is not None
-        """Whether there is a terminal to write to."""
+        """True if there is a terminal to write to."""
         # Lives as long as the process.
         opened = stream or Path(os.devnull).open("w")  # noqa: SIM115
         self._out = cast("IO[str]", _LastingStream(opened))
@@ -48,7 +48,7 @@ class Console:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a line can be overwritten."""
+        """Tell whether a line can be overwritten."""
         return self._rich.is_terminal
 
     def say(self, text: str) -> None:
@@ -114,8 +114,9 @@ class Console:
 
 
 class _LastingStream:
-    """A stream that ignores a closed pipe (``llmtune | tee log`` and Ctrl-C), so that the run can
-    still save.
+    """A stream that ignores a closed pipe, so that the run can still save.
+
+    In ``llmtune | tee log``, Ctrl-C ends ``tee`` first.
     """
 
     def __init__(self, stream: IO[str]):
@@ -137,7 +138,7 @@ class _LastingStream:
             self._give_up()
 
     def _give_up(self) -> None:
-        # Whatever is still in the buffer goes to /dev/null too.
+        # The rest of the buffer goes to /dev/null too.
         void = os.open(os.devnull, os.O_WRONLY)
         os.dup2(void, self._stream.fileno())
         os.close(void)
@@ -161,8 +162,7 @@ class ProgressLine:
         """Show a training record from time to time, and every evaluation."""
         if "eval_loss" in record:
             self._console.say(
-                f"step {record['step']}/{self._total}  held-out loss {record['eval_loss']:.4f}  "
-                f"perplexity {record['eval_perplexity']:.2f}"
+                f"step {record['step']}/{self._total}  {_describe_evaluation(record)}"
             )
             return
         now = time.monotonic()
@@ -187,3 +187,13 @@ class ProgressLine:
 
     def finish(self) -> None:
         """Do nothing: there is nothing to close."""
+
+
+def _describe_evaluation(record: Record) -> str:
+    """Describe the loss and the metrics of an evaluation."""
+    parts = [f"held-out loss {record['eval_loss']:.4f}"]
+    for key, value in record.items():
+        if key.startswith("eval_") and key != "eval_loss":
+            digits = 2 if key == "eval_perplexity" else 4
+            parts.append(f"{key.removeprefix('eval_').replace('_', ' ')} {value:.{digits}f}")
+    return "  ".join(parts)

@@ -1,3 +1,1 @@
-"""Training: construction on one page (``job.py``), the loop on another (``loop.py``), side concerns
-as hooks.
-"""
+"""Training: construction in ``build.py``, the loop in ``loop.py``, side concerns as hooks."""

@@ -42,6 +42,8 @@ def _find(config: Config, folder: Path, run_name: str) -> bytes | None:
     resume_from = config.resume_from_checkpoint
     if resume_from == "none":
         return None
+
+    # Local folders first, the newest before older ones.
     candidates: list[Path] = []
     if RunFolder(folder).has_work():
         candidates += [folder, *reversed(find_checkpoints(folder))]
@@ -55,6 +57,8 @@ def _find(config: Config, folder: Path, run_name: str) -> bytes | None:
     for candidate in candidates:
         if (candidate / layout.CONFIG).is_file():
             return (candidate / layout.CONFIG).read_bytes()
+
+    # Then the URL that was named, or the mirror.
     if "://" in resume_from:
         return read_remote(resume_from, layout.CONFIG)
     if resume_from != "auto" or config.checkpoint.mirror is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,21 @@ from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
-from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import SERVICES, TrackedRun
 from llmtune.track.tracker import Tracker, Trackers, check_tracker
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
-from llmtune.train.hooks.evaluation import HeldOutLoss
+from llmtune.train.hooks.confusion_plot import ConfusionPlot
+from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
@@ -44,11 +47,12 @@ from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
 from llmtune.train.training_state import TrainingState
+from llmtune.tuner.head import Head
 from llmtune.tuner.peft_model import load_adapter, to_file_name
 from llmtune.tuner.tuner import TUNERS
 
-#: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because
-#: whoever stops a run is in a hurry.
+#: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because the
+#: user or the scheduler is waiting.
 MIRROR_SECONDS = 3600.0
 MIRROR_SECONDS_AFTER_STOP = 20.0
 
@@ -85,7 +89,6 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     config, plan = request.config, request.plan
     template = load_chat_template(config.data.chat_template)
     tokenizer = load_tokenizer(request.model_folder, config.model, template)
-    pad_token_id: Any = tokenizer.pad_token_id
 
     module = build_module(request, rank)
     state: TrainerState | None = None
@@ -102,18 +105,19 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
             line=line,
         )
 
-    collator = Collator(
-        pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model)
-    )
+    collator = build_collator(request, module.model, tokenizer)
     if config.data.packing:
         dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
-    evaluator = HeldOutLoss(
+    evaluator = Evaluator(
         module=module,
         rows=open_rows(request.data, "eval") if request.data.eval else None,
         batch_size=eval_batch_size(request),
         collator=collator,
-        max_rows=config.train.eval_max_rows,
+        max_rows=eval_max_rows(request),
+        task=find_task(config.model.task),
+        labels=request.labels,
+        run=request.run_folder,
     )
     loader = build_loader(request, rank, tokenizer, collator)
     return Job(
@@ -141,6 +145,19 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     )
 
 
+def build_collator(request: RunRequest, model: Any, tokenizer: Any) -> Collator:
+    """Build what makes batches of rows, with the targets of the task."""
+    task, labels = find_task(request.config.model.task), request.labels
+    return Collator(
+        pad_token_id=tokenizer.pad_token_id,
+        varlen=request.plan.attn_implementation.startswith("flash"),
+        masked=sees_padding(model),
+        token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
+        find_targets=partial(task.make_targets, labels=labels),
+        find_weights=partial(task.row_weights, of=labels),
+    )
+
+
 def build_saver(
     request: RunRequest,
     module: TrainModule,
@@ -158,6 +175,8 @@ def build_saver(
     weights = WeightFiles(
         has_adapter, request.config.export.max_shard_bytes, to_file_name if has_adapter else str
     )
+
+    # Rank 0 alone writes the small files, and copies checkpoints to the mirror.
     model_files: dict[str, bytes] = {}
     mirror: Mirror | None = None
     if module.rank.is_first:
@@ -252,6 +271,14 @@ def eval_batch_size(request: RunRequest) -> int:
     return rows if isinstance(rows, int) else request.plan.batch.micro_batch_size
 
 
+def eval_max_rows(request: RunRequest) -> int | None:
+    """Return the rows per evaluation during training; None for all."""
+    rows = request.config.train.eval_max_rows
+    if isinstance(rows, str):
+        return 256 if find_task(request.config.model.task).generates else None
+    return rows
+
+
 def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     """Build the model with its adapters, and DeepSpeed's engine around it.
 
@@ -260,12 +287,16 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     rank.phases.enter("load")
     config, plan = request.config, request.plan
     tuner = TUNERS.find(config.tuner.kind)
+
+    # Weights go to slices under ZeRO 3, else straight to the GPU or to the host.
     weights = WeightsTo()
     if plan.placement.zero_stage == 3:
         weights = WeightsTo(partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank)
     elif rank.device.type != "cpu" and not tuner.has_adapter:
         # Adapters are drawn on the host, so that every rung begins with the same ones.
         weights = WeightsTo({"": str(rank.device)})
+
+    # A full fine-tuning resumes from the weights of the checkpoint, an adapter from its base.
     folder = request.model_folder
     if request.resume_from is not None and not tuner.has_adapter:
         folder = request.resume_from
@@ -273,12 +304,20 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     model = build_model(
         folder, config.model, config.precision, recompute, plan.attn_implementation, weights
     )
-    model = tuner.attach(model, config.tuner, _base_name(request), config.seed)
+    task = find_task(config.model.task)
+    head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
+    model = tuner.attach(model, config.tuner, _base_name(request), config.seed, head)
     if tuner.has_adapter:
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
             load_adapter(model, Path(adapter).expanduser())
-    return TrainModule(model, plan.deepspeed, rank, sum_token_losses)
+    return TrainModule(
+        model,
+        plan.deepspeed,
+        rank,
+        partial(task.sum_losses, labels=request.labels),
+        optimizer=OPTIMIZERS.find(config.optim.kind),
+    )
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:
@@ -305,7 +344,12 @@ def build_hooks(
     reason = samples_reason_to_skip(
         config.train.sample_answers, plan.shape.parameters, sharded, len(prompts)
     )
-    hooks: list[Hook] = [LossPlot(request.run_folder, request.run_name, rank)]
+    hooks: list[Hook] = [
+        LossPlot(request.run_folder, request.run_name, rank),
+        ConfusionPlot(request.run_folder, rank),
+    ]
+    if not find_task(config.model.task).generates:
+        return hooks
     if reason is None:
         hooks.append(
             SampleAnswers(

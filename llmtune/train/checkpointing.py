@@ -42,7 +42,7 @@ _COPY_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSettings:
-    """The user's choices, and what every checkpoint of the run says of itself."""
+    """The user's choices, and the values that every manifest of the run has."""
 
     run: Path
     weights: WeightFiles
@@ -52,10 +52,10 @@ class SaveSettings:
     on_disk_low: OnDiskLow
     data_fingerprint: str
     planned_host_bytes: int
-    """The planned peak of a rank."""
+    """The planned peak per rank."""
     about: dict[str, Any]
     signer: Signer | None = None
-    """On rank 0, where checkpoints are signed."""
+    """The signer on rank 0, where checkpoints are signed."""
 
 
 class CheckpointSaver:
@@ -108,6 +108,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: There is not enough, and ``checkpoint.on_disk_low=stop``.
         """
+        # The room that is needed beside the checkpoints that are here.
         saves = max(1, steps_to_come // (self.settings.save_steps or steps_to_come or 1))
         limit = self.settings.retention.limit
         # A new checkpoint is written before the oldest is removed.
@@ -119,6 +120,8 @@ class CheckpointSaver:
             max(1, at_once - present),
             f"{counted(at_once, 'checkpoint')} of {format_bytes(self._bytes)}",
         )
+
+        # Allocate the host memory for copies now: fresh pages would slow down the first save.
         if self._has_memory():
             self._buffers.reserve(self._own_files)
             how = (
@@ -133,15 +136,21 @@ class CheckpointSaver:
             for folder in find_checkpoints(self.settings.run):
                 self.mirror.put(folder, None)
 
-    def record_evaluation(self, record: Record) -> None:
-        """Record an evaluation, for the next manifest and to track the best checkpoint."""
+    def record_evaluation(self, record: Record) -> bool:
+        """Record an evaluation, for the next manifest and to track the best checkpoint.
+
+        Returns:
+            Whether it is the best so far, or, where no metric says which is, the newest.
+        """
         self._metrics = record
         metric = self.settings.retention.metric
         if metric is None:
-            return
+            return True
         sign = -1 if self.settings.retention.greater_is_better else 1
         if self._best is None or sign * record[metric] < sign * self._best["value"]:
             self._best = {"metric": metric, "value": record[metric], "step": record["step"]}
+            return True
+        return False
 
     def save(self, progress: TrainingState) -> Path:
         """Begin to write the checkpoint of this step, unless it exists. Collective.
@@ -152,10 +161,14 @@ class CheckpointSaver:
         folder = layout.checkpoint_folder(self.settings.run, progress.step)
         if folder == self._newest:
             return folder
+
+        # Wait for the previous save, and make room for this one.
         started = time.monotonic()
         self.finish()
         if not self._make_room(1, f"{folder.name} of {format_bytes(self._bytes)}"):
             return folder
+
+        # The manifest has the metrics only if they were evaluated at this very step.
         self.module.rank.phases.enter("save")
         metrics = {key: value for key, value in self._metrics.items() if key != "step"}
         at_this_step = metrics if self._metrics.get("step") == progress.step else {}
@@ -165,6 +178,8 @@ class CheckpointSaver:
             "tokens": progress.tokens,
             "metrics": at_this_step,
         }
+
+        # Copy the tensors and write them in a thread, or write them now.
         background = self._has_memory()
         request = SaveRequest(
             folder=folder,
@@ -184,12 +199,12 @@ class CheckpointSaver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes a checkpoint in the background."""
+        """Tell whether this rank still writes a checkpoint in the background."""
         return self._pending is not None and not self._pending.has_ended
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank knows that the save in progress has failed."""
+        """Tell whether this rank knows that the save in progress has failed."""
         return self._pending is not None and self._pending.has_failed
 
     def finish(self) -> None:
@@ -197,7 +212,7 @@ class CheckpointSaver:
 
         Raises:
             CheckpointError: It could not be written, and ``checkpoint.on_disk_low`` is not
-                ``skip``; or what was written is not worth keeping.
+                ``skip``; or what was written is unusable.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -314,6 +329,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: There is none, and ``checkpoint.on_disk_low`` is not ``skip``.
         """
+        # Rank 0 looks at the disk, and prunes where that is allowed.
         problem: str | None = None
         if self.module.rank.is_first:
             run, needed = self.settings.run, self._bytes * checkpoints
@@ -328,6 +344,8 @@ class CheckpointSaver:
                     f"{what} need {format_bytes(needed)} more in {run}, where {format_bytes(free)}"
                     " are free"
                 )
+
+        # All ranks hear of it, and decide alike.
         problem = gather_objects(problem, self.module.rank)[0]
         if problem is None:
             return True

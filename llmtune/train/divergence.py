@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import deque
@@ -14,8 +13,7 @@ from llmtune.data.load.loader import StepBatch, Steps
 from llmtune.engine.distributed import gather_objects
 from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import DivergedError, RollbackError
-from llmtune.storage import layout
-from llmtune.storage.atomic import read_json, write_atomically
+from llmtune.storage.rank_files import SkippedSteps
 
 #: Most and fewest steps that a spike is measured against.
 _WINDOW = 64
@@ -49,9 +47,9 @@ class DivergenceMonitor:
         self.say = say
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._norms: deque[float] = deque(maxlen=_WINDOW)
-        self._file = run / layout.SKIPPED_STEPS
+        self._run = run
         self._scaled = "fp16" in module.config
-        self.skipped_steps = _read(self._file)
+        self.skipped_steps = SkippedSteps.read(run).steps
         """Steps that a rollback leaves out."""
 
     def check(self, step: int, batch: StepBatch, result: StepResult) -> None:
@@ -83,7 +81,7 @@ class DivergenceMonitor:
                 " cause"
             )
         if self.module.rank.is_first:
-            write_atomically(self._file, json.dumps(sorted({*self.skipped_steps, step})))
+            SkippedSteps(self.skipped_steps | {step}).write(self._run)
         raise RollbackError(
             f"{what}. Going back to the newest checkpoint; this step is left out on the way"
         )
@@ -133,7 +131,3 @@ class DivergenceMonitor:
         self._losses.append(result.loss)
         if math.isfinite(result.grad_norm):
             self._norms.append(result.grad_norm)
-
-
-def _read(file: Path) -> frozenset[int]:
-    return frozenset(read_json(file) or ())

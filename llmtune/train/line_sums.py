@@ -17,9 +17,9 @@ class LineSums:
 
     steps: int = 0
     loss: float = 0.0
-    """Sum over the trained tokens of the steps whose loss is finite."""
-    trained_tokens: int = 0
-    """Trained tokens of those steps, over all ranks."""
+    """Sum over the targets of the steps whose loss is finite."""
+    trained_tokens: float = 0
+    """Trained tokens of those steps, or the weight of their rows, over all ranks."""
     skipped_steps: tuple[int, ...] = ()
     """Steps that changed nothing."""
 
@@ -30,17 +30,18 @@ class LineSums:
             return cls()
         return cls(**{**values, "skipped_steps": tuple(values["skipped_steps"])})
 
-    def add(self, step: int, loss: float, trained_tokens: int, applied: bool) -> LineSums:
+    def add(self, step: int, loss: float, weight: float, applied: bool) -> LineSums:
         """Return the sums with one more step.
 
         Args:
-            loss: Mean over the step's trained tokens.
+            loss: Mean over the step's targets.
+            weight: Of those targets.
         """
         counts = math.isfinite(loss)
         return LineSums(
             steps=self.steps + 1,
-            loss=self.loss + (loss * trained_tokens if counts else 0.0),
-            trained_tokens=self.trained_tokens + (trained_tokens if counts else 0),
+            loss=self.loss + (loss * weight if counts else 0.0),
+            trained_tokens=self.trained_tokens + (weight if counts else 0),
             skipped_steps=self.skipped_steps if applied else (*self.skipped_steps, step),
         )
 

@@ -21,7 +21,7 @@ from llmtune.storage.manifest import is_complete
 from llmtune.track.tracker import Trackers
 from llmtune.train.checkpointing import CheckpointSaver
 from llmtune.train.divergence import DivergenceMonitor
-from llmtune.train.hooks.evaluation import HeldOutLoss
+from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.line_sums import LineSums
 from llmtune.train.memory_usage import used_memory_bytes
 from llmtune.train.schedule import learning_rate_at
@@ -52,7 +52,7 @@ class Job:
     """The peak rate."""
     schedule: ScheduleConfig
     seed: int
-    evaluator: HeldOutLoss
+    evaluator: Evaluator
     saver: CheckpointSaver
     divergence: DivergenceMonitor
     trackers: Trackers
@@ -69,6 +69,7 @@ def run(job: Job) -> TrainingState:
         DivergedError: A loss or gradient is not finite.
         CheckpointError: A checkpoint could not be written.
     """
+    # Before the first step: room on the disk, hooks, signal handlers, and the evaluation of step 0.
     progress, last = job.start, job.steps.total_steps
     job.saver.prepare(last - progress.step)
     for hook in job.hooks:
@@ -77,6 +78,7 @@ def run(job: Job) -> TrainingState:
     if progress.step == 0 or progress.evaluation_due:
         progress = evaluate(job, progress)
 
+    # The steps. All ranks take the same branches, because ``agree`` is collective.
     batches = job.loader.from_position(progress.data_position, last - progress.step)
     while progress.step < last:
         progress = train_step(job, progress, batches)
@@ -90,6 +92,7 @@ def run(job: Job) -> TrainingState:
         if stop and progress.step < last:
             save_and_stop(job, progress)
 
+    # The end: the last evaluation and checkpoint, then the result.
     if progress.step > job.start.step:
         progress = evaluate(job, progress)
     job.saver.save(progress)
@@ -124,7 +127,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
 
     # The record of this step; a line sums up all steps since the last one.
     seconds = time.perf_counter() - started
-    line = progress.line.add(step, result.loss, batch.trained_tokens, result.applied)
+    line = progress.line.add(step, result.loss, batch.loss_weight, result.applied)
     record: dict[str, Any] = {
         "step": step,
         **line.to_record(result.loss),
@@ -168,7 +171,7 @@ def _run_step(
     # Dropout is a function of seed, step and rank, so that a resumed run draws the same.
     torch.manual_seed(torch_seed(job.seed, Draw.dropout, progress.step, job.rank.rank))
     result = job.module.train_step(
-        batch.micro_batches, batch.trained_tokens, learning_rate, job.stop.requested
+        batch.micro_batches, batch.loss_weight, learning_rate, job.stop.requested
     )
     if result is None:
         save_and_stop(job, progress)
@@ -186,7 +189,8 @@ def evaluate(job: Job, progress: TrainingState) -> TrainingState:
     """
     record = job.evaluator.evaluate(progress, job.stop.requested)
     if record is not None:
-        job.saver.record_evaluation(record)
+        if job.saver.record_evaluation(record):
+            job.evaluator.write_table()
         job.trackers.log(record)
     elif job.stop.requested():
         save_and_stop(job, replace(progress, evaluation_due=True))

@@ -12,6 +12,7 @@ from llmtune.config.stored import from_plain, to_plain
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan
+from llmtune.task.labels import Labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,7 @@ class RunRequest:
     plan: Plan
     steps: StepsPlan
     data: PreparedData
+    labels: Labels
     run_folder: Path
     run_name: str
     model_folder: Path
@@ -38,6 +40,7 @@ class RunRequest:
                 "plan": self.plan.to_dict(),
                 "steps": asdict(self.steps),
                 "data": self.data.to_dict(),
+                "labels": self.labels.to_dict(),
                 "run_folder": str(self.run_folder),
                 "run_name": self.run_name,
                 "model_folder": str(self.model_folder),
@@ -55,6 +58,7 @@ class RunRequest:
             plan=Plan.from_dict(values["plan"]),
             steps=StepsPlan.from_dict(values["steps"]),
             data=PreparedData.from_dict(values["data"]),
+            labels=Labels.from_dict(values["labels"]),
             run_folder=Path(values["run_folder"]),
             run_name=values["run_name"],
             model_folder=Path(values["model_folder"]),

@@ -39,6 +39,8 @@ def resume_point(
     if setting == "none":
         return None
     restore_checkpoints(folder.path)
+
+    # A named checkpoint begins the run once; later starts resume the run's own.
     if setting != "auto":
         checkpoint = _own_since(folder, config, run_name, setting, say)
         if checkpoint is None:
@@ -46,6 +48,9 @@ def resume_point(
         find_config_changes(checkpoint, config)
         check_draws(checkpoint)
         return checkpoint
+
+    # ``auto``: the newest undamaged checkpoint here or at the mirror, or the one that the run began
+    # from.
     newest = _newest_whole(folder.path, say)
     newest = _newer_at_mirror(folder, config, run_name, _step(newest), say) or newest
     if newest is None and not find_checkpoints(folder.path):
@@ -86,18 +91,21 @@ def _own_since(
 ) -> Path | None:
     """Find the newest undamaged checkpoint that the run has saved since it began from ``named``.
 
-    It is None if the run begins now. A checkpoint of the run's own folder, or of its folder at the
-    mirror, is gone back to the first time that it is named.
+    It is None if the run begins now. The run returns to a checkpoint of its own folder, or of its
+    folder at the mirror, only the first time that it is named.
     """
+    # The first step that a checkpoint saved since the beginning can have.
     origin = named_origin(named)
     began = folder.read_record().began_from
     if began is not None and began.origin == origin:
-        # What it began from may be gone by now.
+        # The checkpoint that it began from may be gone by now.
         first_step = began.step
     elif _is_within(origin, str(folder.path)) or _is_own_copy(origin, config, run_name):
         return None
     else:
         first_step = _named_step(named, origin) + 1
+
+    # The newest checkpoint from that step on, local or at the mirror.
     newest = _newest_whole(folder.path, say)
     local_step = max(_step(newest), first_step - 1)
     newest = _newer_at_mirror(folder, config, run_name, local_step, say) or newest
@@ -150,6 +158,8 @@ def _newer_at_mirror(
     """
     if config.checkpoint.mirror is None:
         return None
+
+    # List the copies; a mirror that cannot be reached matters only without a local checkpoint.
     own_id = folder.read_record().run_id
     try:
         if own_id is not None and read_place(config.checkpoint.mirror, run_name)[0] not in (
@@ -164,6 +174,8 @@ def _newer_at_mirror(
             raise
         say(f"warning: {error}; resuming from the local checkpoint-{local_step}")
         return None
+
+    # Fetch them from the newest on, until one is undamaged.
     failure: CheckpointError | None = None
     for url in (url for step, url in reversed(remote) if step > local_step):
         try:
@@ -193,7 +205,7 @@ def _named(
 
 
 def _named_step(named: str, origin: str) -> int:
-    """Its step; -1 for a URL that does not name one, which is refused when it is fetched."""
+    """Return its step; -1 for a URL that does not name one, which is refused when it is fetched."""
     if "://" in named:
         step = layout.checkpoint_step(Path(origin))
         return -1 if step is None else step
@@ -211,7 +223,7 @@ def _named_step(named: str, origin: str) -> int:
 
 
 def _step(checkpoint: Path | None) -> int:
-    """The step of a checkpoint; -1 for none."""
+    """Return the step of a checkpoint; -1 for none."""
     return layout.checkpoint_step(checkpoint) or 0 if checkpoint else -1
 
 

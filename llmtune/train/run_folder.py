@@ -34,12 +34,12 @@ IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
 #: Keys of those groups that change how the work is done, but no result.
 NO_IDENTITY = {"data.num_workers", "data.dataloader_num_workers", "data.pin_memory"}
 TRAIN_IDENTITY = ("train.global_batch_size", "train.max_grad_norm")
-#: Keys that say where a run is and how it is started; their changes are not reported.
+#: Keys for the place and the start of a run; their changes are not reported.
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint", "trace", "paths.cache_dir"}
 
 
 class _Unset:
-    """Stands for a key that one of two dictionaries lacks, because null is a value."""
+    """Marks a key that one of two dictionaries lacks, because null is a value."""
 
     def __repr__(self) -> str:
         return "not set"
@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def finished_step(self) -> int | None:
-        """The last step of a finished run; None for others."""
+        """Return the last step of a finished run; None for others."""
         finished = FinishedRecord.read(self.path)
         return finished.step if finished else None
 
@@ -84,7 +84,7 @@ class RunFolder:
                 if entry.name[0] != "." and entry.name not in own
             ]
             # Checkpoints without a configuration beside them were fetched by a start that ended
-            # before its first step; each has a configuration of its own.
+            # before its first step; each has its own configuration.
             if others and not find_checkpoints(self.path):
                 raise CheckpointError(
                     f"output_dir={self.path} is not empty and not a run folder (it holds"
@@ -165,6 +165,7 @@ class RunFolder:
         step: int,
         resume_from: Path | None,
     ) -> list[str]:
+        # Remove what is left of interrupted saves, and set aside checkpoints of steps to come.
         notes = [
             f"removed what an interrupted save left behind: {name}"
             for name in sweep_incomplete(self.path)
@@ -179,9 +180,13 @@ class RunFolder:
                     f"{folder.name} does not follow from {resume_from} and was renamed to"
                     f" {aside.name}"
                 )
+
+        # Forget the end of an earlier start.
         (self.path / layout.FINISHED).unlink(missing_ok=True)
         # A request that was meant for an earlier start.
         (self.path / layout.SAVE_REQUEST).unlink(missing_ok=True)
+
+        # Cut the lines of steps to come, and describe this start.
         cut_metrics(self.path / layout.METRICS, step)
         write_atomically(self.path / layout.CONFIG, dump_redacted(config))
         write_atomically(
@@ -353,7 +358,7 @@ def _compare(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]
 
 
 def _flatten(config: Config) -> dict[str, Any]:
-    """Dotted key -> plain value."""
+    """Return the plain values by dotted key."""
     flat: dict[str, Any] = {}
     for group in fields(config):
         value = getattr(config, group.name)

@@ -11,7 +11,7 @@ from llmtune.train.line_sums import LineSums
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """How far the run is."""
+    """The progress of a run."""
 
     step: int = 0
     """Optimizer steps done, skipped ones included."""
@@ -20,8 +20,8 @@ class TrainingState:
     skipped: int = 0
     """Steps that changed nothing; the schedule does not count them."""
     data_position: Mapping[str, Any] | None = None
-    """Where the data goes on, as the loader says it; None at the beginning."""
+    """Position in the data, as the loader describes it; None at the beginning."""
     evaluation_due: bool = False
     """An evaluation of this step was interrupted."""
     line: LineSums = field(default_factory=LineSums)
-    """Of the steps since the last line of ``metrics.jsonl``."""
+    """Sums of the steps since the last line of ``metrics.jsonl``."""

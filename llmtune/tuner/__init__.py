@@ -1,1 +1,1 @@
-"""What is trained, and how: one file per tuner, and the adapters that some of them attach."""
+"""Tuners, one file per tuner, and the adapters that some of them attach."""

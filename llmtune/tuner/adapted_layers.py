@@ -36,12 +36,12 @@ class AdaptedLayers:
 
     @property
     def endings(self) -> list[str]:
-        """The last parts of the adapted layers' names."""
+        """Return the last parts of the adapted layers' names."""
         return _last_parts(self.layers)
 
     @property
     def left_alone_endings(self) -> list[str]:
-        """The last parts of the names of the layers that are left alone."""
+        """Return the last parts of the names of the layers that are left alone."""
         return _last_parts(self.left_alone)
 
     def peft_settings(self, targets: Any) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _has_stacked_experts(model: Any) -> bool:
 
 
 def _shape(parameter: Any) -> Any:
-    """The shape of a parameter, also where ZeRO 3 keeps a slice of it."""
+    """Return the shape of a parameter, also where ZeRO 3 keeps a slice of it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -209,7 +209,7 @@ def _is_state_space(module: Any) -> bool:
 
 
 def _taken_for_experts(model: Any) -> set[str]:
-    """Names of layers that peft maps to stacked experts: their names before they were stacked.
+    """Return the names of layers that peft maps to stacked experts: those before the stacking.
 
     peft maps every layer of that name, dense or shared ones too, in training and whenever such an
     adapter is loaded.

@@ -80,6 +80,6 @@ def _ways_of(kind: Any, argument: Any) -> float:
 
 
 def _head(branch: Any) -> Any:
-    """The character that a branch begins with, if it begins with one."""
+    """Return the character that a branch begins with, if it begins with one."""
     kind, argument = branch[0] if len(branch) else (None, None)
     return argument if kind is kinds.LITERAL else None

@@ -101,7 +101,7 @@ class StoredAdapter:
 
     @property
     def modules(self) -> list[str]:
-        """Modules of the base that have a pair of matrices, in the order of the file."""
+        """List the modules of the base that have a pair of matrices, in the order of the file."""
         modules: dict[str, None] = {}
         for name in self.shapes:
             if name.endswith(_MATRICES[0]):
@@ -249,7 +249,7 @@ def _rank(stored: StoredAdapter, tensor: str) -> int:
 
 
 def _targets(stored: StoredAdapter) -> str | list[str]:
-    """The adapter's own list if nothing else chooses modules; else all modules by full name."""
+    """Return the adapter's own list if nothing else chooses modules; else full names."""
     settings = stored.settings
     targets = settings.get("target_modules")
     narrowed = any(
@@ -281,6 +281,8 @@ def _check_kind(stored: StoredAdapter) -> None:
             " base is not here. Load it with peft and store it with save_pretrained(...,"
             " path_initial_model_for_weight_conversion=...), which makes a plain adapter of it"
         )
+
+    # Ranks and scales, also those of single modules.
     ranks = {"r": settings["r"], **settings["rank_pattern"]}
     if invalid := [
         f"{key}={rank}" for key, rank in ranks.items() if type(rank) is not int or rank < 1
@@ -291,6 +293,8 @@ def _check_kind(stored: StoredAdapter) -> None:
         f"{key}={json.dumps(scale)}" for key, scale in scales.items() if not _is_scale(scale)
     ]:
         raise CheckpointError(f"{file}: {invalid[0]} is not a scale: a number other than 0 is")
+
+    # Settings, and tensors, of anything but plain LoRA.
     known = _IGNORED | _CARRIED
     unsupported = sorted(
         key

@@ -26,15 +26,17 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
-from llmtune.model.loss import sum_token_losses
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.abilities import check_row_length, check_stage
 from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
-from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed
+from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.run.check_model import check_model, check_quantized
+from llmtune.task.losses import sum_cross_entropy
+from llmtune.task.task import find_task
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.tuner.peft_model import add_lora
 from tests.architectures.families import FAMILIES
@@ -104,7 +106,7 @@ def as_batch(documents: list[torch.Tensor], packed: bool, collator: Collator) ->
         mask = np.ones(len(ids), bool)
         # A document's first token is nobody's target.
         mask[np.cumsum([0, *(len(one) for one in group[:-1])])] = False
-        rows.append(Row(ids, mask, tuple(len(one) for one in group)))
+        rows.append(Row(ids=ids, mask=mask, documents=tuple(len(one) for one in group)))
     return collator.pack(rows) if packed else collator.pad(rows)
 
 
@@ -112,23 +114,28 @@ def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Ra
     """The engine, as a run builds it."""
     lora = config.tuner.kind == "lora"
     placement = make_placement(int(config.zero.stage), "none", config.tuner.kind == "full")
-    sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
     batch = BatchPlan(
         global_batch_size=len(LENGTHS) * rank.world_size,
         micro_batch_size=len(LENGTHS),
         accumulation_steps=1,
         world_size=rank.world_size,
     )
-    optimizer = adamw_parameters(config.optim, RATE)
+    optimizer = OPTIMIZERS.find(config.optim.kind)
+    sizes = resolve_zero_sizes(shape, placement, optimizer, rank.world_size, "cpu")
     plan = to_deepspeed(
-        placement, batch, sizes, optimizer, config.precision, config.train.max_grad_norm
+        placement,
+        batch,
+        sizes,
+        optimizer.to_deepspeed(config.optim, RATE),
+        config.precision,
+        config.train.max_grad_norm,
     )
     partitioned = (lambda: zero_init(plan)) if placement.zero_stage == 3 else None
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(folder, config.model, config.precision, False, kernel, weights)
     if lora:
         model = add_lora(model, config.tuner, "base", config.seed)
-    return TrainModule(model, plan, rank, sum_token_losses)
+    return TrainModule(model, plan, rank, sum_cross_entropy, optimizer)
 
 
 def adapters_of(module: TrainModule) -> dict[str, torch.Tensor]:
@@ -176,7 +183,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
             check_quantized(config, int(stage), folder)
             check_model(config, kernel, folder, None, lambda _: None)
         module = build(config, shape, folder, kernel, rank)
-        collator = Collator(0, masked=sees_padding(module.model))
+        collator = Collator(pad_token_id=0, masked=sees_padding(module.model))
         if packed:
             check_module(module, collator, shape.vocab_size, torch.float32, family)
     except LlmtuneError as error:
@@ -195,9 +202,11 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         assert result is not None
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    held_out = module.evaluate([as_batch(steps[0], packed, collator)])
+    held_out = module.evaluate(
+        [as_batch(steps[0], packed, collator)], find_task("causal_lm").observe
+    )
     assert held_out is not None
-    losses.append(held_out[0])
+    losses.append(held_out.loss)
     module.engine.destroy()
     plain = load_plainly(folder, adapters, config.tuner.lora_r, int(config.tuner.lora_alpha))
     reference, plain_norms = train_plainly(plain, steps, RATE, EPS)

@@ -44,6 +44,8 @@ def problem(*overrides: str, config_dir: Path | None = None) -> str:
         ("report_to=wandb", "tracker=wandb"),
         ("flash_attention=true", "model.attn_implementation=flash_attention_2"),
         ("adam_beta2=0.95", "optim.betas=[BETA1,BETA2]"),
+        ("optimizer=lion", "optim=adamw"),
+        ("train.optimizer=lion", "optim=adamw"),
     ],
 )
 def test_a_foreign_name_is_answered_with_the_key_it_means(override: str, meant: str) -> None:

@@ -23,6 +23,7 @@ from llmtune.config.stored import dump_yaml, parse_yaml
 from llmtune.config.value_rules import PATHS
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import FORMATS
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.registry import Registry
 from llmtune.track.service import SERVICES
 from llmtune.train.schedule import SCHEDULES
@@ -31,7 +32,7 @@ from tests.support import ROOT
 
 GROUPS = config_groups()
 #: Keys that hold the name of a registered variant.
-REGISTRIES: list[Registry[Any]] = [FORMATS, SCHEDULES, SERVICES, TUNERS]
+REGISTRIES: list[Registry[Any]] = [FORMATS, OPTIMIZERS, SCHEDULES, SERVICES, TUNERS]
 #: Literals of docstrings that are no values of their key but names of other things.
 _NO_VALUE = re.compile(
     r"[./*<{@]|^[A-Z]|^(path|format fields|llmtune|max_seq_length|max_steps|val_set_size|overlong)"

@@ -106,9 +106,43 @@ def test_losses_saves_and_resumed_runs_are_those_of_a_cpu(
             _check_waits(cell, whole["waits"])
 
 
-def _train_and_resume(cell: Any, number: int, cache: Path, tmp_path: Path) -> list[dict[str, Any]]:
+def test_lion_computes_what_it_does_on_a_cpu_and_waits_no_more(cache: Path, tmp_path: Path) -> None:
+    lion = ("optim=lion", "optim.learning_rate=2e-4", "optim.weight_decay=0.1")
+    cells = [
+        ((0, "none"), "full", "bf16", "padded", 1),
+        ((1, "optimizer_cpu"), "lora", "fp32", "padded", 1),
+        ((2, "none"), "full", "fp32", "packed", 1),
+        ((3, "none"), "full", "bf16", "padded", 1),
+        ((0, "none"), "full", "fp16", "padded", 1),
+        ((2, "none"), "lora", "fp16", "padded", 1),
+        ((3, "optimizer_nvme"), "full", "fp32", "padded", 1),
+    ]
+    plain = [
+        {
+            "overrides": [*overrides(((0, "none"), *cell[1:]), cache, tmp_path), *lion],
+            "first": 0,
+            "last": STEPS,
+        }
+        for cell in cells
+    ]
+    on_cpu = train_engines(plain, 1, tmp_path)
+    tasks = [
+        task
+        for number, cell in enumerate(cells)
+        for task in _train_and_resume(cell, number, cache, tmp_path, *lion)
+    ]
+    results = train_engines(tasks, 1, tmp_path, module="tests.cuda.worker")
+    for cell, known, whole, resumed in zip(cells, on_cpu, results[::2], results[1::2], strict=True):
+        assert largest_difference(whole["losses"], known["losses"]) <= CLOSE[cell[2]], cell
+        assert resumed["losses"] == whole["losses"][SAVED:], cell
+        _check_waits(cell, whole["waits"])
+
+
+def _train_and_resume(
+    cell: Any, number: int, cache: Path, tmp_path: Path, *more: str
+) -> list[dict[str, Any]]:
     """The whole run, saved on the way while it trains on; and its second half from there."""
-    given = [*overrides(cell, cache, tmp_path), "hardware.accelerator=cuda"]
+    given = [*overrides(cell, cache, tmp_path), "hardware.accelerator=cuda", *more]
     place = str(tmp_path / f"{cell[4]}-{number}" / f"checkpoint-{SAVED}")
     save = {"save": place, "save_at": SAVED, "background": True}
     return [

@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.data.load.collate import Batch, Collator, Targets, VarlenIndex
+from llmtune.data.load.collate import Batch, Collator, VarlenIndex
 from llmtune.data.store.token_store import Row
 from llmtune.engine.deepspeed_fixes import norms_of
-from llmtune.model.loss import sum_token_losses
+from llmtune.task.losses import sum_cross_entropy
+from llmtune.task.targets import Targets
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch without CUDA: it knows no such device"
@@ -41,7 +42,8 @@ LAYERS = {"llama": GROUPED, "qwen3": GROUPED, "gemma2": GROUPED, "gpt_neox": {}}
 
 def row(*lengths: int) -> Row:
     tokens = sum(lengths)
-    return Row(np.arange(tokens, dtype=np.int32) % 60, np.arange(tokens) % 3 == 0, lengths)
+    ids = np.arange(tokens, dtype=np.int32)
+    return Row(ids=ids % 60, mask=ids % 3 == 0, documents=lengths)
 
 
 def fake(batch: Batch, mode: FakeTensorMode) -> Batch:
@@ -63,7 +65,7 @@ def make_model(kind: str, dtype: torch.dtype, attention: str) -> Any:
 def test_a_forward_pass_and_its_loss_stay_on_the_device(
     kind: str, dtype: torch.dtype, rows: str
 ) -> None:
-    collator = Collator(0, masked=rows == "masked")
+    collator = Collator(pad_token_id=0, masked=rows == "masked")
     given = [row(5, 4), row(7)] if rows == "packed" else [row(9), row(4), None]
     batch = collator.pack(given) if rows == "packed" else collator.pad(given)
     for attention in ("eager", "sdpa") if kind != "gemma2" else ("eager",):
@@ -71,7 +73,7 @@ def test_a_forward_pass_and_its_loss_stay_on_the_device(
             model = make_model(kind, dtype, attention)
             there = fake(batch, mode).to("cuda")
             logits = model(**there.inputs, use_cache=False).logits
-            loss = sum_token_losses(logits, there.targets)
+            loss = sum_cross_entropy(logits, there.targets)
             total = torch.zeros((), dtype=torch.float64, device="cuda")
             total += loss
         assert logits.device.type == loss.device.type == total.device.type == "cuda"
@@ -80,20 +82,20 @@ def test_a_forward_pass_and_its_loss_stay_on_the_device(
 
 def test_fake_tensors_tell_what_a_gpu_would() -> None:
     """The checks above can fail."""
-    batch = Collator(0).pad([row(9)])
+    batch = Collator(pad_token_id=0).pad([row(9)])
     with FakeTensorMode() as mode, torch.no_grad():
         model = make_model("llama", torch.float32, "sdpa")
         here = fake(batch, mode)
         with pytest.raises(FakeTensorDeviceMismatchError):
             model(**here.inputs)
         there = here.to("cuda")
-        loss = sum_token_losses(model(**there.inputs).logits, there.targets)
+        loss = sum_cross_entropy(model(**there.inputs).logits, there.targets)
         with pytest.raises(DataDependentOutputException):
             float(loss)
 
 
 def test_every_tensor_of_a_batch_goes_along() -> None:
-    flat = Collator(0, varlen=True).pack([row(5, 4), row(7)])
+    flat = Collator(pad_token_id=0, varlen=True).pack([row(5, 4), row(7)])
     with FakeTensorMode() as mode:
         there = fake(flat, mode).to("cuda")
     seen = []

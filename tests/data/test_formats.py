@@ -8,6 +8,7 @@ import pytest
 
 from llmtune.data.formats.format import FORMATS, detect_format
 from llmtune.data.rows.turns import rename
+from llmtune.task.labels import Tags
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
@@ -92,6 +93,11 @@ ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         {"sentence1": "a", "sentence2": "b", "label": 0},
         [("user", "a"), ("user", "b")],
     ),
+    (
+        "token_classification",
+        {"tokens": ["Ada", "of", "London"], "tags": ["B-PER", "O", "B-LOC"]},
+        [("user", "Ada of London")],
+    ),
 ]
 
 
@@ -157,6 +163,10 @@ def test_labels_keep_their_names() -> None:
     assert read({"text": "good", "label": "pos"}).label == "pos"
     assert read({"text": "good", "label": 0}).label == 0
     assert read({"text": "good", "label": 3.5}).label == 3.5
+    assert read({"text": "good", "label": ["new", "long"]}).label == ("new", "long")
+    assert read({"text": "good", "label": []}).label == ()
+    tags = FORMATS.find("token_classification").read({"tokens": ["a", "b"], "tags": [1, 0]})
+    assert (tags.label, tags.words) == (Tags((1, 0)), ("a", "b"))
 
 
 def test_columns_can_have_other_names() -> None:

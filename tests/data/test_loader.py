@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.data.load.collate import IGNORE, Collator
+from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.load.loader import LoaderSettings, TrainLoader, iterate_eval
 from llmtune.data.store.packing import pack_rows
 from llmtune.data.store.token_store import Rows
 from llmtune.errors import CheckpointError
 from llmtune.plan.batch_sizes import BatchPlan
 from tests.data.stores import make_rows
+from tests.labels import IGNORE, labels_of
 from tests.model.test_loss import loss_of
 
 PAD = 0
@@ -42,7 +43,7 @@ def loader(
         accumulation_steps=size // micro // world,
         world_size=world,
     )
-    return TrainLoader(data, plan, rank, 42, Collator(PAD, masked=True), **more)
+    return TrainLoader(data, plan, rank, 42, Collator(pad_token_id=PAD, masked=True), **more)
 
 
 def seen(batch: Any) -> list[int]:
@@ -66,8 +67,12 @@ def test_the_global_batch_does_not_depend_on_the_ranks(world: int, data: Rows) -
     shares = [list(loader(data, world, rank).from_position(None, 8)) for rank in range(world)]
     for step, batch in enumerate(whole):
         assert sorted(row for share in shares for row in seen(share[step])) == seen(batch)
-        assert {share[step].trained_tokens for share in shares} == {batch.trained_tokens}
+        assert {share[step].loss_weight for share in shares} == {batch.loss_weight}
         assert all(share[step].position == batch.position for share in shares)
+
+
+def trained_labels(batch: Batch) -> int:
+    return int((labels_of(batch)[:, 1:] != IGNORE).sum())
 
 
 def test_each_row_comes_once_an_epoch_in_another_order(tmp_path: Path) -> None:
@@ -106,8 +111,8 @@ def test_the_last_step_of_whole_epochs_is_smaller_and_trains_nothing_twice(tmp_p
     _, last = loader(rows(tmp_path, 10), last_row=10).from_position(None, 2)
     assert len(seen(last)) == 2
     assert len(last.micro_batches) == 4, "every rank goes through as many forward passes"
-    counted = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in last.micro_batches)
-    assert counted == last.trained_tokens
+    counted = sum(map(trained_labels, last.micro_batches))
+    assert counted == last.loss_weight
 
 
 @pytest.mark.process
@@ -118,7 +123,7 @@ def test_worker_processes_change_nothing(data: Rows) -> None:
         assert one.position == other.position
         for first, second in zip(one.micro_batches, other.micro_batches, strict=True):
             assert torch.equal(first.input_ids, second.input_ids)
-            assert torch.equal(first.labels, second.labels)
+            assert torch.equal(labels_of(first), labels_of(second))
 
 
 def test_rows_of_like_length_share_a_micro_batch(data: Rows) -> None:
@@ -129,8 +134,10 @@ def test_rows_of_like_length_share_a_micro_batch(data: Rows) -> None:
 
 def test_the_denominator_is_the_number_of_trained_labels(data: Rows) -> None:
     for batch in loader(data).from_position(None, 4):
-        counted = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in batch.micro_batches)
-        assert counted == batch.trained_tokens
+        counted = sum(
+            int((labels_of(micro)[:, 1:] != IGNORE).sum()) for micro in batch.micro_batches
+        )
+        assert counted == batch.loss_weight
         real = 0
         for micro in batch.micro_batches:
             assert micro.attention_mask is not None
@@ -147,17 +154,19 @@ def test_packed_steps_count_the_same_tokens(data: Rows, tmp_path: Path) -> None:
         )
     )
     assert sum(batch.tokens for batch in batches) == int(data.lengths.sum())
-    assert sum(batch.trained_tokens for batch in batches) == int(data.supervised_tokens.sum())
+    assert sum(batch.loss_weight for batch in batches) == int(data.supervised_tokens.sum())
     for batch in batches:
-        counted = sum(int((micro.labels[:, 1:] != IGNORE).sum()) for micro in batch.micro_batches)
-        assert counted == batch.trained_tokens
+        counted = sum(
+            int((labels_of(micro)[:, 1:] != IGNORE).sum()) for micro in batch.micro_batches
+        )
+        assert counted == batch.loss_weight
 
 
 def test_padding_is_masked_by_position_even_where_it_is_the_end_token(tmp_path: Path) -> None:
     data = make_rows(tmp_path, [[5, 9], [5, 6, 7, 9]], [[False, True], [False, True, True, True]])
-    assert Collator(9).collate(data, [0, 1]).attention_mask is None
-    batch = Collator(9, masked=True).collate(data, [0, 1])
-    assert batch.labels.tolist() == [[IGNORE, 9, IGNORE, IGNORE], [IGNORE, 6, 7, 9]]
+    assert Collator(pad_token_id=9).collate(data, [0, 1]).attention_mask is None
+    batch = Collator(pad_token_id=9, masked=True).collate(data, [0, 1])
+    assert labels_of(batch).tolist() == [[IGNORE, 9, IGNORE, IGNORE], [IGNORE, 6, 7, 9]]
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
@@ -166,9 +175,9 @@ def test_a_batch_falls_apart_into_its_rows(tmp_path: Path) -> None:
     data = make_rows(
         tmp_path, [[5, 9], [5, 6, 7, 9], [4]], [[False, True], [False, True, True, True], [False]]
     )
-    batch = Collator(9, masked=True).collate(data, [0, 1, 2, None])
+    batch = Collator(pad_token_id=9, masked=True).collate(data, [0, 1, 2, None])
     rows = batch.split()
-    assert [row.labels.tolist()[0] for row in rows] == batch.labels.tolist()
+    assert [labels_of(row).tolist()[0] for row in rows] == labels_of(batch).tolist()
     assert [len(row.targets) for row in rows] == [1, 3, 0, 0]
     assert torch.equal(torch.cat([row.input_ids for row in rows]), batch.input_ids)
     assert torch.equal(torch.cat([row.attention_mask for row in rows]), batch.attention_mask)  # type: ignore[misc, arg-type]
@@ -176,7 +185,9 @@ def test_a_batch_falls_apart_into_its_rows(tmp_path: Path) -> None:
 
 def test_evaluation_covers_each_row_once_with_equal_rounds(tmp_path: Path) -> None:
     data = rows(tmp_path, 11)
-    shares = [list(iterate_eval(data, 2, rank, 2, Collator(PAD), None)) for rank in range(2)]
+    shares = [
+        list(iterate_eval(data, 2, rank, 2, Collator(pad_token_id=PAD), None)) for rank in range(2)
+    ]
     assert len(shares[0]) == len(shares[1]) == 3
     found = sorted(
         int(row[0])
@@ -186,7 +197,7 @@ def test_evaluation_covers_each_row_once_with_equal_rounds(tmp_path: Path) -> No
         if int(row[0]) != PAD
     )
     assert found == list(range(1, 12))
-    assert len(list(iterate_eval(data, 2, 0, 1, Collator(PAD), max_rows=4))) == 2
+    assert len(list(iterate_eval(data, 2, 0, 1, Collator(pad_token_id=PAD), max_rows=4))) == 2
 
 
 def test_the_loss_is_the_sum_over_trained_tokens() -> None:

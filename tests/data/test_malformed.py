@@ -33,7 +33,7 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "cut_json": (b'{"instruction": "x", "out', "broken JSON at column 22: Unterminated string"),
     "a_name_twice": (
         b'{"instruction": "x", "output": "a", "output": "b"}',
-        "broken JSON: the name 'output' stands twice in an object, of which one would be dropped",
+        "broken JSON: the name 'output' occurs twice in an object, of which one would be dropped",
     ),
     "two_objects": (line(GOOD) + line(GOOD), "broken JSON at column 38: Extra data"),
     "no_object": (b"[1, 2]", "a row must be an object with named fields, not list"),
@@ -81,7 +81,7 @@ BAD_CHATS: dict[str, tuple[bytes, str]] = {
     ),
     "content_twice": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}',  # noqa: E501
-        "broken JSON: the name 'content' stands twice in an object",
+        "broken JSON: the name 'content' occurs twice in an object",
     ),
     "user_last": (
         line(turns(("user", "x"))),
@@ -136,7 +136,7 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "empty": ("a.jsonl", b"", "a.jsonl: the file has no rows"),
     "blank_lines": ("a.jsonl", b"\n \n\n", "a.jsonl: the file has no rows"),
     "header_only": ("a.csv", b"instruction,output\n", "a.csv: the file has no rows"),
-    "one_object": ("a.json", b'"x"', "a.json:1: must hold a list of rows, or a row a line"),
+    "one_object": ("a.json", b'"x"', "a.json:1: must hold a list of rows, or one row per line"),
     "cut_list": (
         "a.json",
         b'[\n{"instruction": "x"},\n{"instr',
@@ -145,7 +145,7 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "two_lists": (
         "a.json",
         b'[{"text": "a"}]\n[{"text": "b"}]',
-        "a.json:1: something stands behind the list",
+        "a.json:1: there is text after the list",
     ),
     "deep_list": ("a.json", b"[" * 100_000, "a.json:1: broken JSON"),
     "unknown_fields": (
@@ -175,8 +175,8 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     ),
     "no_label": (
         "a.jsonl",
-        b'{"text": "a", "label": 1}\n{"text": "b"}\n',
-        "a.jsonl:2: the field 'label' is missing",
+        b'{"text": "a", "label": 1}\n{"text": "c", "label": 0}\n{"text": "b"}\n',
+        "a.jsonl:3: the field 'label' is missing",
     ),
 }
 
@@ -275,7 +275,7 @@ def test_validation_rows_that_are_trained_on_are_found(tokenizer: Any, tmp_path:
     with pytest.raises(DataError) as caught:
         prepare(tokenizer, tmp_path, train, eval=str(held_out))
     assert (
-        f"{held_out}:2: the validation row stands in the training rows too ({train}:4) (2 like it)"
+        f"{held_out}:2: the validation row is among the training rows too ({train}:4) (2 like it)"
         in str(caught.value)
     )
     data = prepare(tokenizer, tmp_path, train, eval=str(held_out), on_bad_row=OnBadRow.skip)

@@ -27,6 +27,7 @@ from llmtune.data.settings import check_data_settings
 from llmtune.data.store.packing import pack_rows, packing_efficiency
 from llmtune.data.store.token_store import Row
 from llmtune.errors import ConfigError
+from tests.labels import labels_of
 from tests.model.test_loss import loss_of
 
 CAPACITY = 4096
@@ -76,9 +77,9 @@ def documents(count: int = 7, vocabulary: int = 500) -> list[Row]:
         length = int(draw.integers(3, 40))
         made.append(
             Row(
-                draw.integers(5, vocabulary, length).astype(np.int32),
-                np.arange(length) > 0,
-                (length,),
+                ids=draw.integers(5, vocabulary, length).astype(np.int32),
+                mask=np.arange(length) > 0,
+                documents=(length,),
             )
         )
     return made
@@ -87,11 +88,11 @@ def documents(count: int = 7, vocabulary: int = 500) -> list[Row]:
 def join(rows: list[Row]) -> Row:
     ids = np.concatenate([row.ids for row in rows])
     mask = np.concatenate([row.mask for row in rows])
-    return Row(ids, mask, tuple(len(row.ids) for row in rows))
+    return Row(ids=ids, mask=mask, documents=tuple(len(row.ids) for row in rows))
 
 
 def packed(rows: list[Row], varlen: bool = False) -> Batch:
-    return Collator(0, varlen).pack(
+    return Collator(pad_token_id=0, varlen=varlen).pack(
         [join(rows[:3]), join(rows[3:5]), join(rows[5:6]), join(rows[6:])]
     )
 
@@ -152,7 +153,7 @@ def test_packed_logits_equal_unpacked_ones_for_every_document(
         before = {0: rows[:3], 1: rows[3:5], 2: rows[5:6], 3: rows[6:]}[line][:position]
         start = sum(len(row.ids) for row in before)
         part = together[line, start : start + len(rows[number].ids)]
-        reference = logits_of(alone, Collator(0).pad([rows[number]]))[0]
+        reference = logits_of(alone, Collator(pad_token_id=0).pad([rows[number]]))[0]
         assert float((part - reference).abs().max()) <= 1e-4
 
 
@@ -160,9 +161,9 @@ def test_changing_one_document_changes_no_others_loss(tiny_model: Path) -> None:
     model = load(tiny_model, "sdpa")
     rows = documents()
     before = [join(rows[:3]), join(rows[3:])]
-    changed = Row((rows[1].ids + 1) % 500, rows[1].mask, rows[1].documents)
+    changed = replace(rows[1], ids=(rows[1].ids + 1) % 500)
     after = [join([rows[0], changed, rows[2]]), join(rows[3:])]
-    collator = Collator(0)
+    collator = Collator(pad_token_id=0)
 
     def losses(given: list[Row]) -> dict[tuple[int, int], float]:
         batch = collator.pack(given)
@@ -173,7 +174,7 @@ def test_changing_one_document_changes_no_others_loss(tiny_model: Path) -> None:
             for number, length in enumerate(row.documents):
                 piece = slice(start, start + length)
                 total, count = loss_of(
-                    logits[line : line + 1, piece], batch.labels[line : line + 1, piece]
+                    logits[line : line + 1, piece], labels_of(batch)[line : line + 1, piece]
                 )
                 assert count == length - 1
                 found[line, number] = float(total)
@@ -186,7 +187,7 @@ def test_changing_one_document_changes_no_others_loss(tiny_model: Path) -> None:
 
 
 def test_the_first_token_of_a_document_is_no_target() -> None:
-    labels = packed(documents()).labels
+    labels = labels_of(packed(documents()))
     lengths = [len(row.ids) for row in documents()]
     assert labels[0, lengths[0]] == -100
     assert labels[0, lengths[0] + lengths[1]] == -100
@@ -245,7 +246,8 @@ def test_labels_that_the_file_shows_are_not_packed(
     name = labelled_format(monkeypatch) if plugin else "classification"
     row = {"text": "good", "label": "a", **({"grade": 1} if plugin else {})}
     file = tmp_path / "rows.jsonl"
-    file.write_text(f"{json.dumps(row)}\n" * 20)
+    other = {**row, "label": "b"}
+    file.write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n" * 10)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = DataConfig(train=str(file), val_set_size=0, num_workers=0)
     prepare_data(config, tokenizer, 1, tmp_path / "cache")

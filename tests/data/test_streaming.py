@@ -19,6 +19,7 @@ from llmtune.data.load.streaming import RowStream, StreamLoader
 from llmtune.data.prepare import prepare_data
 from llmtune.errors import CheckpointError, ConfigError, DataError
 from llmtune.plan.batch_sizes import BatchPlan
+from tests.labels import labels_of
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,11 @@ def loader(
         global_batch_size=8, micro_batch_size=2, accumulation_steps=4 // world, world_size=world
     )
     return StreamLoader(
-        RowStream(config, tokenizer, 42, bad_rows), plan, rank, Collator(2), LoaderSettings(workers)
+        RowStream(config, tokenizer, 42, bad_rows),
+        plan,
+        rank,
+        Collator(pad_token_id=2),
+        LoaderSettings(workers),
     )
 
 
@@ -114,7 +119,7 @@ def test_ranks_share_the_same_global_batches(
         for step in range(steps):
             parts = sorted(name for share in shares for name in names([share[step]], tokenizer)[0])
             assert parts == names([whole[step]], tokenizer)[0]
-            assert {share[step].trained_tokens for share in shares} == {whole[step].trained_tokens}
+            assert {share[step].loss_weight for share in shares} == {whole[step].loss_weight}
             assert {json.dumps(share[step].position) for share in shares} == {
                 json.dumps(whole[step].position)
             }
@@ -199,7 +204,7 @@ def test_what_a_stream_cannot_do_is_said_before_training(
         prepare("nobody/nothing")
     labels = tmp_path / "l.csv"
     labels.write_text("text,label\na,b\n")
-    with pytest.raises(DataError, match="a classifier cannot be trained yet"):
+    with pytest.raises(DataError, match="take data.streaming=false"):
         loader(tokenizer, str(labels)).stream.find_unknown_fields()
     long = tmp_path / "o.jsonl"
     long.write_text(
@@ -237,8 +242,8 @@ def test_packed_documents_stay_whole(tokenizer: Any, files: list[str]) -> None:
             micro.position_ids is not None and micro.attention_mask is None
             for micro in batch.micro_batches
         )
-        counted = sum(int((micro.labels[:, 1:] != -100).sum()) for micro in batch.micro_batches)
-        assert counted == batch.trained_tokens
+        counted = sum(int((labels_of(micro)[:, 1:] >= 0).sum()) for micro in batch.micro_batches)
+        assert counted == batch.loss_weight
 
 
 @pytest.mark.process

@@ -182,9 +182,9 @@ def test_reasoning_is_one_text() -> None:
         ({"name": "add", "input": "a"}, "has the field 'input', which is not read"),
         (
             {"name": "add", "arguments": '{"a": 1, "a": 2}'},
-            "the name 'a' stands twice in an object",
+            "the name 'a' occurs twice in an object",
         ),
-        ('{"name": "add", "name": "sub"}', "the name 'name' stands twice in an object"),
+        ('{"name": "add", "name": "sub"}', "the name 'name' occurs twice in an object"),
     ],
 )
 def test_nothing_of_a_call_is_dropped(call: Any, message: str) -> None:

@@ -20,13 +20,15 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.build import WeightsTo, build_model
-from llmtune.model.loss import sum_token_losses
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.batch_sizes import BatchPlan
-from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed, with_nvme_path
+from llmtune.plan.deepspeed_config import to_deepspeed, with_nvme_path
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import make_placement
+from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
+from llmtune.task.losses import sum_cross_entropy
 from llmtune.tuner.peft_model import add_lora
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
@@ -58,19 +60,21 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     )
     shape = resolve_shape(config.model, config.tuner)
     placement = make_placement(task["stage"], task["rung"], config.tuner.kind == "full")
-    sizes = resolve_zero_sizes(shape, placement, rank.world_size, "cpu")
+    optimizer = OPTIMIZERS.find(config.optim.kind)
+    sizes = resolve_zero_sizes(shape, placement, optimizer, rank.world_size, "cpu")
     batch = BatchPlan(
         global_batch_size=task["accumulation"] * rank.world_size,
         micro_batch_size=1,
         accumulation_steps=task["accumulation"],
         world_size=rank.world_size,
     )
+    arithmetic = Arithmetic(config.precision, optimizer)
     predicted = state_bytes(
-        shape, placement, sizes, config.precision, rank.world_size, batch.accumulation_steps
+        shape, placement, sizes, arithmetic, rank.world_size, batch.accumulation_steps
     )
-    optimizer = adamw_parameters(config.optim, 1e-3)
+    keys = optimizer.to_deepspeed(config.optim, 1e-3)
     deepspeed = with_nvme_path(
-        to_deepspeed(placement, batch, sizes, optimizer, config.precision, 1.0), folder
+        to_deepspeed(placement, batch, sizes, keys, config.precision, 1.0), folder
     )
     model_folder = resolve_on_first(config, rank)
 
@@ -81,7 +85,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
     model = add_lora(model, config.tuner, "base", 0) if lora else model
-    module = TrainModule(model, deepspeed, rank, sum_token_losses)
+    module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer)
     del model
     memory = measure_steps(module, before, batch, shape.vocab_size)
     barrier(rank)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llmtune.data.load.collate import Batch, Targets
+from llmtune.data.load.collate import Batch
+from tests.labels import targets_of
 
 
 def random_rows(rows: int, length: int, vocab: int, seed: int) -> Batch:
@@ -12,4 +13,4 @@ def random_rows(rows: int, length: int, vocab: int, seed: int) -> Batch:
     input_ids = torch.randint(
         0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed)
     )
-    return Batch(input_ids=input_ids, targets=Targets.of_labels(input_ids))
+    return Batch(input_ids=input_ids, targets=targets_of(input_ids))

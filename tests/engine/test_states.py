@@ -50,12 +50,28 @@ def has_tuner(place: tuple[int, str], tuner: str = "full", *_: Any) -> bool:
 def test_states_are_within_one_percent_of_what_deepspeed_allocates(
     cells: list[Any], tmp_path: Path
 ) -> None:
+    wrong = find_wrong(cells, tmp_path)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
+def test_so_are_those_of_an_optimizer_with_one_state(tmp_path: Path) -> None:
+    cells = [
+        (place, "full", ("bf16", "fp32")[index % 2], 2 - index % 3 // 2)
+        for index, place in enumerate(PLACES)
+    ]
+    wrong = find_wrong(cells, tmp_path, "optim=lion")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def find_wrong(cells: list[Any], tmp_path: Path, *overrides: str) -> list[Any]:
+    """Every number of bytes that is planned more than one percent off."""
     wrong = []
     for ranks in RANKS:
         of_ranks = [cell for cell in cells if cell[3] == ranks]
         tasks = [
             {
-                "overrides": [*MODEL, f"tuner={tuner}", f"precision={precision}"],
+                "overrides": [*MODEL, *overrides, f"tuner={tuner}", f"precision={precision}"],
                 "stage": stage,
                 "rung": rung,
                 "accumulation": 2 // ranks,
@@ -74,4 +90,4 @@ def test_states_are_within_one_percent_of_what_deepspeed_allocates(
                     wrong.append(
                         (cell, kind, predicted[kind], measured[kind], result["categories"])
                     )
-    assert not wrong, "\n".join(map(str, wrong))
+    return wrong

@@ -20,7 +20,7 @@ from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.checkpoint.writer import Buffers
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision
-from llmtune.data.load.collate import Collator, Targets
+from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import TrainLoader
 from llmtune.data.prepare import prepare_data
 from llmtune.data.prepared_data import open_rows
@@ -28,12 +28,14 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule
 from llmtune.launch.preflight.deepspeed_ops import load_ops
-from llmtune.model.loss import sum_token_losses
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import plan
 from llmtune.plan.plan import Plan, resolve_plan, with_nvme
 from llmtune.plan.steps import resolve_steps
+from llmtune.task.labels import Labels
+from llmtune.task.losses import sum_cross_entropy
+from llmtune.task.targets import Targets
 from llmtune.train.build import build_module
 from llmtune.train.model_files import render_model_files
 from llmtune.train.request import RunRequest
@@ -68,6 +70,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         plan=plan,
         steps=steps,
         data=data,
+        labels=Labels(),
         run_folder=Path(tempfile.gettempdir()),
         run_name="test",
         model_folder=model_folder,
@@ -81,17 +84,17 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     if load is not None:
         assert load_checkpoint(module, load).step == task["first"]
     write_loss_scale(module, task.get("loss_scale", {}))
-    collator = Collator(int(tokenizer.pad_token_id))
+    collator = Collator(pad_token_id=int(tokenizer.pad_token_id))
     loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, collator)
     seen, norms, applied = [], [], []
     pending: PendingSave | None = None
     for step in range(task["first"], task["last"]):
         if step == task.get("leave_out"):
             continue
-        module.loss_function = not_a_number if step == task.get("poison") else sum_token_losses
+        module.loss_function = not_a_number if step == task.get("poison") else sum_cross_entropy
         torch.manual_seed(step)
         batch = loader.step_at(step * plan.batch.global_batch_size)
-        result = module.train_step(batch.micro_batches, batch.trained_tokens, plan.learning_rate)
+        result = module.train_step(batch.micro_batches, batch.loss_weight, plan.learning_rate)
         assert result is not None
         seen.append(result.loss)
         norms.append(result.grad_norm)
@@ -117,7 +120,7 @@ def resolve_on_first(config: Config, rank: Rank) -> Path:
 
 def not_a_number(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """A loss that is finite, with a gradient that is not, for one of the ranks."""
-    loss = sum_token_losses(logits, targets)
+    loss = sum_cross_entropy(logits, targets)
     if os.environ["RANK"] == "0":
         # The slope of the root is infinite at zero, and infinity times zero is no number.
         loss = loss + 0.0 * torch.sqrt(logits.float().sum() * 0.0)

@@ -105,7 +105,7 @@ def test_a_save_that_does_not_fit_is_left_out_where_that_is_wanted(
         run.open(f"step:{STEP + 1}@0")
         code = run.end()
         assert code == 0, (code, run.console)
-        assert "training goes on" in run.console
+        assert "training continues" in run.console
         assert f"checkpoint-{STEP} was not saved" in run.console
         trial.wrong += find_lost(run, snapshot)
         judge(run, trial, reference, None)

@@ -4,13 +4,13 @@ again.
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from llmtune.storage.rank_files import RestartRecord
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Run, Table, judge, take_snapshot
 
@@ -46,8 +46,8 @@ def test_a_frozen_rank_is_noticed_and_started_again(
         code = run.end()
         assert code == 0, (code, run.console)
         assert not Path(f"/proc/{frozen}").exists(), "also a frozen process goes"
-        (restart,) = map(json.loads, (run.path / "restarts.jsonl").read_text().splitlines())
-        assert f"no rank made progress for {HANG_SECONDS} s" in restart["reason"]
+        (restart,) = RestartRecord.read_all(run.path)
+        assert f"no rank made progress for {HANG_SECONDS} s" in restart.reason
         (stacks,) = run.path.glob("stacks-*.txt")
         text = stacks.read_text()
         assert f"no answer from rank {victim}" in text, text

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmtune.storage.rank_files import RestartRecord
 from tests.faults.harness import BASE, SAVE_STEPS, STEPS, Run, Table, judge_folder, read_lines
 
 pytestmark = pytest.mark.process
@@ -111,10 +112,8 @@ def test_skipping_and_going_back_come_to_the_same_numbers(
             assert f"rows.jsonl:{BAD_LINE}" in run.console, run.console
         skipped = bad_step(runs["skip"])
         assert bad_step(runs["rollback"]) == skipped
-        (restart,) = map(
-            json.loads, (runs["rollback"].path / "restarts.jsonl").read_text().splitlines()
-        )
-        assert restart["rollback"]
+        (restart,) = RestartRecord.read_all(runs["rollback"].path)
+        assert restart.rollback
         trial.lost_steps = skipped - 1 - runs["rollback"].resumed_step()
         assert trial.lost_steps <= SAVE_STEPS
         if read_lines(runs["skip"].path)[0] != read_lines(runs["rollback"].path)[0]:

@@ -1,4 +1,4 @@
-"""Signals, and a file named SAVE, wherever a run stands: exit 75, and the same command goes on
+"""Signals, and a file named SAVE, wherever a run stands: exit 75, and the same command resumes
 without a step done twice.
 """
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from llmtune.engine.heartbeat import PhaseLog
-from llmtune.launch.supervise import phase_records
 from llmtune.launch.supervise.outcome import RanksFailedError
-from llmtune.launch.supervise.phase_records import HangDetector, finished_step
 from llmtune.launch.supervise.supervisor import Limits
-from llmtune.storage.rank_files import PhaseRecord, phase_file
 from tests.launch.fakes import run_fakes
 
 
@@ -67,70 +61,6 @@ def test_loading_may_take_ten_times_as_long(tmp_path: Path) -> None:
     run_fakes(
         "reach(0, 'load') if rank else None\ntime.sleep(1)", tmp_path, Limits(hang_timeout=0.3)
     )
-
-
-def test_every_write_changes_the_record(tmp_path: Path) -> None:
-    log = PhaseLog(phase_file(tmp_path, 0))
-    assert PhaseRecord.read(tmp_path, 0).phase == "start"
-    log.enter("evaluate")
-    seen = [phase_file(tmp_path, 0).read_bytes()]
-    for write in (log.beat, log.beat, lambda: log.enter("evaluate")):
-        write()
-        seen.append(phase_file(tmp_path, 0).read_bytes())
-    assert len(set(seen)) == 4
-    assert {len(record) for record in seen} == {len(seen[0])}
-    assert PhaseRecord.read(tmp_path, 0).phase == "evaluate"
-    PhaseLog().beat()
-
-
-@pytest.mark.parametrize(
-    ("phase", "step", "finished"),
-    [
-        ("load", 0, 0),
-        ("evaluate", 0, 0),
-        ("forward", 1, 0),
-        ("step", 8, 7),
-        ("save", 8, 8),
-        ("evaluate", 8, 8),
-    ],
-)
-def test_steps_done_are_read_from_the_records(
-    phase: str, step: int, finished: int, tmp_path: Path
-) -> None:
-    log = PhaseLog(phase_file(tmp_path, 1))
-    log.step = step
-    log.enter(phase)
-    assert finished_step(tmp_path, 2) == finished
-
-
-def test_a_supervisor_that_was_suspended_with_its_ranks_sees_no_hang(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = PhaseLog(phase_file(tmp_path, 0))
-    log.enter("forward")
-    now = 0.0
-    monkeypatch.setattr(phase_records, "time", SimpleNamespace(monotonic=lambda: now))
-    watch = HangDetector(tmp_path, 1, 10.0)
-    assert not watch.is_hung()
-    for seconds in [1.0] * 8 + [86400.0]:
-        now += seconds
-        assert not watch.is_hung()
-    log.beat()
-    for _ in range(10):
-        now += 1.0
-        assert not watch.is_hung()
-    now += 1.0
-    assert watch.is_hung()
-
-
-def test_clocks_and_time_stamps_of_files_do_not_matter(tmp_path: Path) -> None:
-    log = PhaseLog(phase_file(tmp_path, 0))
-    log.enter("forward")
-    watch = HangDetector(tmp_path, 1, 0.0)
-    assert not HangDetector(tmp_path, 1, 60.0).is_hung()
-    watch.is_hung()
-    os.utime(phase_file(tmp_path, 0), (0, 0))
-    assert watch.is_hung()
 
 
 @pytest.mark.process

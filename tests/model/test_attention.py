@@ -15,7 +15,7 @@ from llmtune.data.load.collate import Collator
 from llmtune.data.store.token_store import Row
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
 from llmtune.model.build import sees_padding
-from llmtune.model.loss import sum_token_losses
+from llmtune.task.losses import sum_cross_entropy
 
 SIZES = {
     "vocab_size": 97,
@@ -63,7 +63,7 @@ def make_model(family: str, attention: str) -> Any:
 def make_rows(lengths: list[int]) -> list[Row]:
     made = torch.Generator().manual_seed(1)
     ids = [torch.randint(1, 97, (length,), generator=made).numpy() for length in lengths]
-    return [Row(row, np.ones(len(row), bool), (len(row),)) for row in ids]
+    return [Row(ids=row, mask=np.ones(len(row), bool), documents=(len(row),)) for row in ids]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -75,10 +75,12 @@ def test_tokens_before_padding_are_the_same_without_a_mask(family: str, attentio
     assert not sees_padding(model)
     rows = make_rows([12, 7, 3])
     with torch.no_grad():
-        with_mask = model(**Collator(0, masked=True).pad(rows).inputs, use_cache=False).logits
-        without = model(**Collator(0).pad(rows).inputs, use_cache=False).logits
+        with_mask = model(
+            **Collator(pad_token_id=0, masked=True).pad(rows).inputs, use_cache=False
+        ).logits
+        without = model(**Collator(pad_token_id=0).pad(rows).inputs, use_cache=False).logits
         answer_on_host(model)
-        on_host = model(**Collator(0).pad(rows).inputs, use_cache=False).logits
+        on_host = model(**Collator(pad_token_id=0).pad(rows).inputs, use_cache=False).logits
     for number, row in enumerate(rows):
         real = slice(0, len(row.ids))
         torch.testing.assert_close(
@@ -118,15 +120,17 @@ def test_documents_of_a_packed_row_are_still_told_apart(family: str) -> None:
     model = make_model(family, "eager" if family == "gemma2" else "sdpa")
     (one, other) = make_rows([6, 9])
     together = Row(
-        torch.cat([torch.as_tensor(one.ids), torch.as_tensor(other.ids)]).numpy(),
-        np.ones(15, bool),
-        (6, 9),
+        ids=torch.cat([torch.as_tensor(one.ids), torch.as_tensor(other.ids)]).numpy(),
+        mask=np.ones(15, bool),
+        documents=(6, 9),
     )
     answer_on_host(model)
     with torch.no_grad():
-        packed = model(**Collator(0).pack([together]).inputs, use_cache=False).logits[0]
+        packed = model(**Collator(pad_token_id=0).pack([together]).inputs, use_cache=False).logits[
+            0
+        ]
         alone = [
-            model(**Collator(0).pad([row]).inputs, use_cache=False).logits[0]
+            model(**Collator(pad_token_id=0).pad([row]).inputs, use_cache=False).logits[0]
             for row in (one, other)
         ]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=2e-6)
@@ -171,9 +175,9 @@ def test_a_step_without_a_mask_is_the_same_to_the_last_bit(
     for masked in (True, False):
         model = make_model(family, attention.partition(",")[0]).to(dtype)
         answer_on_host(model)
-        batch = Collator(0, masked=masked).pad(rows)
+        batch = Collator(pad_token_id=0, masked=masked).pad(rows)
         logits = model(**batch.inputs, use_cache=False).logits
-        loss = sum_token_losses(logits, batch.targets)
+        loss = sum_cross_entropy(logits, batch.targets)
         loss.backward()
         real = torch.cat([logits[number, : len(row.ids)] for number, row in enumerate(rows)])
         gradients = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmtune.data.load.collate import IGNORE, Targets
-from llmtune.model.loss import sum_token_losses
+from llmtune.task.losses import sum_cross_entropy
+from tests.labels import IGNORE, targets_of
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
-    targets = Targets.of_labels(labels)
-    return sum_token_losses(logits, targets), len(targets)
+    targets = targets_of(labels)
+    return sum_cross_entropy(logits, targets), len(targets)
 
 
 def test_each_position_is_judged_by_the_token_that_follows() -> None:

@@ -9,11 +9,13 @@ import pytest
 
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision
+from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer
 from llmtune.plan import speed
 from llmtune.plan.ladder import Ladder
 from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.peak_memory import checkpoint_bytes, gathered_bytes
-from llmtune.plan.memory.placement import make_placement
+from llmtune.plan.memory.placement import Placement, make_placement
+from llmtune.plan.memory.rank_bytes import Arithmetic, StateBytes
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.plan import resolve_ladder
@@ -21,10 +23,23 @@ from llmtune.plan.plan import resolve_ladder
 #: Llama-3-8B: its parameters, its head (vocabulary x width), and one of its 32 layers.
 PARAMETERS, HEAD, LAYER = 8_030_261_248, 128_256 * 4096, 218_112_000
 
+ADAMW, LION = OPTIMIZERS.find("adamw"), OPTIMIZERS.find("lion")
+
 
 def shape_of(*overrides: str) -> ModelShape:
     config = compose_config(["model=llama3_8b", *overrides]).config
     return resolve_shape(config.model, config.tuner, Path(config.paths.cache_dir))
+
+
+def states_of(
+    shape: ModelShape,
+    placement: Placement,
+    precision: Precision,
+    ranks: int,
+    optimizer: Optimizer = ADAMW,
+) -> StateBytes:
+    sizes = resolve_zero_sizes(shape, placement, optimizer, ranks, "cuda")
+    return state_bytes(shape, placement, sizes, Arithmetic(precision, optimizer), ranks)
 
 
 @pytest.mark.parametrize(
@@ -35,10 +50,7 @@ def test_without_zero_every_rank_has_all(
     precision: Precision, weights: int, optimizer: int, step: int
 ) -> None:
     shape = shape_of("tuner=full")
-    placement = make_placement(0, "none", trains_all=True)
-    states = state_bytes(
-        shape, placement, resolve_zero_sizes(shape, placement, 4, "cuda"), precision, 4
-    )
+    states = states_of(shape, make_placement(0, "none", trains_all=True), precision, 4)
     assert states.weights.device == states.gradients.device == weights * PARAMETERS
     assert states.optimizer.device == optimizer * PARAMETERS
     assert states.step == step * PARAMETERS
@@ -53,21 +65,55 @@ def test_stages_1_and_2_share_the_optimizer(
     stage: int, precision: Precision, size: int, flattened: int
 ) -> None:
     shape = shape_of("tuner=full")
-    placement = make_placement(stage, "none", trains_all=True)
-    states = state_bytes(
-        shape, placement, resolve_zero_sizes(shape, placement, 8, "cuda"), precision, 8
-    )
+    states = states_of(shape, make_placement(stage, "none", trains_all=True), precision, 8)
     share = PARAMETERS // 8
     assert states.weights.device == size * PARAMETERS
     assert states.optimizer.device == pytest.approx(12 * share, abs=100)
     assert states.step == pytest.approx((4 + flattened) * share, abs=100)
 
 
+def held(states: StateBytes) -> int:
+    """Bytes of everything but weights and gradients, wherever it is."""
+    optimizer, buckets = states.optimizer, states.buckets
+    return sum((optimizer.device, optimizer.host, optimizer.nvme, buckets.host))
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32])
+@pytest.mark.parametrize(
+    ("stage", "rung"),
+    [
+        *((stage, "none") for stage in (0, 1, 2, 3)),
+        *((stage, "optimizer_cpu") for stage in (1, 2, 3)),
+        *((3, rung) for rung in ("cpu", "optimizer_nvme", "nvme")),
+    ],
+)
+def test_one_state_less_is_four_bytes_less_for_each_parameter_everywhere(
+    stage: int, rung: str, precision: Precision
+) -> None:
+    shape = shape_of("tuner=full")
+    placement = make_placement(stage, rung, trains_all=True)
+    adamw, lion = (states_of(shape, placement, precision, 8, one) for one in (ADAMW, LION))
+    share = PARAMETERS if stage == 0 else PARAMETERS / 8
+    less = held(adamw) - held(lion)
+    if placement.optimizer == "nvme":
+        # And one of four swap buffers.
+        less -= adamw.buckets.host - lion.buckets.host
+        assert adamw.buckets.host > lion.buckets.host
+        written = adamw.nvme_written_per_step - lion.nvme_written_per_step
+        assert written == adamw.optimizer.nvme - lion.optimizer.nvme
+    assert less == pytest.approx(4 * share, rel=1e-4)
+    assert (adamw.weights, adamw.gradients, adamw.step) == (
+        lion.weights,
+        lion.gradients,
+        lion.step,
+    )
+
+
 def test_stage_3_gathers_the_head_with_the_last_layer_and_a_layer_with_what_is_prefetched() -> None:
     shape = shape_of("tuner=full")
     assert (shape.head_parameters, shape.layer_parameters) == (HEAD, LAYER)
     placement = make_placement(3, "none", trains_all=True)
-    sizes = resolve_zero_sizes(shape, placement, 8, "cuda")
+    sizes = resolve_zero_sizes(shape, placement, ADAMW, 8, "cuda")
     assert sizes.prefetch == LAYER * 7 // 20
     assert gathered_bytes(shape, placement, sizes, 2) == (
         2 * (HEAD + LAYER),
@@ -76,9 +122,13 @@ def test_stage_3_gathers_the_head_with_the_last_layer_and_a_layer_with_what_is_p
     assert gathered_bytes(shape, make_placement(2, "none", trains_all=True), sizes, 2) == (0, 0)
 
 
-def test_a_full_checkpoint_is_the_model_and_three_fp32_numbers_a_parameter() -> None:
-    assert checkpoint_bytes(shape_of("tuner=full"), 2) == pytest.approx(
-        (2 + 12) * PARAMETERS, rel=1e-6
+@pytest.mark.parametrize(("optimizer", "numbers"), [(ADAMW, 3), (LION, 2)])
+def test_a_full_checkpoint_is_the_model_and_the_fp32_numbers_of_the_optimizer(
+    optimizer: Optimizer, numbers: int
+) -> None:
+    arithmetic = Arithmetic(Precision.bf16, optimizer)
+    assert checkpoint_bytes(shape_of("tuner=full"), arithmetic) == pytest.approx(
+        (2 + 4 * numbers) * PARAMETERS, rel=1e-6
     )
 
 
@@ -115,6 +165,13 @@ def test_what_is_sent_follows_the_stage(monkeypatch: pytest.MonkeyPatch) -> None
     assert collectives(monkeypatch, 3, "nvme", 3, "tuner=full") == [full, full, 4.0]
 
 
+def test_an_optimizer_step_touches_its_numbers_once_or_as_often_as_its_kernels_do() -> None:
+    # Reads weight, gradient and two moments; writes three of them, and the weight in 16 bits.
+    assert speed.step_bytes(ADAMW) == 4 * 4 + 3 * 4 + 2
+    # m and g to a direction; its sign; decay; the direction to the weight; m and g to m; 16 bits.
+    assert speed.step_bytes(LION) == 12 + 8 + 8 + 12 + 12 + 2
+
+
 def logits_of(*overrides: str) -> list[int]:
     config = compose_config(
         ["model=llama3_8b", "hardware=8xa100_80gb", "data.train=a.jsonl", *overrides]
@@ -146,9 +203,7 @@ def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(
     quantized = PARAMETERS - 2 * HEAD - norms
     assert shape.quantized_parameters == quantized
     placement = make_placement(stage, "none", trains_all=False)
-    states = state_bytes(
-        shape, placement, resolve_zero_sizes(shape, placement, ranks, "cuda"), Precision.bf16, ranks
-    )
+    states = states_of(shape, placement, Precision.bf16, ranks)
     scales = quantized / 64 + 4 * quantized / (64 * 256)
     packed = quantized // 2 + 2 * (2 * HEAD + norms)
     assert states.weights.device == pytest.approx(packed / ranks + scales, rel=1e-6)

@@ -10,6 +10,7 @@ import pytest
 
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.deepspeed_overrides import KNOWN, OWNED, check_raw, merge_raw, resize
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import Placement
@@ -18,11 +19,13 @@ from llmtune.plan.memory.zero_buffers import parameter_groups, resolve_zero_size
 from llmtune.plan.plan import plan_candidate, resolve_ladder
 from tests.support import ROOT, run
 
+ADAMW = OPTIMIZERS.find("adamw")
+
 
 def test_the_buffers_of_70b_on_8_ranks_hold_its_largest_slice() -> None:
     config = compose_config(["model=llama3_70b", "tuner=full"]).config
     shape = resolve_shape(config.model, config.tuner)
-    sizes = resolve_zero_sizes(shape, Placement(3, "nvme", "nvme"), 8, "cuda")
+    sizes = resolve_zero_sizes(shape, Placement(3, "nvme", "nvme"), ADAMW, 8, "cuda")
     assert sizes.param_buffer >= 131_334_144
     groups = sub_groups(
         parameter_groups(list(shape.tensors), Placement(3, "nvme"), 8), 8, sizes.sub_group
@@ -39,7 +42,8 @@ def test_the_buffers_of_70b_on_8_ranks_hold_its_largest_slice() -> None:
 def test_adapters_stay_on_every_rank() -> None:
     config = compose_config(["model=llama3_70b"]).config
     shape = resolve_shape(config.model, config.tuner)
-    assert resolve_zero_sizes(shape, Placement(3), 8, "cuda").persistence_threshold >= 28_672 * 16
+    sizes = resolve_zero_sizes(shape, Placement(3), ADAMW, 8, "cuda")
+    assert sizes.persistence_threshold >= 28_672 * 16
 
 
 def test_matrices_off_the_sectors_have_a_group_of_their_own_on_nvme() -> None:
@@ -91,7 +95,7 @@ def test_raw_keys_are_merged_and_planned_with() -> None:
     shape = resolve_shape(
         compose_config(["model=tiny"]).config.model, compose_config(["model=tiny"]).config.tuner
     )
-    sizes = resize(resolve_zero_sizes(shape, Placement(3), 1, "cpu"), raw)
+    sizes = resize(resolve_zero_sizes(shape, Placement(3), ADAMW, 1, "cpu"), raw)
     assert (sizes.reduce_bucket, sizes.aio.queue_depth, sizes.param_buffers) == (12345, 64, 9)
 
 

@@ -93,6 +93,16 @@ def test_what_changes_the_arithmetic_is_advice_only() -> None:
     assert bf16.saves_bytes == pytest.approx(6 * 70.55e9 / 8, rel=0.01)
     assert bf16.where == "host"
     assert changes["train adapters only"].override == "tuner=lora"
+    lion = changes["Lion instead of AdamW"]
+    assert lion.saves_bytes == pytest.approx(4 * 70.55e9 / 8, rel=0.01)
+    assert lion.override == "optim=lion"
+    with_lion = compose_config([*FULL, "hardware.host_memory_bytes=2TB", "optim=lion"]).config
+    of_lion = {
+        item.change: item
+        for item in list_advice(with_lion, resolve_ladder(with_lion, planning=True))
+    }
+    assert not any("instead of Lion" in change for change in of_lion)
+    assert of_lion[bf16.change].saves_bytes == pytest.approx(4 * 70.55e9 / 8, rel=0.01)
 
 
 def test_more_machines_help() -> None:

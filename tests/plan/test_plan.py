@@ -15,9 +15,11 @@ from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.memory import model_shape as shapes
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.plan import Plan, resolve_ladder, resolve_plan
@@ -48,8 +50,10 @@ def test_the_shipped_models_have_their_published_sizes(model: str, parameters: i
 def test_states_under_zero_3_are_what_the_formula_says() -> None:
     config = compose_config(["model=llama3_70b", "tuner=full"]).config
     shape = resolve_shape(config.model, config.tuner)
-    sizes = resolve_zero_sizes(shape, Placement(3), 8, "cuda")
-    states = state_bytes(shape, Placement(3), sizes, Precision.bf16, 8)
+    sizes = resolve_zero_sizes(shape, Placement(3), OPTIMIZERS.find("adamw"), 8, "cuda")
+    states = state_bytes(
+        shape, Placement(3), sizes, Arithmetic(Precision.bf16, OPTIMIZERS.find("adamw")), 8
+    )
     standing = states.weights.device + states.gradients.device + states.optimizer.device
     assert standing / 2**30 == pytest.approx(131.4, abs=0.1)
     assert states.weights.device == pytest.approx(17.64e9, rel=1e-3)

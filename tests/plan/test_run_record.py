@@ -31,6 +31,7 @@ KEYS = [
     "notes",
     "steps",
     "data",
+    "labels",
     "model_folder",
     "run_name",
     "run_id",

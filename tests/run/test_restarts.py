@@ -5,12 +5,12 @@ on.
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,6 @@ from llmtune.errors import CheckpointError, LlmtuneError, StoppedError
 from llmtune.launch.supervise import restarts as restarts_module
 from llmtune.launch.supervise import supervisor
 from llmtune.launch.supervise.outcome import RanksFailedError
-from llmtune.launch.supervise.restarts import Restarts
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan
 from llmtune.run import fallback
@@ -32,6 +31,8 @@ from llmtune.run.fallback import FallbackRunner
 from llmtune.run.prepare import RunInputs, RunTarget
 from llmtune.storage import layout
 from llmtune.storage.plain_fields import from_plain
+from llmtune.storage.rank_files import RestartRecord
+from llmtune.task.labels import Labels
 from llmtune.track.console import Console
 from llmtune.train.run_folder import RunFolder
 from tests.launch.fakes import run_fakes
@@ -41,57 +42,6 @@ def failure(step: int, rollback: bool = False) -> RanksFailedError:
     return RanksFailedError(
         "rank 1 ended with signal SIGKILL; see log", "rank 1 ended", step, rollback
     )
-
-
-def test_the_wait_doubles_up_to_a_minute_and_the_restarts_are_counted() -> None:
-    restarts = Restarts(8)
-    assert [restarts.take(failure(step), 0) for step in range(10, 90, 10)] == [
-        1,
-        2,
-        4,
-        8,
-        16,
-        32,
-        60,
-        60,
-    ]
-    assert restarts.describe(60) == " (restart 8 of 8) in 60 s"
-    with pytest.raises(
-        LlmtuneError,
-        match=r"SIGKILL; see log\nNot started again: launch.max_restarts=8 are used up",
-    ):
-        restarts.take(failure(100), 0)
-
-
-def test_an_attempt_without_a_new_step_is_repeated_once() -> None:
-    restarts = Restarts(5)
-    restarts.take(failure(10), 10)
-    with pytest.raises(LlmtuneError, match="failed twice without a new step"):
-        restarts.take(failure(10), 10)
-
-
-def test_the_same_steps_made_again_are_no_new_steps() -> None:
-    restarts = Restarts(9)
-    restarts.take(failure(12), 10)
-    restarts.take(failure(12), 10)
-    restarts.take(failure(13), 10)
-    restarts.take(failure(11), 10)
-    with pytest.raises(LlmtuneError, match="failed twice without a new step"):
-        restarts.take(failure(12), 10)
-
-
-def test_no_restarts_means_none() -> None:
-    with pytest.raises(LlmtuneError, match="SIGKILL") as caught:
-        Restarts(0).take(failure(5), 0)
-    assert not isinstance(caught.value, RanksFailedError)
-    assert Restarts(0).take(failure(5, rollback=True), 0) == 0.0
-
-
-def test_rollbacks_neither_wait_nor_count() -> None:
-    restarts = Restarts(1)
-    assert [restarts.take(failure(30, rollback=True), 20) for _ in range(5)] == [0.0] * 5
-    assert restarts.describe(0.0) == ""
-    assert restarts.take(failure(25), 20) == 1.0
 
 
 #: A run of 6 steps that saves after each second one; ``incident`` is what happens in it.
@@ -146,6 +96,7 @@ class FakeRun:
             run_id="a",
             model_folder=self.folder,
             data=from_plain(PreparedData, {}),
+            labels=Labels(),
             steps=from_plain(StepsPlan, {}),
             resume_from=None,
         )
@@ -180,10 +131,8 @@ class FakeRun:
         ).run()
 
     @property
-    def records(self) -> list[dict[str, Any]]:
-        return [
-            json.loads(line) for line in (self.folder / layout.RESTARTS).read_text().splitlines()
-        ]
+    def records(self) -> list[RestartRecord]:
+        return RestartRecord.read_all(self.folder)
 
 
 @pytest.fixture
@@ -205,13 +154,10 @@ def test_a_killed_rank_costs_the_steps_since_the_newest_checkpoint(fake: FakeRun
         in fake.printed.getvalue()
     )
     (record,) = fake.records
-    assert record.pop("time") > 1.7e9
-    assert record == {
-        "reason": said.removesuffix("; "),
-        "step": 4,
-        "resumed_from": "checkpoint-4",
-        "rollback": False,
-    }
+    assert record.time > 1.7e9
+    assert replace(record, time=0.0) == RestartRecord(
+        time=0.0, reason=said.removesuffix("; "), step=4, resumed_from="checkpoint-4"
+    )
 
 
 @pytest.mark.process
@@ -253,7 +199,7 @@ def test_a_rollback_starts_again_at_once(fake: FakeRun) -> None:
 
     fake.attempt = attempt
     assert fake.go()
-    assert [record["rollback"] for record in fake.records] == [True, True]
+    assert [record.rollback for record in fake.records] == [True, True]
     assert "rank 1 ended; starting again from the beginning\n" in fake.printed.getvalue()
 
 

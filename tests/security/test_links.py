@@ -311,7 +311,7 @@ def test_a_lock_is_not_taken_through_what_lies_in_its_place(
     assert not victim.with_name("new").exists()
 
 
-def test_a_link_in_the_place_of_a_cached_models_lock_empties_nothing(
+def test_a_link_in_the_place_of_amake_once_models_lock_empties_nothing(
     tmp_path: Path, victim: Path
 ) -> None:
     folder = tmp_path / "models" / "x"
@@ -323,8 +323,8 @@ def test_a_link_in_the_place_of_a_cached_models_lock_empties_nothing(
 
     folder.with_suffix(".lock").symlink_to(victim)
     with pytest.raises(MissingPrerequisiteError, match="something else than a lock file"):
-        source._cached(folder, make)
+        source.make_once(folder, make)
     assert SECRET in victim.read_text()
     folder.with_suffix(".lock").unlink()
-    assert source._cached(folder, make) == folder
-    assert source._cached(folder, make) == folder
+    assert source.make_once(folder, make) == folder
+    assert source.make_once(folder, make) == folder

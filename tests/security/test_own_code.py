@@ -111,9 +111,7 @@ def test_a_runs_own_configuration_does_not_turn_it_on(
     said = capsys.readouterr().err
     assert code == ConfigError.exit_code, said
     assert not marker.exists(), "its code ran"
-    assert (
-        "needs Python code of its own (planted.PlantedConfig, planted.PlantedForCausalLM)" in said
-    )
+    assert "needs its own Python code (planted.PlantedConfig, planted.PlantedForCausalLM)" in said
     assert (
         "asks for that itself, which does not count: it may be anybody's. Read it; if you trust"
         f" it, add {ALLOWED}" in said

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -343,3 +344,31 @@ def test_json_that_was_cut_off_is_none(tmp_path: Path, data: bytes, value: objec
     assert read_json(tmp_path / "x") is None
     (tmp_path / "x").write_bytes(data)
     assert read_json(tmp_path / "x") == value
+
+
+@pytest.mark.parametrize("last", ["write", "flush", "replace"])
+def test_a_file_that_cannot_be_written_stays_what_it_was(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "plan.json"
+    write_atomically(file, "old")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if last == "write":
+            patch.setattr(Path, "open", refuse)
+        else:
+            patch.setattr(os, {"flush": "fsync", "replace": "replace"}[last], refuse)
+        with pytest.raises(OSError, match="No space"):
+            write_atomically(file, "new")
+    assert file.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_file_that_is_no_json_is_none(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "missing") is None
+    for data, found in ((b"", None), (b"\xff", None), (b"{", None), (b"[1]", [1]), (b"0", 0)):
+        (tmp_path / "file").write_bytes(data)
+        assert read_json(tmp_path / "file") == found

@@ -11,6 +11,8 @@ from llmtune.storage.rank_files import (
     FinishedRecord,
     KernelKills,
     PhaseRecord,
+    RestartRecord,
+    SkippedSteps,
     phase_file,
     read_raw_phase,
 )
@@ -64,3 +66,43 @@ def test_counts_of_kills_and_the_end_of_a_run_are_read_back(tmp_path: Path) -> N
     assert FinishedRecord.read(tmp_path) is None
     (tmp_path / layout.FINISHED).write_text('{"step": 7}')
     assert FinishedRecord.read(tmp_path) == FinishedRecord(step=7)
+
+
+def test_skipped_steps_are_a_sorted_list_and_lists_of_earlier_versions_are_read(
+    tmp_path: Path,
+) -> None:
+    assert SkippedSteps.read(tmp_path) == SkippedSteps()
+    SkippedSteps(frozenset({7, 3, 11})).write(tmp_path)
+    assert (tmp_path / layout.SKIPPED_STEPS).read_text() == "[3, 7, 11]"
+    for text, steps in (
+        ("[3, 7, 11]", {3, 7, 11}),
+        ("[]", set()),
+        ("[3, 7, ", set()),
+        ('{"steps": [3]}', set()),
+        ('[3, "a", true, null, 5]', {3, 5}),
+    ):
+        (tmp_path / layout.SKIPPED_STEPS).write_text(text)
+        assert SkippedSteps.read(tmp_path).steps == steps
+
+
+def test_restarts_are_lines_and_those_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    assert RestartRecord.read_all(tmp_path) == []
+    written = (
+        '{"time": 5.0, "reason": "rank 1 ended", "step": 4, "resumed_from": null,'
+        ' "rollback": false}\n'
+    )
+    RestartRecord(time=5.0, reason="rank 1 ended", step=4).append(tmp_path)
+    assert (tmp_path / layout.RESTARTS).read_text() == written
+    second = RestartRecord(
+        time=6.0, reason="\u2028 \n", step=9, resumed_from="checkpoint-8", rollback=True
+    )
+    second.append(tmp_path)
+    with (tmp_path / layout.RESTARTS).open("a") as file:
+        file.write('\n{"time": 7.0, "rea')
+    first, *rest = RestartRecord.read_all(tmp_path)
+    assert first == RestartRecord(time=5.0, reason="rank 1 ended", step=4)
+    assert rest == [second]
+    with (tmp_path / layout.RESTARTS).open("w") as file:
+        file.write('{"time": 1, "reason": "an older llmtune", "step": 2}\n')
+    (old,) = RestartRecord.read_all(tmp_path)
+    assert (old.resumed_from, old.rollback) == (None, False)

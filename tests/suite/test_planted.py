@@ -99,9 +99,9 @@ PLANTED = [
     ),
     Planted(
         fault="the plan counts half the bytes of the optimizer",
-        file="plan/memory/rank_bytes.py",
-        right="MASTER_AND_MOMENTS_BYTES = FP32_BYTES + MOMENTS_BYTES",
-        wrong="MASTER_AND_MOMENTS_BYTES = FP32_BYTES",
+        file="optimizer/optimizer.py",
+        right="return FP32_BYTES + self.state_bytes",
+        wrong="return FP32_BYTES",
         tests=("tests/engine/test_states.py",),
     ),
     Planted(

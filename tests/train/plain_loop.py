@@ -41,6 +41,7 @@ class Recipe:
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
+    optimizer: str = "adamw"
 
 
 @dataclass(kw_only=True)
@@ -97,13 +98,16 @@ def train(recipe: Recipe) -> Curve:
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8
-    )
+    groups = [group for group in groups if group["params"]]
+    optimizer: Any
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    else:
+        optimizer = Lion(groups, {"lr": 0.0, "betas": (0.9, 0.99)})
     curve = Curve(eval_losses=[evaluate(model, recipe.held_out)])
     for number, documents in enumerate(recipe.steps):
         rate = rate_of(number, recipe)
-        for group in adamw.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
         tokens = sum(int(document.trained[1:].sum()) for document in documents)
         loss = 0.0
@@ -112,14 +116,30 @@ def train(recipe: Recipe) -> Curve:
             share.backward()
             loss += share.item()
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.max_grad_norm)
-        adamw.step()
-        adamw.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         curve.losses.append(loss)
         curve.norms.append(float(norm))
         curve.rates.append(rate)
     curve.eval_losses.append(evaluate(model, recipe.held_out))
     curve.weights = {name: weight.detach() for name, weight in trained.items()}
     return curve
+
+
+class Lion(torch.optim.Optimizer):
+    """The program of the paper (https://arxiv.org/abs/2302.06675), one parameter at a time."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Move every weight by the rate, and decay it."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for weight in group["params"]:
+                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                direction = torch.sign(beta1 * momentum + (1 - beta1) * weight.grad)
+                step = direction + group["weight_decay"] * weight
+                weight -= group["lr"] * step
+                momentum.copy_(beta2 * momentum + (1 - beta2) * weight.grad)
 
 
 def rate_of(number: int, recipe: Recipe) -> float:

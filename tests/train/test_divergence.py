@@ -18,9 +18,7 @@ from llmtune.errors import DivergedError, RollbackError
 from llmtune.train.divergence import MAX_ROLLBACKS, DivergenceMonitor
 
 #: Two micro-batches of two rows; the last one only fills up.
-STEP = StepBatch(
-    micro_batches=[], trained_tokens=4, tokens=4, position={}, rows=[[7, 3], [5, None]]
-)
+STEP = StepBatch(micro_batches=[], loss_weight=4, tokens=4, position={}, rows=[[7, 3], [5, None]])
 
 
 def watch(

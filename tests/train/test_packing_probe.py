@@ -110,12 +110,16 @@ def test_the_trial_packs_as_training_does() -> None:
         return torch.zeros(*batch.input_ids.shape, 7)
 
     one, other = draw_documents((3, 2), 97)
-    measure_mixing(forward, Collator(0), (one, other))
+    measure_mixing(forward, Collator(pad_token_id=0), (one, other))
     ids = np.concatenate([one.ids, other.ids])
-    expected = Collator(0).pack(
+    expected = Collator(pad_token_id=0).pack(
         [
-            Row(ids, np.ones(5, bool), (3, 2)),
-            Row(np.concatenate([other.ids, one.ids]), np.ones(5, bool), (2, 3)),
+            Row(ids=ids, mask=np.ones(5, bool), documents=(3, 2)),
+            Row(
+                ids=np.concatenate([other.ids, one.ids]),
+                mask=np.ones(5, bool),
+                documents=(2, 3),
+            ),
         ]
     )
     assert torch.equal(seen[0].input_ids, expected.input_ids)
@@ -142,7 +146,9 @@ def test_the_model_itself_is_judged_in_its_own_precision(family: str, dtype: tor
     documents = draw_documents((LENGTHS[0] // 2, LENGTHS[1]), 128)
     with torch.no_grad():
         found = measure_mixing(
-            lambda batch: model(**batch.inputs, use_cache=False).logits, Collator(0), documents
+            lambda batch: model(**batch.inputs, use_cache=False).logits,
+            Collator(pad_token_id=0),
+            documents,
         )
     assert (found.mean_square > LIMITS[dtype]) == (family in MIXING), found
 
@@ -198,7 +204,7 @@ def test_documents_without_numbers_are_named(
     place: tuple[int, int], alone: Any, behind: Any
 ) -> None:
     found = measure_mixing(
-        logits_of({place: float("nan")}), Collator(0), draw_documents((3, 2), 97)
+        logits_of({place: float("nan")}), Collator(pad_token_id=0), draw_documents((3, 2), 97)
     )
     assert (found.nan_alone, found.nan_behind) == (alone, behind)
 
@@ -212,14 +218,16 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
         logits[..., 0] = float("-inf")
         return logits
 
-    found = measure_mixing(forward, Collator(0), draw_documents((3, 2), 97))
+    found = measure_mixing(forward, Collator(pad_token_id=0), draw_documents((3, 2), 97))
     assert (found.largest, found.nan_alone, found.nan_behind) == (0.0, (), ())
     assert (
-        measure_mixing(logits_of(everywhere), Collator(0), draw_documents((3, 2), 97)).largest
+        measure_mixing(
+            logits_of(everywhere), Collator(pad_token_id=0), draw_documents((3, 2), 97)
+        ).largest
         == 0.0
     )
     leak = measure_mixing(
-        logits_of({(0, 4): float("-inf")}), Collator(0), draw_documents((3, 2), 97)
+        logits_of({(0, 4): float("-inf")}), Collator(pad_token_id=0), draw_documents((3, 2), 97)
     )
     assert leak.largest > SMALL_LIMIT
 
@@ -253,7 +261,7 @@ def test_a_model_that_answers_with_nan_is_no_leak(
         model=SimpleNamespace(config=SimpleNamespace(model_type="llama")),
     )
     with pytest.raises(ConfigError, match=message):
-        check_module(module, Collator(0), 97, torch.float32, "m")
+        check_module(module, Collator(pad_token_id=0), 97, torch.float32, "m")
 
 
 def test_a_model_whose_weights_are_nan_is_told_so() -> None:
@@ -264,7 +272,7 @@ def test_a_model_whose_weights_are_nan_is_told_so() -> None:
         model.lm_head.weight[3] = float("nan")
         found = measure_mixing(
             lambda batch: model(**batch.inputs, use_cache=False).logits,
-            Collator(0),
+            Collator(pad_token_id=0),
             draw_documents((9, 5), 128),
         )
     assert (found.nan_alone, found.nan_behind) == ((0, 1), (0, 1))

@@ -33,6 +33,15 @@ FACTORS: Any = (("full", "lora"), (False, True), (0, 1, 2, 3), (1, 2), (1, 2), (
 CELLS = pairs(*FACTORS)
 
 
+#: The same factors, with Lion.
+LION_CELLS = [
+    ("full", False, 0, 2, 1, 0.1),
+    ("lora", True, 1, 1, 2, 0.1),
+    ("full", True, 2, 2, 2, 0.0),
+    ("full", False, 3, 2, 1, 0.1),
+]
+
+
 def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
     """Of one to three turns, some with a system message."""
     draws = random.Random(seed)
@@ -113,7 +122,13 @@ def documents_of_steps(
     ]
 
 
-def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
+def check(
+    cell: tuple[Any, ...],
+    folder: Path,
+    tmp_path: Path,
+    optimizer: str = "adamw",
+    rate: float = RATE,
+) -> None:
     tuner, packing, stage, ranks, accumulation, decay = cell
     schedule = SCHEDULES[(stage + ranks) % 3]
     run = tmp_path / "run"
@@ -129,7 +144,7 @@ def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
         "precision=fp32",
         f"train.global_batch_size={BATCH}",
         "train.num_train_epochs=1.5",
-        f"optim.learning_rate={RATE}",
+        *(f"optim={optimizer}", f"optim.learning_rate={rate}"),
         *(f"schedule.warmup_steps={WARMUP}", f"schedule={schedule}", f"train.max_grad_norm={CLIP}"),
         *("export=none", f"output_dir={run}"),
     ]
@@ -157,11 +172,12 @@ def check(cell: tuple[Any, ...], folder: Path, tmp_path: Path) -> None:
             adapter=adapter,
             steps=steps,
             held_out=held_out,
-            learning_rate=RATE,
+            learning_rate=rate,
             kind=schedule,
             warmup_steps=WARMUP,
             weight_decay=decay,
             max_grad_norm=CLIP,
+            optimizer=optimizer,
         )
     )
 
@@ -197,6 +213,14 @@ def test_a_run_is_what_plain_pytorch_computes(
     cell: tuple[Any, ...], folder: Path, tmp_path: Path
 ) -> None:
     check(cell, folder, tmp_path)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("cell", LION_CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def test_a_run_with_lion_is_what_plain_pytorch_computes(
+    cell: tuple[Any, ...], folder: Path, tmp_path: Path
+) -> None:
+    check(cell, folder, tmp_path, "lion", RATE / 5)
 
 
 @pytest.mark.process

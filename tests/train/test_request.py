@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from llmtune.data.prepare import prepare_data
 from llmtune.plan.plan import resolve_plan
 from llmtune.plan.steps import resolve_steps
+from llmtune.task.labels import LabelKind, Labels
 from llmtune.train.request import RunRequest
 from tests.train.test_resume import config_of
 
@@ -38,6 +39,7 @@ def test_every_part_of_a_request_arrives(
         plan=plan,
         steps=steps,
         data=data,
+        labels=Labels(kind=LabelKind.tags, names=("O", "B-名"), weights=(1.0, 0.5)),
         run_folder=tmp_path / "run",
         run_name="name",
         model_folder=tiny_model,

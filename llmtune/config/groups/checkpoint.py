@@ -19,26 +19,28 @@ class CheckpointConfig:
     """Writing, keeping and copying of checkpoints."""
 
     background: bool | str = "auto"
-    """Copy to host memory and write while training goes on; ``auto`` where the host has the memory
-    for it.
-    """
+    """Copy to host memory, and write while training continues; ``auto`` if memory allows it."""
     keep_every: int | None = None
     """Checkpoints at multiples of this step are never removed."""
     metric_for_best_model: str | None = None
-    """A key of evaluation lines, such as ``eval_loss``: the checkpoint where it was best is never
-    removed.
+    """A key of evaluation lines, such as ``eval_loss``.
+
+    The checkpoint where it was best is never removed.
     """
     greater_is_better: bool = False
     """A greater value of that metric is better."""
     on_disk_low: OnDiskLow = OnDiskLow.stop
-    """When the next checkpoint would not fit: ``stop``; ``prune`` older ones, never the last;
-    ``skip`` it.
+    """Reaction to a disk without room for the next checkpoint: ``stop``, ``prune`` or ``skip``.
+
+    ``prune`` removes older checkpoints, but never the last; ``skip`` leaves the new one out.
     """
     mirror: str | None = None
-    """URL (``s3://bucket/folder``, ``gs://``, ``oss://``, another disk) that complete checkpoints
-    are copied to.
+    """URL that complete checkpoints are copied to.
+
+    Examples are ``s3://bucket/folder``, ``gs://``, ``oss://`` and a folder on another disk.
     """
     sign: str | None = None
-    """Private ed25519 key (PEM) that signs checkpoints, trained weights and exports;
+    """Private ed25519 key (PEM) that signs checkpoints, trained weights and exports.
+
     ``verify key=`` checks the signature.
     """

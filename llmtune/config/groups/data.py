@@ -47,17 +47,22 @@ class DataConfig:
     """The rows that are trained on, and how they become tokens."""
 
     train: Any = MISSING
-    """A file, a pattern, a folder, a URL, a Hugging Face id, ``stdlib_docs``, or a list of them;
+    """A file, a pattern, a folder, a URL, a Hugging Face id, ``stdlib_docs``, or a list of them.
+
     ``@N`` behind it takes N rows drawn with the seed. Instead of a text, a mapping with ``path``
-    and any of ``format fields ignore limit repeat weight split name revision``."""
+    and any of ``format fields ignore limit repeat weight split name revision``.
+    """
     eval: Any = None
     """The same for evaluation; by default ``val_set_size`` rows are split off the training data."""
     val_set_size: int | float = 0.05
-    """Rows of the files (an integer), or a share of them (a fraction below 1), split off for
-    evaluation; 0 for none. A long text is split off whole, whatever ``overlong`` says."""
+    """Number of rows, or share of the rows (below 1), that is split off for evaluation; 0 for none.
+
+    A long text is split off whole, whatever ``overlong`` says.
+    """
     format: str = "auto"
-    """Format of the rows (``data/formats/``); ``auto`` derives it from the fields of each
-    file's first row.
+    """Format of the rows (``data/formats/``).
+
+    ``auto`` derives it from the fields of each file's first row.
     """
     chat_template: str | None = None
     """A name in ``conf/chat_template/`` or a ``.jinja`` file; without it the tokenizer's own."""
@@ -66,35 +71,41 @@ class DataConfig:
     packing: bool = False
     """Put several short rows into one of ``max_seq_length``; they do not see each other."""
     overlong: Overlong = Overlong.drop
-    """What happens to longer rows: ``drop``, ``truncate``, ``split`` (plain text only), ``raise``;
-    all are counted.
+    """Treatment of longer rows: ``drop``, ``truncate``, ``raise``, or ``split`` (plain text only).
+
+    All of them are counted.
     """
     class_weights: Any = "none"
-    """Weights of the classes in the loss: ``none``; ``balanced``, so that each class weighs the
-    same in all; or a list, in the order of the classes."""
+    """Weights of the classes in the loss.
+
+    ``none``; ``balanced``, so that each class weighs the same in all; or a list, in the order of
+    the classes.
+    """
     max_overlong_share: float = 0.1
     """Share of a source's rows that may be dropped or truncated before llmtune refuses the data."""
     train_on_inputs: bool = False
     """Also train on what the user and the system say."""
     allow_special_tokens: bool = False
-    """Texts may hold special tokens, such as ``<|im_end|>``, and the tokenizer reads them as such;
-    for texts that have been rendered with a chat template. Otherwise a row that holds one is
-    refused."""
+    """Texts may hold special tokens, such as ``<|im_end|>``, and the tokenizer reads them as such.
+
+    This is for texts that have been rendered with a chat template. Otherwise a row that holds one
+    is refused.
+    """
     on_bad_row: OnBadRow = OnBadRow.error
-    """``raise`` refuses data with rows that cannot be trained on; ``skip`` leaves them out and
-    lists them in a file.
+    """Reaction to rows that cannot be trained on: ``raise`` or ``skip``.
+
+    ``raise`` refuses the data; ``skip`` leaves the rows out and lists them in a file.
     """
     num_workers: int | str = "auto"
     """Processes that tokenize; ``auto`` is one per core, and none for small files."""
     dataloader_num_workers: int = 0
-    """Processes of each rank that make batches ahead of the training step; 0 makes them in the rank
-    itself.
-    """
+    """Processes per rank that make batches ahead of the step; 0 makes them in the rank itself."""
     pin_memory: bool | str = "auto"
     """Batches in page-locked host memory, which copies to a GPU faster; ``auto`` on CUDA."""
     streaming: bool = False
-    """Tokenize while training, for data larger than the disk; needs ``train.max_steps``, and
-    ``data.eval`` or no evaluation rows.
+    """Tokenize while training, for data larger than the disk.
+
+    It needs ``train.max_steps``, and ``data.eval`` or no evaluation rows.
     """
     shuffle_buffer: int = 10_000
     """Rows among which streaming shuffles and packs."""

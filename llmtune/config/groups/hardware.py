@@ -42,17 +42,18 @@ class HardwareConfig:
     compute_efficiency: float | None = None
     """Share of ``gpu_flops`` that training reaches, recomputation included."""
     gpu_link_bandwidth: Any = None
-    """Between accelerators of a machine, one direction, as a collective reaches it: over NVLink, or
-    over PCIe where there is none.
+    """Rate between accelerators of a machine, in one direction, as a collective reaches it.
+
+    It is that of NVLink, or of PCIe where there is none.
     """
     pcie_bandwidth: Any = None
-    """Between host and one accelerator, one direction, all accelerators at once."""
+    """Rate between host and one accelerator, in one direction, with all accelerators at once."""
     network_bandwidth: Any = None
-    """Of one machine, one direction."""
+    """Rate of one machine, in one direction."""
     host_memory_bandwidth: Any = None
-    """Of one machine's memory; it bounds the optimizer on the CPU."""
+    """Rate of one machine's memory; it bounds the optimizer on the CPU."""
     nvme_read_bandwidth: Any = None
-    """Of one machine's drives together; the default is that of four PCIe 4 drives.
+    """Rate of one machine's drives together; the default is that of four PCIe 4 drives.
 
     The preflight of a run prints what it measures.
     """

@@ -13,18 +13,18 @@ class LaunchConfig:
     nproc: int | None = None
     """Ranks on this machine; all GPUs, or 1 on a CPU."""
     hostfile: str | None = None
-    """File that lists the machines for DeepSpeed's runner, one ``HOST slots=N`` per line; it starts
-    the ranks on all of them through ssh.
+    """File that lists the machines for DeepSpeed's runner, one ``HOST slots=N`` per line.
+
+    The runner starts the ranks on all of them through ssh.
     """
     max_restarts: int = 3
     """Restarts after a rank failure, each from the newest checkpoint; none after a user error."""
     hang_timeout: float = 1800.0
-    """Seconds without any step, batch or write of any rank after which all ranks are ended
-    and their stack traces saved.
+    """Seconds without any step, batch or write of any rank after which all ranks are ended.
+
+    Their stack traces are saved.
     """
     stop_timeout: float = 900.0
     """Seconds that ranks have to save after a signal before they are killed."""
     memory_limit: Any = None
-    """Memory limit of one rank (``6GB``), to test what happens when memory runs out; the plan
-    ignores it.
-    """
+    """Memory limit per rank (``6GB``), to test what happens without memory; the plan ignores it."""

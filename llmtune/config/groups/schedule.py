@@ -1,4 +1,4 @@
-"""``schedule``: the learning rate over the steps."""
+"""The keys of ``schedule``: the learning rate over the steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``target``: what the verbs on finished work read."""
+"""The keys of ``target``: the run, checkpoint or model that a verb reads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, kw_only=True)
 class TargetConfig:
-    """What ``export``, ``eval``, ``chat`` and ``verify`` work on.
+    """The run, checkpoint or model that ``export``, ``eval``, ``chat`` and ``verify`` work on.
 
-    Each has a short spelling (:data:`llmtune.config.keys.ALIASES`): ``run=``, ``checkpoint=``,
+    Each key has a short name (:data:`llmtune.config.keys.ALIASES`): ``run=``, ``checkpoint=``,
     ``base=`` and ``adapter=``.
     """
 

@@ -19,9 +19,12 @@ class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
 
     global_batch_size: int | str = "auto"
-    """Rows per optimizer step, over all ranks and micro-batches. ``auto`` is the product of the
+    """Rows per optimizer step, over all ranks and micro-batches.
+
+    ``auto`` is the product of the
     ranks and the next two keys where both are set; otherwise the smallest multiple of the known
-    factors that is at least 8. A resumed run keeps it."""
+    factors that is at least 8. A resumed run keeps it.
+    """
     per_device_train_batch_size: int | str = "auto"
     """Rows per micro-batch on one rank; ``auto`` derives it."""
     gradient_accumulation_steps: int | str = "auto"
@@ -35,25 +38,34 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global 2-norm; 0 for no clipping."""
     gradient_checkpointing: bool | str = "auto"
-    """Recompute activations in the backward pass; ``auto`` does so where they would take too
-    much of the device's memory.
+    """Recompute activations in the backward pass.
+
+    ``auto`` does so where they would take too much of the device's memory.
     """
     logging_steps: int = 1
-    """Optimizer steps between lines of ``metrics.jsonl``; a line has the mean loss of all tokens
-    trained since the previous line.
+    """Optimizer steps between lines of ``metrics.jsonl``.
+
+    A line has the mean loss of all tokens trained since the previous line.
     """
     eval_steps: int | None = None
     """Optimizer steps between evaluations; the run always evaluates at step 0 and at the end."""
-    eval_max_rows: int | None = 256
-    """Rows used by one evaluation during training; null for all."""
+    eval_max_rows: int | str | None = "auto"
+    """Rows used by one evaluation during training; null for all.
+
+    ``auto`` is 256 for language modeling, and all for other tasks, whose metrics need them.
+    """
     save_steps: int | None = 100
     """Optimizer steps between checkpoints; the run always saves one at the end."""
     save_total_limit: int | None = 2
     """Checkpoints kept, newest first; null keeps all."""
     on_nan: OnNan = OnNan.stop
-    """A loss or gradient is not finite: ``stop`` names the rows and ends the run; ``skip`` leaves
-    the step out; ``rollback`` returns to the newest checkpoint and then leaves the step out."""
+    """Reaction to a loss or gradient that is not finite: ``stop``, ``skip`` or ``rollback``.
+
+    ``stop`` names the rows and ends the run; ``skip`` leaves the step out; ``rollback`` returns to
+    the newest checkpoint and then leaves the step out.
+    """
     sample_answers: bool | str = "auto"
-    """Generate answers to three evaluation prompts before and after training; ``auto`` skips this
-    for large models that are sharded or offloaded.
+    """Generate answers to three evaluation prompts before and after training.
+
+    ``auto`` skips this for large models that are sharded or offloaded.
     """

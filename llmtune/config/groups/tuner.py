@@ -1,4 +1,4 @@
-"""``tuner``: what is trained."""
+"""The keys of ``tuner``: the weights that are trained."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from omegaconf import MISSING
 
 @dataclass(slots=True, kw_only=True)
 class TunerConfig:
-    """What is trained: everything, or LoRA adapters."""
+    """The weights that are trained: all of the model, or LoRA adapters."""
 
     kind: str = MISSING
-    """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can be planned, not trained
-    yet).
-    """
+    """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can only be planned yet)."""
     adapter_path: str | None = None
-    """A peft adapter folder to go on from; its ranks, scales and modules are taken, and need not be
-    set.
-    """
+    """A peft adapter folder to start from, whose ranks, scales and modules are taken."""
     lora_r: int = 16
     """Rank of the adapters."""
     lora_alpha: int | float = 32

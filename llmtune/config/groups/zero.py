@@ -12,12 +12,14 @@ class ZeroConfig:
     """The states that DeepSpeed ZeRO partitions over the ranks."""
 
     stage: int | str = "auto"
-    """0: nothing; 1: optimizer states; 2: gradients too; 3: weights too. ``auto`` takes the fastest
-    stage that fits.
+    """0: nothing; 1: optimizer states; 2: gradients too; 3: weights too.
+
+    ``auto`` takes the fastest stage that fits.
     """
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys merged over the planned ones, such as ``{aio: {queue_depth: 64}}``;
-    unknown ones are errors.
+    """Raw DeepSpeed keys merged over the planned ones, such as ``{aio: {queue_depth: 64}}``.
+
+    Unknown keys are errors.
     """
 
 
@@ -42,6 +44,7 @@ class OffloadConfig:
     param: OffloadDevice = OffloadDevice.auto
     """Weights; needs ZeRO 3."""
     nvme_path: str | None = None
-    """Folder on a fast local disk for what is offloaded to NVMe; the run makes a folder of its own
-    in it and removes it afterwards.
+    """Folder on a fast local disk for what is offloaded to NVMe.
+
+    The run makes its own folder in it, and removes it afterwards.
     """

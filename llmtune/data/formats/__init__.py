@@ -1,3 +1,1 @@
-"""Formats of rows, one file per format: what a row is recognized by, and how it becomes a
-conversation.
-"""
+"""Formats of rows, one file per format: how a row is recognized and becomes a conversation."""

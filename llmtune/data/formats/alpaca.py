@@ -11,8 +11,9 @@ from llmtune.data.rows.values import Row, read_list, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``instruction``, optional ``input``, ``system`` and ``history`` ([[question, answer], ...]),
-    and ``output``.
+    """Read ``instruction`` and ``output``, and optional ``input``, ``system`` and ``history``.
+
+    ``history`` is ``[[question, answer], ...]``.
     """
     instruction = read_text(row, "instruction")
     extra = read_text(row, "input", required=False)

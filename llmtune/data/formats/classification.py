@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from llmtune.data.formats.format import FORMATS, RowFormat
 from llmtune.data.rows.conversation import Conversation, Message, Role
-from llmtune.data.rows.problems import RowError, short
-from llmtune.data.rows.values import Row, describe_missing, read_text
+from llmtune.data.rows.label_values import read_label
+from llmtune.data.rows.values import Row, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``: a class name, a class
-    number or a value.
+    """Read ``text``, or ``sentence1`` and perhaps ``sentence2``; and ``label``.
+
+    The label is a class (a name or an integer), a real number, or a list of either.
     """
     first = "text" if "text" in row else "sentence1"
     texts = [read_text(row, first)]
     if first == "sentence1" and row.get("sentence2") is not None:
         texts.append(read_text(row, "sentence2"))
-    label = row.get("label")
-    if label is None or label == "":
-        raise RowError(
-            "the field 'label' is empty" if "label" in row else describe_missing(row, "label")
-        )
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        raise RowError(f"the field 'label' must be text or a number, not {short(label)}")
+    label = read_label(row, "label")
     return Conversation(
         messages=tuple(Message(role=Role.user, content=text) for text in texts),
         plain=True,

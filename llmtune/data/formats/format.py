@@ -14,7 +14,7 @@ from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.values import Row
 from llmtune.registry import Registry
 
-#: ``data.format`` that goes by the fields of each file's first row.
+#: The value of ``data.format`` that follows the fields of each file's first row.
 AUTO = "auto"
 
 
@@ -27,13 +27,13 @@ class RowFormat:
     """One format of rows."""
 
     name: str
-    """As ``data.format`` takes it."""
+    """Its value of ``data.format``."""
     read: Callable[[Row], Conversation]
-    """The conversation of a row; raises RowError."""
+    """Reads the conversation of a row; raises RowError."""
     fields: frozenset[str]
     """The fields that it reads; all others are looked at by ``data/rows/fields.py``."""
     marks: tuple[frozenset[str], ...] = ()
-    """Sets of fields by any of which ``auto`` knows a row of this format."""
+    """Sets of fields; ``auto`` recognizes a row of this format by any of them."""
     priority: int = 0
     """Marks of formats with a lower one are looked for first."""
     lists: tuple[str, ...] = ()
@@ -41,11 +41,11 @@ class RowFormat:
     lists_may_be_texts: bool = False
     """JSON text in them is taken for lists only where all of them are lists of messages."""
     more_fields: Callable[[Row], frozenset[str]] = _no_fields
-    """Fields that it reads of this very row beside those of all."""
+    """Returns further fields that it reads of a row, beside ``fields``."""
     is_chat: bool = False
     """Its rows always go through the chat template."""
     has_labels: bool = False
-    """Its rows are texts with a label to be told, and none to be written."""
+    """Its rows are texts with a label to predict, and without an answer to write."""
 
     def __post_init__(self) -> None:
         for names in (self.fields, *self.marks):
@@ -67,7 +67,7 @@ def has_marks(row: Row) -> bool:
 
 
 def detect_format(row: Row) -> RowFormat:
-    """The format of a source, by its first row.
+    """Return the format of a source, by its first row.
 
     Raises:
         RowError: No format has these fields.

@@ -9,8 +9,9 @@ from llmtune.data.rows.values import Row
 
 
 def _read(row: Row) -> Conversation:
-    """``messages``: a list of ``{role, content}``, optionally with ``train``, ``tool_calls`` ...;
-    and ``tools``.
+    """Read ``messages`` and ``tools``.
+
+    ``messages`` is a list of ``{role, content}``, optionally with ``train``, ``tool_calls`` ....
     """
     return from_turns(row, "messages")
 

@@ -9,8 +9,9 @@ from llmtune.data.rows.values import Row, read_list, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``prompt`` and ``completion``: two texts without a template, or two lists of messages with
-    it.
+    """Read ``prompt`` and ``completion``.
+
+    They are two texts without a template, or two lists of messages with it.
     """
     if isinstance(row.get("prompt"), list | tuple):
         turns = [*read_list(row, "prompt"), *read_list(row, "completion")]

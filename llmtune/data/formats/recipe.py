@@ -25,7 +25,7 @@ class Recipe:
     """Fields that are left out knowingly."""
 
     def read(self, row: Row) -> tuple[Conversation, set[str]]:
-        """The conversation of a row, and the fields that nobody reads.
+        """Return the conversation of a row, and the fields that no format reads.
 
         Raises:
             RowError: The row cannot be used.

@@ -9,9 +9,7 @@ from llmtune.data.rows.values import Row
 
 
 def _read(row: Row) -> Conversation:
-    """``conversations``: a list of ``{from, value}``; optional ``system`` and ``tools`` beside
-    it.
-    """
+    """Read ``conversations``, a list of ``{from, value}``, and optional ``system``, ``tools``."""
     return from_turns(row, "conversations")
 
 

@@ -8,7 +8,7 @@ from llmtune.data.rows.values import Row, read_text
 
 
 def _read(row: Row) -> Conversation:
-    """``text``, trained whole: continued pre-training."""
+    """Read ``text``, which is trained whole."""
     return Conversation(
         messages=(Message(role=Role.assistant, content=read_text(row, "text")),), plain=True
     )

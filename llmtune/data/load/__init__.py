@@ -1,1 +1,1 @@
-"""Batches of a rank, made of tokenized rows."""
+"""Make the batches of one rank from tokenized rows."""

@@ -1,22 +1,23 @@
-"""Rows become the tensors of a forward pass: padded, or packed with positions that restart at each
-document.
+"""Make the tensors of a forward pass from rows: padded, or packed.
+
+In a packed row, positions restart at each document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmtune.data.store.token_store import Row, Rows
+from llmtune.task.targets import Targets, next_token_targets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: Label of a position that is not trained; torch's own default.
-IGNORE = -100
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +30,6 @@ class VarlenIndex:
     """Tokens of the longest document."""
 
 
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """The targets of a batch, found on the host so that no step waits for a GPU."""
-
-    positions: torch.Tensor
-    """Of the logits that are judged, in the flattened batch: ``row * length + column``.
-
-    Shape (trained tokens,).
-    """
-    tokens: torch.Tensor
-    """The tokens that follow there. Shape (trained tokens,)."""
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @classmethod
-    def of_labels(cls, labels: torch.Tensor) -> Targets:
-        """Those of labels as transformers has them: not shifted, ``IGNORE`` where nothing is
-        trained. Shape (rows, length).
-        """
-        following = labels[:, 1:]
-        rows, columns = (following != IGNORE).nonzero(as_tuple=True)
-        return cls(rows * labels.shape[1] + columns, following[rows, columns])
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Rows of one forward pass, padded on the right. Shapes: (rows, longest row)."""
@@ -61,48 +37,42 @@ class Batch:
     input_ids: torch.Tensor
     targets: Targets
     attention_mask: torch.Tensor | None = None
-    """1 for tokens, 0 for padding; None for causal models, whose tokens see nothing that comes
-    after them.
-    """
+    """1 for tokens, 0 for padding; None for causal models, which do not attend to later tokens."""
+    token_type_ids: torch.Tensor | None = None
+    """1 for the second text of a pair, for models such as BERT that are told."""
     position_ids: torch.Tensor | None = None
     """Position in the document; None where rows hold one each.
 
     The model keeps documents apart where they restart.
     """
     varlen: VarlenIndex | None = None
-    """For FlashAttention, which reads no mask: then the batch is one row."""
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """``input_ids`` where trained, ``IGNORE`` elsewhere; not shifted."""
-        labels = torch.full_like(self.input_ids, IGNORE)
-        labels.view(-1)[self.targets.positions + 1] = self.targets.tokens
-        return labels
+    """Borders for FlashAttention, which reads no mask: then the batch is one row."""
 
     def split(self) -> list[Batch]:
         """Split it into a batch for each row."""
-        tensors = (self.input_ids, self.labels, self.attention_mask, self.position_ids)
-        pieces = (
-            [None] * len(self.input_ids) if tensor is None else tensor.split(1)
-            for tensor in tensors
-        )
-        return [
-            Batch(
-                input_ids=ids,
-                targets=Targets.of_labels(labels),
-                attention_mask=mask,
-                position_ids=positions,
-                varlen=self.varlen,
-            )
-            for ids, labels, mask, positions in zip(*pieces, strict=True)
-        ]
+        targets = self.targets
+        of_row = targets.positions // targets.row_length
+        batches = []
+        for row in range(len(self.input_ids)):
+            mine = of_row == row
+            positions = targets.positions[mine] - row * targets.row_length
+            changed = {
+                field.name: getattr(self, field.name)[row : row + 1]
+                for field in fields(self)
+                if isinstance(getattr(self, field.name), torch.Tensor)
+            }
+            changed["targets"] = replace(targets, positions=positions, values=targets.values[mine])
+            batches.append(replace(self, **changed))
+        return batches
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """Arguments of the model's forward."""
+        """Return the arguments of the model's forward pass."""
         given: dict[str, Any] = {"input_ids": self.input_ids}
         if self.attention_mask is not None:
             given["attention_mask"] = self.attention_mask
+        if self.token_type_ids is not None:
+            given["token_type_ids"] = self.token_type_ids
         if self.position_ids is not None:
             given["position_ids"] = self.position_ids
         if self.varlen is not None:
@@ -128,12 +98,12 @@ class Batch:
             elif isinstance(value, VarlenIndex):
                 value = VarlenIndex(change(value.cu_seq_lens), value.max_length)
             elif isinstance(value, Targets):
-                value = Targets(change(value.positions), change(value.tokens))
+                value = value.map(change)
             values[field.name] = value
         return Batch(**values)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Collator:
     """Makes batches of rows."""
 
@@ -141,67 +111,87 @@ class Collator:
     varlen: bool = False
     """Flatten packed rows for FlashAttention."""
     masked: bool = False
-    """Say where padding is. Causal models compute the same without it, and attention takes its fast
-    kernels only where there is no mask."""
+    """Say where padding is.
+
+    Causal models compute the same without it, and attention takes its fast kernels only where there
+    is no mask.
+    """
+    token_types: bool = False
+    """Say which tokens are of the second text of a pair."""
+    find_targets: Callable[[Sequence[Row | None], int], Targets] = next_token_targets
+    """Finds the targets of rows that are padded to a length."""
+    find_weights: Callable[..., Any] | None = None
+    """Finds the share of each row in the divisor of the loss, by its targets and its label."""
+
+    def weigh(self, rows: Rows) -> NDArray[Any]:
+        """Return the share of each row in the divisor of a step's loss. Shape (rows,).
+
+        By default these are its trained tokens.
+        """
+        if self.find_weights is None:
+            return rows.supervised_tokens
+        weights: NDArray[Any] = self.find_weights(rows.supervised_tokens, rows.labels)
+        return weights
 
     def collate(self, rows: Rows, numbers: Sequence[int | None]) -> Batch:
-        """The batch of some rows; None makes an empty row, which trains nothing."""
+        """Make the batch of some rows; None makes an empty row, which trains nothing."""
         picked = [rows.row(number) if number is not None else None for number in numbers]
         return self.pack(picked) if rows.packed else self.pad(picked)
 
     def pad(self, rows: Sequence[Row | None]) -> Batch:
         """One document a row."""
-        input_ids, labels = self._fill(rows)
-        if not self.masked:
-            return Batch(input_ids=input_ids, targets=Targets.of_labels(labels))
-        attention_mask = torch.zeros_like(input_ids)
-        for number, row in enumerate(rows):
-            # One visible token of an empty row: attention over nothing is NaN.
-            attention_mask[number, : len(row.ids) if row else 1] = 1
+        input_ids = self._fill(rows)
+        targets = self.find_targets(rows, input_ids.shape[1])
+        attention_mask = torch.zeros_like(input_ids) if self.masked else None
+        token_type_ids = torch.zeros_like(input_ids) if self.token_types else None
+        for index, row in enumerate(rows):
+            if attention_mask is not None:
+                # One visible token of an empty row: attention over nothing is NaN.
+                attention_mask[index, : len(row.ids) if row else 1] = 1
+            if token_type_ids is not None and row is not None:
+                token_type_ids[index, : len(row.ids)] = torch.tensor(row.second, dtype=torch.long)
         return Batch(
-            input_ids=input_ids, targets=Targets.of_labels(labels), attention_mask=attention_mask
+            input_ids=input_ids,
+            targets=targets,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
         )
 
     def pack(self, rows: Sequence[Row | None]) -> Batch:
-        """Several documents a row; what is left of a row is a document of padding, which trains
-        nothing.
+        """Pack several documents per row.
+
+        The rest of a row is a document of padding, which trains nothing.
         """
-        input_ids, labels = self._fill(rows)
+        input_ids = self._fill(rows)
         height, width = input_ids.shape
+
+        # The documents of each row; the rest of a row is one more, of padding.
         lengths = []
         for row in rows:
             documents = list(row.documents) if row else []
             rest = width - sum(documents)
             lengths.append(documents + ([rest] if rest else []))
         position_ids = torch.stack([_restarting_positions(of_row) for of_row in lengths])
+        targets = self.find_targets(rows, width)
         if not self.varlen:
-            return Batch(
-                input_ids=input_ids, targets=Targets.of_labels(labels), position_ids=position_ids
-            )
+            return Batch(input_ids=input_ids, targets=targets, position_ids=position_ids)
         flat = torch.tensor([0, *(length for row in lengths for length in row)], dtype=torch.int32)
         index = VarlenIndex(torch.cumsum(flat, 0, dtype=torch.int32), int(flat.max()))
         shape = (1, height * width)
-        targets = Targets.of_labels(labels.view(shape))
         return Batch(
             input_ids=input_ids.view(shape),
-            targets=targets,
+            targets=replace(targets, row_length=height * width),
             position_ids=position_ids.view(shape),
             varlen=index,
         )
 
-    def _fill(self, rows: Sequence[Row | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fill(self, rows: Sequence[Row | None]) -> torch.Tensor:
         width = max((len(row.ids) for row in rows if row), default=1)
         input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.long)
-        labels = torch.full((len(rows), width), IGNORE, dtype=torch.long)
-        for number, row in enumerate(rows):
-            if row is None:
-                continue
-            ids = torch.tensor(row.ids, dtype=torch.long)
-            input_ids[number, : len(ids)] = ids
-            labels[number, : len(ids)] = torch.where(
-                torch.tensor(row.mask), ids, torch.tensor(IGNORE)
-            )
-        return input_ids, labels
+        for index, row in enumerate(rows):
+            if row is not None:
+                input_ids[index, : len(row.ids)] = torch.tensor(row.ids, dtype=torch.long)
+        return input_ids
 
 
 def _restarting_positions(lengths: list[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Rows in a fixed order, batch by batch: a pure function of seed and position.
+"""Read rows in a fixed order, batch by batch: a pure function of seed and position.
 
 The order of rows knows nothing of ranks or micro-batches, and a position is a number. So resuming
 is starting at another position, and any number of ranks sees the same global batches.
@@ -30,16 +30,17 @@ class StepBatch:
     """The micro-batches of one rank for one optimizer step."""
 
     micro_batches: list[Batch]
-    trained_tokens: int
-    """Of the whole global batch: the loss's denominator, the same on all ranks."""
+    loss_weight: float
+    """Divisor of the summed loss of the whole global batch, the same on all ranks.
+
+    It is the batch's trained tokens, or the weight of its rows.
+    """
     tokens: int
-    """Of the whole global batch, padding excluded."""
+    """Tokens of the whole global batch, padding excluded."""
     position: Mapping[str, Any]
     """Position in the data after this step, for the checkpoint."""
     rows: list[list[int | None]] = field(default_factory=list)
-    """Number of each row of the micro-batches, for :meth:`Steps.places`; None for those that fill
-    up.
-    """
+    """Number of each row of the micro-batches; None for rows that only fill up the batch."""
 
     def pin_memory(self) -> StepBatch:
         """Copy it into page-locked host memory."""
@@ -50,10 +51,10 @@ class Steps(Protocol):
     """The data of a run, step by step."""
 
     def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
-        """The next ``steps`` steps behind a position; None is the beginning."""
+        """Yield the next ``steps`` steps after a position; None is the beginning."""
 
     def locations(self, row: int) -> list[str]:
-        """File and line of the documents of a row; none where that is not known."""
+        """Return file and line of the documents of a row; none where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class LoaderSettings:
     """Settings for the processes that make batches ahead."""
 
     workers: int = 0
-    """Processes of this rank that do it; 0 for none."""
+    """Processes of this rank that make batches; 0 for none."""
     pin_memory: bool = False
 
 
@@ -91,12 +92,12 @@ class TrainLoader:
         self.last_row = last_row
         self.settings = settings
         self._lengths = rows.lengths
-        self._trained = rows.supervised_tokens
+        self._weights = collator.weigh(rows)
         self._epoch = -1
         self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
-        """The next ``steps`` steps behind a position; None is the beginning.
+        """Yield the next ``steps`` steps after a position; None is the beginning.
 
         Raises:
             CheckpointError: The position is that of other rows.
@@ -116,7 +117,7 @@ class TrainLoader:
         yield from load(_StepsAt(self), starts, self.settings)
 
     def step_at(self, first_row: int) -> StepBatch:
-        """The step whose global batch begins at a row, counted over epochs."""
+        """Return the step whose global batch begins at a row, counted over epochs."""
         # Longest first: rows of a micro-batch, and those of the ranks at the same moment, are of
         # like length, so that little is padded and no rank waits. The sum that the step computes
         # does not depend on it.
@@ -127,19 +128,20 @@ class TrainLoader:
         position = {"next_row": first_row + len(numbers), "rows": len(self.rows), "seed": self.seed}
         return StepBatch(
             micro_batches=[self.collator.collate(self.rows, numbers) for numbers in mine],
-            trained_tokens=int(self._trained[index].sum()),
+            loss_weight=self._weights[index].sum().item(),
             tokens=int(self._lengths[index].sum()),
             position=position,
             rows=mine,
         )
 
     def locations(self, row: int) -> list[str]:
-        """File and line of the documents of a row."""
+        """Return file and line of the documents of a row."""
         return [f"{file}:{line}" for file, line in self.rows.locations(row)]
 
     def row_numbers(self, first_row: int) -> list[int]:
-        """Rows of the global batch, in order; fewer than its size only in the last step of whole
-        epochs.
+        """Return the rows of the global batch, in order.
+
+        There are fewer than its size only in the last step of whole epochs.
         """
         end = first_row + self.batch.global_batch_size
         end = end if self.last_row is None else min(end, self.last_row)
@@ -154,7 +156,7 @@ class TrainLoader:
 
 
 def share_of_rank(rows: Sequence[Any], batch: BatchPlan, rank: int) -> list[list[Any]]:
-    """The micro-batches of a rank out of the global batch; None fills it up."""
+    """Return the micro-batches of a rank out of the global batch; None fills it up."""
     slots: list[Any] = [*rows, *[None] * (batch.global_batch_size - len(rows))]
     micro, world = batch.micro_batch_size, batch.world_size
     starts = [(number * world + rank) * micro for number in range(batch.accumulation_steps)]
@@ -162,7 +164,7 @@ def share_of_rank(rows: Sequence[Any], batch: BatchPlan, rank: int) -> list[list
 
 
 def load(items: Any, order: Sequence[int] | None, settings: LoaderSettings) -> Iterator[Any]:
-    """Items of a torch data set, in order, made ahead by worker processes where there are any."""
+    """Yield the items of a torch data set in order; worker processes, if any, make them ahead."""
     # batch_size None: an item is a batch already.
     loader: DataLoader[Any] = DataLoader(
         items,
@@ -171,15 +173,15 @@ def load(items: Any, order: Sequence[int] | None, settings: LoaderSettings) -> I
         num_workers=settings.workers,
         pin_memory=settings.pin_memory,
         worker_init_fn=_start_worker if settings.workers else None,
-        # It draws a seed for its workers whether it has any or not: not from where dropout is
-        # drawn.
+        # DataLoader draws a seed for workers even if it has none. It must not come from the
+        # generator that dropout uses.
         generator=torch.Generator(),
     )
     return iter(loader)
 
 
 class _StepsAt(Dataset[StepBatch]):
-    """For torch's DataLoader: the item ``n`` is the step that begins at row ``n``."""
+    """A data set for torch's DataLoader: item ``n`` is the step that begins at row ``n``."""
 
     def __init__(self, loader: TrainLoader):
         self._loader = loader
@@ -189,9 +191,7 @@ class _StepsAt(Dataset[StepBatch]):
 
 
 def _start_worker(_: int) -> None:
-    """In a worker process: one thread, no signals of the rank's, and an end together with the
-    rank.
-    """
+    """Set up a worker process: one thread, no signals, and an end together with the rank."""
     import signal
 
     die_with_parent()
@@ -209,8 +209,9 @@ def iterate_eval(
     collator: Collator,
     max_rows: int | None,
 ) -> Iterator[Batch]:
-    """This rank's evaluation batches, the same number on every rank, since ZeRO 3 gathers weights
-    in each of them.
+    """Yield this rank's evaluation batches, the same number on every rank.
+
+    The number must be the same, because ZeRO 3 gathers weights in each of them.
     """
     count = min(len(rows), max_rows or len(rows))
     # By length, so that little is padded.

@@ -1,9 +1,10 @@
-"""Rows tokenized while training, for data larger than the disk.
+"""Stream rows that are tokenized while training, for data larger than the disk.
 
 The stream is cut into windows of whole blocks. Within a window rows are shuffled, and packed, as a
-function of seed and window number alone. So a position is small (where the files stood when the
-window began, and how many of its rows are done), resuming makes one window again, and any number of
-ranks sees the same global batches: each rank tokenizes the whole stream and takes its share.
+function of seed and window number alone. So a position is small (the positions in the files when
+the window began, and how many of its rows are done), resuming makes one window again, and any
+number of ranks sees the same global batches: each rank tokenizes the whole stream and takes its
+share.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Cursor:
     row: int = 0
     """Rows of the window that are done."""
     files: list[int] = field(default_factory=list)
-    """Number of the file in which each source stands."""
+    """Index of the file that each source has reached."""
     places: list[list[int]] = field(default_factory=list)
     """Position of each source in that file, as :attr:`Block.next` has it."""
     taken: list[int] = field(default_factory=list)
@@ -93,7 +94,7 @@ class RowStream:
         self._recipes: dict[str, Recipe | None] = {}
 
     def start(self) -> Cursor:
-        """The cursor at the beginning of the stream."""
+        """Return the cursor at the beginning of the stream."""
         count = len(self._sources)
         return Cursor(
             window=0,
@@ -104,7 +105,7 @@ class RowStream:
         )
 
     def window(self, cursor: Cursor) -> tuple[list[Row], Cursor]:
-        """The rows of the window that begins at the cursor, and the cursor behind it.
+        """Return the rows of the window that begins at the cursor, and the cursor behind it.
 
         Raises:
             DataError: There is a bad row, or a source without any row that can be trained on.
@@ -116,7 +117,7 @@ class RowStream:
         """Look at the first window as a preflight looks at files.
 
         Returns:
-            Fields of its rows that nobody reads.
+            Fields of its rows that no format reads.
 
         Raises:
             DataError: A row cannot be trained on, too many are over-long, or they are for a
@@ -139,15 +140,19 @@ class RowStream:
         readers: dict[int, Iterator[TokenBlock]] = {}
         count = 0
         idle = [0] * len(self._files)
+
+        # The next source depends on counts alone, so that every rank reads the same blocks.
         while count < self.config.shuffle_buffer:
             index = self._next_source(after)
             if index is None:
-                # All have been read once; the next pass begins a window of its own, unless this one
-                # has nothing yet.
+                # All have been read once; the next pass begins its own window, unless this one has
+                # nothing yet.
                 if count:
                     break
                 index = 0
                 self._rewind(after, range(len(self._files)), idle)
+
+            # At its end, a source with a weight begins again; others wait for the next pass.
             block = next(readers.setdefault(index, self._read(index, after)), None)
             if block is None:
                 del readers[index]
@@ -158,6 +163,9 @@ class RowStream:
             blocks.append(block)
             after.taken[index] += len(block.lengths)
             count += len(block.lengths)
+
+            # A source that gives rows is not idle. Without weights, a row of any source counts for
+            # all.
             if len(block.lengths):
                 idle = [
                     0 if n == index or not self._weighted else passes
@@ -182,7 +190,7 @@ class RowStream:
         return self._sources[0].weight is not None
 
     def _next_source(self, cursor: Cursor) -> int | None:
-        """The source that is furthest behind its weight.
+        """Return the source that is furthest behind its weight.
 
         Without weights they take turns until each has ended.
         """
@@ -196,7 +204,7 @@ class RowStream:
         return min(unread, key=lambda n: (cursor.taken[n] / (self._sources[n].weight or 1), n))
 
     def _read(self, index: int, cursor: Cursor) -> Iterator[TokenBlock]:
-        """Blocks of a source from the cursor on, which moves along."""
+        """Yield blocks of a source from the cursor on, and move the cursor along."""
         source = self._sources[index]
         files = self._files[index]
         while cursor.files[index] < len(files):
@@ -222,7 +230,8 @@ class RowStream:
             recipe = find_recipe(source, file)
             if recipe is not None and FORMATS.find(recipe.format).has_labels:
                 raise DataError(
-                    f"{file.path}: classification rows; a classifier cannot be trained yet"
+                    f"{file.path}: the labels of all rows must be known before training begins;"
+                    " take data.streaming=false"
                 )
             self._recipes[file.path] = recipe
         return self._recipes[file.path]
@@ -273,7 +282,7 @@ class StreamLoader:
         self.settings = replace(settings, workers=min(settings.workers, 1))
 
     def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
-        """The next ``steps`` steps behind a position; None is the beginning.
+        """Yield the next ``steps`` steps after a position; None is the beginning.
 
         Raises:
             CheckpointError: The position is not one of a stream of so many sources.
@@ -298,15 +307,17 @@ class StreamLoader:
             yield item
 
     def locations(self, row: int) -> list[str]:  # noqa: ARG002 - as for rows in a store
-        """Not known: a stream's rows have no numbers."""
+        """Return nothing: a stream's rows have no numbers."""
         return []
 
     def steps(self, cursor: Cursor, steps: int) -> Iterator[StepBatch]:
-        """Batches from the cursor on."""
+        """Yield batches from the cursor on."""
         size = self.batch.global_batch_size
         rows, after = self.stream.window(cursor)
         for _ in range(steps):
             chosen: list[Row] = []
+
+            # The rows of a global batch, which may begin in one window and end in the next.
             while len(chosen) < size:
                 if cursor.row == len(rows):
                     cursor = after
@@ -314,19 +325,21 @@ class StreamLoader:
                 taken = rows[cursor.row : cursor.row + size - len(chosen)]
                 chosen += taken
                 cursor = replace(cursor, row=cursor.row + len(taken))
+
+            # Longest first, as in ``TrainLoader``; then this rank's share.
             chosen.sort(key=lambda row: -len(row.ids))
             mine = share_of_rank(chosen, self.batch, self.rank)
             collate = self.collator.pack if self.stream.config.packing else self.collator.pad
             yield StepBatch(
                 micro_batches=[collate(rows_of) for rows_of in mine],
-                trained_tokens=sum(int(np.count_nonzero(row.mask)) for row in chosen),
+                loss_weight=sum(int(np.count_nonzero(row.mask)) for row in chosen),
                 tokens=sum(len(row.ids) for row in chosen),
                 position=asdict(cursor),
             )
 
 
 class _Stream(IterableDataset[Any]):
-    """For torch's DataLoader.
+    """A data set for torch's DataLoader.
 
     An error is handed over as an item: the loader would wrap it into a traceback.
     """

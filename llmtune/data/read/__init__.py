@@ -1,1 +1,1 @@
-"""Sources become blocks of rows: files, folders, URLs, data sets of the hub."""
+"""Read sources (files, folders, URLs, data sets of the hub) as blocks of rows."""

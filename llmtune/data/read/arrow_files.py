@@ -13,8 +13,8 @@ from llmtune.errors import DataError, MissingPrerequisiteError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: What pyarrow raises beside its own errors, for names that are no UTF-8 and lengths that no memory
-#: has.
+#: Errors that pyarrow raises beside its own, for names that are no UTF-8 and lengths beyond any
+#: memory.
 _BAD_VALUES = (UnicodeError, MemoryError, OverflowError)
 
 
@@ -87,7 +87,7 @@ def read_hub(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator
 
 
 def load_hub(path: str, source: Source) -> Any:
-    """A data set of the Hugging Face hub, or a folder that ``save_to_disk`` wrote.
+    """Load a data set of the Hugging Face hub, or a folder that ``save_to_disk`` wrote.
 
     Raises:
         DataError: The split is not there, or the data set is no such thing.

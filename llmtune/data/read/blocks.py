@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: Rows of a block of anything but text.
 BLOCK_ROWS = 1000
 
-#: Lines of JSON; a bytearray where a long line has a block of its own.
+#: Lines of JSON; a bytearray where a block is one long line.
 Lines = bytes | bytearray
 
 
@@ -40,7 +40,7 @@ class Block:
     A block of a single line is empty once it has been parsed.
     """
     next: tuple[int, int] = (0, 0)
-    """Where the file goes on: byte (JSON lines) or row, and line."""
+    """Position behind the block: byte (JSON lines) or row, and line."""
 
     @property
     def is_single_line(self) -> bool:
@@ -50,8 +50,8 @@ class Block:
     def take_content(self) -> Any:
         """Remove and return the content, so that the caller alone decides when it is freed.
 
-        Whoever else holds the block would otherwise hold the bytes of a long line while its text is
-        rendered and tokenized.
+        Other holders of the block would otherwise keep the bytes of a long line in memory while its
+        text is rendered and tokenized.
         """
         content, self.content = self.content, b""
         return content
@@ -72,7 +72,7 @@ def parse_rows(block: Block) -> Iterator[tuple[int, Row | RowError]]:
 
 
 def select_rows(blocks: Iterator[Block], drawn: list[int]) -> Iterator[Block]:
-    """Blocks with only some rows, in the order drawn; these rows are held in memory.
+    """Yield blocks with only some rows, in the order drawn; these rows are held in memory.
 
     Args:
         drawn: Numbers of rows in the source, counted from 0.
@@ -86,7 +86,7 @@ def select_rows(blocks: Iterator[Block], drawn: list[int]) -> Iterator[Block]:
 
 
 def count_rows(blocks: Iterator[Block]) -> int:
-    """Rows of a source, blank lines not counted."""
+    """Count the rows of a source without blank lines."""
     return sum(1 for block in blocks for _ in _unparsed(block))
 
 
@@ -111,7 +111,7 @@ def collect_blocks(path: str, rows: Iterator[tuple[int, Any]], skip: int) -> Ite
 
 
 def _unparsed(block: Block) -> Iterator[tuple[int, Any]]:
-    """Rows with their lines, JSON lines still as bytes."""
+    """Yield rows with their lines, JSON lines still as bytes."""
     if isinstance(block.content, Lines):
         for index, line in enumerate(_split_lines(block.content), block.first):
             if not _is_blank(line):
@@ -123,7 +123,7 @@ def _unparsed(block: Block) -> Iterator[tuple[int, Any]]:
 
 
 def _split_lines(content: Lines) -> Iterator[Lines]:
-    """One line at a time; a line that is a block of its own is not copied."""
+    """Yield one line at a time; a line that is a whole block is not copied."""
     begin = 0
     while (end := content.find(b"\n", begin)) >= 0:
         yield content[begin:end]
@@ -167,7 +167,7 @@ def _parse_text(text: str) -> Any:
     except json.JSONDecodeError as error:
         return RowError(describe_broken(error))
     except ValueError as error:
-        # A number of thousands of digits, thousands of brackets, or a name that stands twice.
+        # A number of thousands of digits, thousands of brackets, or a name that occurs twice.
         return RowError(f"broken JSON: {error}")
 
 
@@ -182,7 +182,7 @@ def _checked(row: Any) -> Row | RowError:
 
 
 def _to_rows(batch: pa.RecordBatch) -> list[Any]:
-    """The rows of a batch, or what is wrong with each.
+    """Yield the rows of a batch, or the error of each.
 
     pyarrow does not validate the names of fields within fields.
     """
@@ -196,7 +196,7 @@ def _to_rows(batch: pa.RecordBatch) -> list[Any]:
 
 
 def _without_nulls(row: Any) -> Any:
-    """The row without the nulls that Arrow puts where one struct lacks the fields of another.
+    """Remove the nulls that Arrow puts where one struct lacks the fields of another.
 
     Nulls of columns stay.
     """

@@ -1,4 +1,4 @@
-"""Hashes of what shapes the tokens: file contents, tokenizer, settings.
+"""Hash what shapes the tokens: file contents, tokenizer, settings.
 
 They name the prepared rows in the cache.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-#: What file systems call the things that change with a file's content.
+#: Names under which file systems report what changes with a file's content.
 _VERSION_KEYS = {
     "etag",
     "size",
@@ -35,20 +35,21 @@ _VERSION_KEYS = {
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything that shapes the ids: the tokenizer, its special tokens, its template."""
+    """Hash everything that shapes the ids: the tokenizer, its special tokens, its template."""
     backend: Any = tokenizer
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return hash_json([backend.backend_tokenizer.to_str(), tokenizer.chat_template, special])
 
 
 def hash_files(files: Sequence[DataFile], source: Source, cache: Path) -> list[list[str]]:
-    """Name and content hash of each file."""
+    """Return name and content hash of each file."""
     return [[file.path, _hash_file(file, source, cache)] for file in files]
 
 
 def identify_file(file: DataFile) -> list[str]:
-    """Name and size of a file, or what its file system says of it: for streams, which are too large
-    to be hashed.
+    """Identify a file of a stream, which is too large to be hashed, by its name and size.
+
+    A remote file is identified by what its file system reports.
     """
     if "://" in file.path:
         return [file.path, _identify_remote(file.path)]
@@ -67,7 +68,7 @@ def _hash_file(file: DataFile, source: Source, cache: Path) -> str:
 
 
 def _identify_remote(url: str) -> str:
-    """An etag, or size and times: what the file system has without reading."""
+    """Return an etag, or size and times, which the file system has without reading."""
     system, inner = open_system(url)
     told = {
         key.lower(): str(value)
@@ -78,8 +79,9 @@ def _identify_remote(url: str) -> str:
 
 
 def hash_content(path: Path, cache: Path) -> str:
-    """The hash of a local file, remembered by size and time of change, so that only new content is
-    read.
+    """Hash a local file.
+
+    The hash is remembered by size and time of change, so that only new content is read.
     """
     stat = path.stat()
     key = hash_json(

@@ -1,8 +1,7 @@
-"""Rows of a file that is JSON as a whole: a list, an object around one, or objects of several lines
-each.
+"""Read a file that is JSON as a whole: a list, an object around one, or objects over several lines.
 
 JSON lines are told apart by the first line: where it is a whole object, and no object around a list
-of rows, each line is a row of its own, and a line that is broken breaks no other.
+of rows, each line is one row, and a broken line does not affect the others.
 """
 
 from __future__ import annotations
@@ -41,15 +40,14 @@ def is_whole(begin: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     except ValueError:
-        # One line that is broken, or an object over several: then the next one goes on with a
-        # field, or ends it.
+        # Either the line is broken, or an object covers several lines: then the next line continues
+        # with a field, or ends the object.
         return first == b"{" or rest.lstrip()[:1] in {b'"', b"}", b"]", b","}
     return not rest.strip() and bool(_lists_of_rows(row, None))
 
 
 def may_be_around_rows(begin: bytes) -> bool:
-    """Tell whether all of the first line is needed to decide: it may be an object around a list of
-    rows.
+    """Tell whether all of the first line is needed: it may be an object around a list of rows.
 
     It is not where the fields at its beginning already make it a row: a first row of many
     megabytes is then not parsed for this question.
@@ -80,7 +78,7 @@ def is_around_rows(line: bytearray) -> bool:
 
 
 def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]:
-    """Rows with the lines on which they begin.
+    """Yield rows with the lines on which they begin.
 
     Raises:
         DataError: The file is no JSON; of several lists in an object it cannot be told which holds
@@ -93,8 +91,11 @@ def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]
         return
     if text[begin : begin + 1] != "{":
         raise DataError(
-            f"{path}:1: must hold a list of rows, or a row a line, not {text[begin : begin + 20]!r}"
+            f"{path}:1: must hold a list of rows, or one row per line,"
+            f" not {text[begin : begin + 20]!r}"
         )
+
+    # One object around a list of rows; fields beside the list must not change what is learned.
     first, end = _decode(path, text, begin, line)
     if _skip(text, end, _SPACE) == len(text) and (lists := _lists_of_rows(first, source)):
         chosen = _choose(path, line, lists, source)
@@ -107,6 +108,8 @@ def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]
         at = _find_field(text, begin, chosen)
         yield from _list_items(path, text, at, 1 + text.count("\n", 0, at), whole_file=False)
         return
+
+    # Else one object after the other, each over any number of lines.
     position = begin
     while position < len(text):
         row, end = _decode(path, text, position, line)
@@ -123,7 +126,7 @@ def describe_broken(error: json.JSONDecodeError) -> str:
 
 
 def _lists_of_rows(row: Any, source: Source | None) -> list[str]:
-    """Fields of an object that hold lists of rows; none where the object is a row itself."""
+    """List the fields of an object that hold lists of rows; none where the object is a row."""
     if not isinstance(row, dict):
         return []
     named = set(source.fields.values()) if source else set()
@@ -148,9 +151,7 @@ def _choose(path: str, line: int, lists: list[str], source: Source) -> str:
 
 
 def _find_field(text: str, begin: int, name: str) -> int:
-    """Where the value of a field of the object begins that begins at ``begin``, and is known to be
-    whole.
-    """
+    """Find the position of a field's value in the complete object that begins at ``begin``."""
     position = begin + 1
     while True:
         position = _skip(text, position, _BETWEEN)
@@ -162,7 +163,7 @@ def _find_field(text: str, begin: int, name: str) -> int:
 
 
 def _first_fields(text: str) -> Iterator[str]:
-    """The names of an object's fields, of which the text holds the beginning only."""
+    """Yield the names of the fields of an object, of which the text holds only the beginning."""
     position = text.index("{") + 1
     while True:
         position = _skip(text, position, _BETWEEN)
@@ -181,7 +182,7 @@ def _first_fields(text: str) -> Iterator[str]:
 def _list_items(
     path: str, text: str, begin: int, line: int, whole_file: bool
 ) -> Iterator[tuple[int, Any]]:
-    """Elements of a JSON list with the lines on which they begin."""
+    """Yield the elements of a JSON list with the lines on which they begin."""
     position = begin + 1
     before = begin
     while True:
@@ -194,8 +195,8 @@ def _list_items(
         before, position = position, end
     if whole_file and (rest := text[position + 1 :].strip()):
         raise DataError(
-            f"{path}:{line}: something stands behind the list: {rest[:20]!r}; one object a line is"
-            " .jsonl"
+            f"{path}:{line}: there is text after the list: {rest[:20]!r}; a file of one"
+            " object per line is .jsonl"
         )
 
 

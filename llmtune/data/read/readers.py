@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmtune.data.read.blocks import Block, collect_blocks
 from llmtune.data.read.json_files import find_rows, is_around_rows, is_whole, may_be_around_rows
 from llmtune.data.read.size_bounds import MAX_ROW_BYTES, lines_of, read_whole, refuse_row
 from llmtune.data.read.sources import DataFile, Source, open_file
-from llmtune.data.read.stdlib_docs import read_stdlib_docs
+from llmtune.data.read.stdlib_docs import read_stdlib_docs, read_stdlib_modules
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.values import not_utf8
 from llmtune.errors import DataError, MissingPrerequisiteError
@@ -28,10 +28,10 @@ BLOCK_BYTES = 1 << 20
 
 
 def read_blocks(file: DataFile, source: Source, start: tuple[int, int] = (0, 1)) -> Iterator[Block]:
-    """The blocks of a file.
+    """Yield the blocks of a file.
 
     Args:
-        start: ``next`` of an earlier block, to go on behind it.
+        start: ``next`` of an earlier block, to continue after it.
 
     Raises:
         DataError: The file as a whole cannot be read.
@@ -50,12 +50,12 @@ def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
     position, line = start
     with closing(open_file(file.path)) as stream:
         if position:
-            # Where a packed file cannot seek, fsspec reads on to the place.
+            # Where a packed file cannot seek, fsspec reads up to the position.
             stream.seek(position)
         # The beginning of a line whose end has not been read yet.
         rest = bytearray()
         while chunk := stream.read(BLOCK_BYTES):
-            # A long line is a block of its own, handed over without a copy.
+            # A long line is its own block, passed on without a copy.
             if len(rest) > BLOCK_BYTES:
                 head, separator, chunk = chunk.partition(b"\n")
                 rest += head
@@ -89,9 +89,7 @@ def _read_jsonl(file: DataFile, _source: Source, start: tuple[int, int]) -> Iter
 
 
 def _read_lines(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    """JSON lines; a file of this name may hold a list, or objects over several lines, all the
-    same.
-    """
+    """Read JSON lines; a file of this name may also hold a list, or objects over several lines."""
     read = _read_json if _holds_whole_json(file) else _read_jsonl
     yield from read(file, source, start)
 
@@ -111,8 +109,9 @@ def _holds_whole_json(file: DataFile) -> bool:
 
 
 def _read_json(file: DataFile, source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    """A list of rows, an object around one, or objects over several lines; JSON lines under this
-    name are told as such.
+    """Read a list of rows, an object around one, or objects over several lines.
+
+    JSON lines under this name are recognized.
     """
     with closing(open_file(file.path)) as stream:
         data = read_whole(file.path, stream)
@@ -151,8 +150,10 @@ def _read_csv(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterat
 
 
 def _read_builtin(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    rows = enumerate(map(_to_row, read_stdlib_docs()), 1)
-    yield from collect_blocks(file.path, rows, start[0])
+    rows: Iterable[dict[str, Any]] = read_stdlib_modules()
+    if file.path == "stdlib_docs":
+        rows = map(_to_row, read_stdlib_docs())
+    yield from collect_blocks(file.path, enumerate(rows, 1), start[0])
 
 
 def _to_row(conversation: Conversation) -> dict[str, Any]:

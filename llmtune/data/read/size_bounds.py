@@ -1,5 +1,6 @@
-"""Bounds of how much of a file is read at a time: half a megabyte of gzip can unpack to half a
-gigabyte.
+"""Limit how much of a file is read at a time.
+
+Half a megabyte of gzip can unpack to half a gigabyte.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ MAX_ROW_BYTES = 1 << 30
 #: Of a packed file that is read as a whole: as much, or so many times its own size, where text
 #: shrinks to a tenth.
 MAX_RATIO = 100
-#: The same where nobody says how large the packed file is.
+#: The same where the size of the packed file is not known.
 MAX_UNKNOWN_BYTES = 1 << 34
 _CHUNK_BYTES = 1 << 26
 
 
 def refuse_row(path: str, line: int) -> DataError:
-    """The error about a row that is too long."""
+    """Return the error about a row that is too long."""
     return DataError(
         f"{path}:{line}: a row of more than {MAX_ROW_BYTES >> 20} MiB; is it a file of text? One"
         " row is one line"
@@ -54,7 +55,7 @@ def read_whole(path: str, stream: BinaryIO) -> bytes:
 
 
 def lines_of(path: str, text: TextIO) -> Iterator[str]:
-    """The lines of a text, ends included.
+    """Yield the lines of a text, ends included.
 
     Raises:
         DataError: One is too long for a row.

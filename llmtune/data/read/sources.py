@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 #: Sources that come with llmtune.
-BUILTIN = ("stdlib_docs",)
+BUILTIN = ("stdlib_docs", "stdlib_modules")
 
 #: Endings of files that are read, before those of compression.
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"}
@@ -30,20 +30,16 @@ class Source:
     """One entry of ``data.train``."""
 
     path: str
-    """A file, a pattern, a folder, a URL that fsspec opens, a Hugging Face id, or a built-in
-    source.
-    """
+    """A file, pattern, folder, URL that fsspec opens, Hugging Face id, or built-in source."""
     format: str = AUTO
     fields: dict[str, str] = field(default_factory=dict)
     """Field of the format -> column of the file."""
     ignore: tuple[str, ...] = ()
-    """Fields of rows and messages that are left out knowingly, although they may say what is to be
-    learned.
-    """
+    """Fields of rows and messages to leave out, although they may say what is to be learned."""
     limit: int | None = None
     """Rows taken, drawn with the seed."""
     repeat: int = 1
-    """How often each training row is taken per epoch."""
+    """Times that each training row is taken per epoch."""
     weight: float | None = None
     """Part of the rows of this source in the mix; the scarcest source sets its size."""
     split: str = "train"
@@ -59,14 +55,15 @@ class DataFile:
     """One file of a source."""
 
     path: str
-    """As error messages name it."""
+    """Its name in error messages."""
     kind: str
     """``jsonl``, ``json``, ``csv``, ``parquet``, ``arrow``, ``builtin``, ``hub``."""
 
 
 def parse_sources(value: Any, key: str, default_format: str) -> list[Source]:
-    """The sources of a config value: a text, a mapping, or a list of them; ``@N`` behind a path is
-    ``limit: N``.
+    """Parse the sources of a config value: a text, a mapping, or a list of them.
+
+    ``@N`` after a path is ``limit: N``.
 
     Raises:
         ConfigError: An unknown field or a value of the wrong kind.
@@ -112,7 +109,7 @@ def _parse_source(entry: Any, key: str, default_format: str) -> Source:
 
 
 def _resolve_entry(entry: dict[str, Any], key: str) -> dict[str, Any]:
-    """Values of a mapping that are not what they should be are refused."""
+    """Refuse values of a mapping that have a wrong type."""
     for name, allowed in (("limit", int), ("repeat", int), ("weight", int | float)):
         value = entry.get(name)
         if value is not None and (
@@ -147,7 +144,7 @@ def check_local_files(config: DataConfig) -> None:
 
 
 def resolve_files(source: Source) -> list[DataFile]:
-    """The files of a source, sorted by name.
+    """List the files of a source, sorted by name.
 
     Raises:
         DataError: There are none, or a file's kind is not known.
@@ -162,6 +159,8 @@ def resolve_files(source: Source) -> list[DataFile]:
         | (Path(path) / "dataset_dict.json").is_file()
     ):
         return [DataFile(path, "hub")]
+
+    # A name that exists is no pattern, whatever letters it has.
     exists = system.exists(inner)
     if not exists and any(letter in inner for letter in "*?["):
         names = sorted(str(name) for name in system.glob(inner) if not system.isdir(name))
@@ -185,6 +184,8 @@ def resolve_files(source: Source) -> list[DataFile]:
             f"{source.path}: no such file (data.train and data.eval are relative to"
             f" {Path.cwd()}){several}"
         )
+
+    # Names as the user wrote them, each with its kind.
     prefix = "" if "://" not in path else path.split("://")[0] + "://"
     return [
         DataFile(prefix + name.removeprefix(prefix), _resolve_kind(name))
@@ -193,7 +194,7 @@ def resolve_files(source: Source) -> list[DataFile]:
 
 
 def open_system(path: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path in it.
+    """Open the file system of a path or URL; return it, and the path in it.
 
     Raises:
         MissingPrerequisiteError: The protocol needs a package that is not there.
@@ -211,7 +212,7 @@ def open_system(path: str) -> tuple[AbstractFileSystem, str]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file or URL, unpacked where its name says that it is packed."""
+    """Open a file or URL, unpacked where its name says that it is packed."""
     import fsspec
 
     opened: Any = fsspec.open(path, "rb", compression="infer")
@@ -222,7 +223,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def _as_given(names: list[str], path: str) -> list[str]:
-    """Local files under the name that the user wrote, not made absolute."""
+    """Name local files as the user wrote them, not as absolute paths."""
     if "://" in path or Path(path).is_absolute():
         return names
     here = str(Path.cwd()) + "/"

@@ -1,4 +1,6 @@
-"""Questions and answers from the docstrings of the installed Python's standard library.
+"""Rows from the docstrings of the installed Python's standard library.
+
+They are questions and answers, or texts with the module that they are from.
 
 The sources are parsed, never imported: importing some standard modules opens browsers, prints or
 starts loops.
@@ -36,13 +38,19 @@ SKIPPED = {
 ANSWER_LENGTH = range(48, 400)
 
 
+#: Modules that are told apart by their docstrings; each has over a hundred.
+LABELED = ("asyncio", "email", "http", "logging", "mailbox", "tarfile", "unittest", "xml")
+
+#: Characters of a docstring that is labeled.
+LABELED_LENGTH = range(20, 400)
+
 _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 @functools.cache
 def read_stdlib_docs() -> tuple[Conversation, ...]:
-    """About 1,300 pairs, in the order of the module names; the same for the same Python."""
+    """Read about 1,300 pairs, in the order of the module names; the same for the same Python."""
     root = Path(sysconfig.get_paths()["stdlib"])
     conversations: dict[str, Conversation] = {}
     for module in sorted(
@@ -54,6 +62,22 @@ def read_stdlib_docs() -> tuple[Conversation, ...]:
             for conversation in _from_module(module, ast.parse(path.read_text(encoding="utf-8"))):
                 conversations.setdefault(conversation.messages[0].content, conversation)
     return tuple(conversations.values())
+
+
+@functools.cache
+def read_stdlib_modules() -> tuple[dict[str, str], ...]:
+    """About 1,400 docstrings with the name of their module; the same for the same Python."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    modules: dict[str, str] = {}
+    for module in LABELED:
+        path = root / f"{module}.py"
+        for file in [path] if path.is_file() else sorted((root / module).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, (*_FUNCTION, ast.ClassDef)):
+                    text = _summary(ast.get_docstring(node) or "")
+                    if len(text) in LABELED_LENGTH:
+                        modules.setdefault(text, module)
+    return tuple({"text": text, "label": module} for text, module in modules.items())
 
 
 def _from_module(module: str, tree: ast.Module) -> Iterator[Conversation]:
@@ -88,7 +112,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def _summary(docstring: str) -> str:
-    """The first paragraph that is prose, with its line breaks undone."""
+    """Return the first paragraph that is prose, on one line."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         text = re.sub(r"\s+", " ", paragraph.split(">>>")[0]).strip()
         if text.endswith(".") and "->" not in text:

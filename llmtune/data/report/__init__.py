@@ -1,1 +1,1 @@
-"""Checks, numbers and a page to look at before training."""
+"""Report on the data before training: checks, numbers and a page."""

@@ -1,6 +1,4 @@
-"""The data as a picture and as a page: lengths, what is trained, what is wrong, and rows with their
-masks.
-"""
+"""Draw and write a page about the data: lengths, trained tokens, problems, rows with masks."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ class DataReport:
 
 
 def write_picture(lengths: Lengths, title: str, path: Path) -> None:
-    """Two histograms: documents by length, and where the trained tokens are."""
+    """Draw two histograms: documents by length, and where the trained tokens are."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), dpi=120)
@@ -59,7 +57,7 @@ def write_picture(lengths: Lengths, title: str, path: Path) -> None:
 
 
 def write_page(report: DataReport, picture: Path | None, path: Path) -> None:
-    """One HTML file that needs nothing else."""
+    """Write one HTML file that needs nothing else."""
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         _PAGE
     )
@@ -76,7 +74,7 @@ def write_page(report: DataReport, picture: Path | None, path: Path) -> None:
 
 
 def _bars(lengths: Lengths) -> list[tuple[str, int, int]]:
-    """Range, documents and trained tokens of each bar."""
+    """Return range, documents and trained tokens of each bar."""
     ranges = zip(lengths.edges[:-1], lengths.edges[1:], strict=True)
     names = [f"{begin} - {end - 1}" for begin, end in ranges]
     return list(zip(names, lengths.rows, lengths.trained, strict=True))

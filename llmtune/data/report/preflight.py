@@ -1,13 +1,10 @@
-"""Find problems that no single row shows: too many long rows, evaluation rows that are trained on,
-labels of two kinds.
-"""
+"""Find problems that no single row shows: too many long rows, rows trained on and evaluated."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,8 +41,9 @@ def find_overlong_sources(
 
 
 def _length_that_fits(store: TokenStore, allowed_share: float) -> int | None:
-    """The shortest length at which few enough rows are too long; None where truncation hid the
-    lengths.
+    """Return the shortest length at which few enough rows are too long.
+
+    It is None where truncation hid the lengths.
     """
     if store.summary.truncated:
         return None
@@ -78,29 +76,6 @@ def find_leaks(train: Rows, eval_rows: Rows | None) -> tuple[list[Problem], NDAr
     found = []
     for index in numbers.tolist():
         location = format_location(*train.location(duplicated[int(eval_hashes[index])]))
-        message = f"the validation row stands in the training rows too ({location})"
+        message = f"the validation row is among the training rows too ({location})"
         found.append(Problem(*eval_rows.location(index), message))
     return found, leaks
-
-
-def find_mixed_labels(stores: Sequence[TokenStore]) -> list[Problem]:
-    """Find labels that are text in some rows and numbers in others."""
-    seen: dict[str, tuple[str, int, Any]] = {}
-    rows_of: Counter[str] = Counter()
-    for store in stores:
-        for row, label in enumerate(store.labels()):
-            kind = "text" if isinstance(label, str) else "a number"
-            rows_of[kind] += 1
-            if kind not in seen:
-                seen[kind] = (*store.location(row), label)
-    if len(seen) < 2:
-        return []
-    (first, (file, line, label)), (second, (other, at, another)) = seen.items()
-    return [
-        Problem(
-            other,
-            at,
-            f"mixed label types: {another!r} is {second} ({rows_of[second]:,} rows), but {label!r}"
-            f" in {file}:{line} is {first} ({rows_of[first]:,} rows)",
-        )
-    ]

@@ -1,4 +1,4 @@
-"""Numbers and examples of prepared data, for those who look before they train."""
+"""Collect numbers and examples of prepared data, for a look at it before training."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class Lengths:
     p99: int
     longest: int
     edges: list[int]
-    """Borders of the histogram's bars: a bar holds ``edges[i] <= tokens < edges[i + 1]``, the last
-    one also its end.
+    """Borders of the histogram's bars: a bar holds ``edges[i] <= tokens < edges[i + 1]``.
+
+    The last bar also holds its end.
     """
     rows: list[int]
     """Documents in each bar."""
@@ -45,7 +46,7 @@ class Lengths:
     """Trained tokens in each bar."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
@@ -58,11 +59,9 @@ class Padding:
     random: float
     """Micro-batches of random rows, each padded to its longest."""
     grouped: float
-    """As llmtune batches without packing: the rows of a step sorted by length before they are
-    divided.
-    """
+    """Batches of llmtune without packing: rows of a step are sorted by length, then divided."""
     packed: float | None
-    """With packing; None where it is off."""
+    """Packed rows; None where packing is off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class TextSpan:
 
 
 def measure_lengths(rows: Rows) -> Lengths:
-    """Histogram and percentiles of the documents."""
+    """Compute histogram and percentiles of the documents."""
     lengths, trained = rows.documents("lengths"), rows.documents("trained")
     low, high = int(lengths.min()), int(lengths.max())
     width = max(1, math.ceil((high - low + 1) / BARS))

@@ -1,1 +1,1 @@
-"""A row of a file becomes a conversation, whatever its format."""
+"""Make a conversation from a row of a file, whatever its format."""

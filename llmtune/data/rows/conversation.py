@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from llmtune.task.labels import Label
+
 
 class Role(Enum):
     """The speaker of a message."""
@@ -24,20 +26,24 @@ class Message:
     role: Role
     content: str
     train: bool | None = None
-    """Whether its words are trained; None where the row does not say: the assistant's are, what
-    others say is not.
+    """True if its words are trained; None where the row does not say.
+
+    Then the assistant's words are trained, and those of others are not.
     """
     extra: dict[str, Any] = field(default_factory=dict)
-    """More that chat templates read: ``tool_calls`` with mappings as arguments, ``tool_call_id``,
-    ``name``, ``reasoning_content``."""
+    """Further fields that chat templates read.
+
+    These are ``tool_calls`` with mappings as arguments, ``tool_call_id``, ``name`` and
+    ``reasoning_content``.
+    """
 
     @property
     def trained(self) -> bool:
-        """Whether the words of an answer are trained."""
+        """Tell whether the words of an answer are trained."""
         return self.train is not False
 
     def to_dict(self) -> dict[str, Any]:
-        """The mapping that chat templates read."""
+        """Return the mapping that chat templates read."""
         return {"role": self.role.value, "content": self.content, **self.extra}
 
 
@@ -49,24 +55,24 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     """Function schemas for the chat template."""
     plain: bool = False
-    """No chat template: the contents are joined as they are (``text``, ``prompt/completion``,
-    classification).
-    """
-    label: str | int | float | None = None
-    """Class or value of a classification row; its one or two texts are user messages."""
+    """No chat template: the contents are joined as they are, as those of ``text``."""
+    label: Label | None = None
+    """Label of a row that is judged rather than written; its one or two texts are user messages."""
+    words: tuple[str, ...] = ()
+    """The words that the tags of ``label`` belong to; the text is made of them."""
 
     @property
     def uses_tools(self) -> bool:
-        """Whether there are tools, calls of them, or what they gave."""
+        """Tell whether there are tools, calls of them, or results."""
         return bool(self.tools) or any(
             m.role is Role.tool or "tool_calls" in m.extra for m in self.messages
         )
 
     def prompt(self) -> list[dict[str, Any]]:
-        """Everything before the last answer."""
+        """Return everything before the last answer."""
         return [message.to_dict() for message in self.messages[:-1]]
 
     def expected(self) -> str:
-        """The last answer: its words, or else the JSON of its calls."""
+        """Return the last answer: its words, or else the JSON of its calls."""
         answer = self.messages[-1]
         return answer.content or json.dumps(answer.extra.get("tool_calls", []), ensure_ascii=False)

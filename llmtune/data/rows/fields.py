@@ -1,8 +1,8 @@
 """Tell harmless fields of a row from those that would change what is learned if they were dropped.
 
-A field that no format reads is ignored in silence only if it is in the one list of harmless names.
-One that says what is to be learned, and how, is refused by name. All others are listed once for
-whoever prepares the data.
+A field that no format reads is ignored silently only if it is in the one list of harmless names.
+One that says what is to be learned, and how, is refused by name. All others are listed once for the
+user.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LISTED = 20
 
 _SAID = {*REASONING, "name", "tool_call_id", "tool_calls", "function_call", *TRAINED, *MASKED}
 
-#: The two ways of the field to say who speaks, and what.
+#: The two common ways to name the speaker and the contents.
 SPELLINGS = (("role", "content"), ("from", "value"))
 _PLAIN = tuple(map(set, SPELLINGS))
 _PART_FIELDS = frozenset({"type", "text"})
@@ -230,11 +230,11 @@ _CHANGES: list[tuple[re.Pattern[str], str]] = [
 def find_unknown_fields(
     row: Mapping[str, Any], known: frozenset[str], lists: Sequence[str]
 ) -> set[str]:
-    """Fields of a row, its messages and their parts that are neither read nor known to be harmless.
+    """Find fields of a row, its messages and parts that are neither read nor known to be harmless.
 
     Args:
         known: Those that the format reads.
-        lists: Those in which its messages stand, or the turns before them.
+        lists: Those that hold its messages, or the turns before them.
 
     Raises:
         RowError: A field that is not read would change what is learned.
@@ -243,7 +243,7 @@ def find_unknown_fields(
     for field in lists:
         entries = row.get(field)
         for number, entry in enumerate(entries if isinstance(entries, list | tuple) else ()):
-            # Nothing but who says what, as most messages are.
+            # Most messages have only a speaker and contents.
             plain = (
                 type(entry) is dict
                 and entry.keys() in _PLAIN
@@ -270,7 +270,7 @@ def refuse_changing_fields(fields: Mapping[str, Any]) -> None:
 
 
 def without_fields(row: Mapping[str, Any], ignored: frozenset[str]) -> Mapping[str, Any]:
-    """The row without some fields, which its messages and their parts lose as well."""
+    """Remove some fields from a row, its messages and their parts."""
     return {
         name: prune(value, ignored) if isinstance(value, list | tuple) else value
         for name, value in row.items()
@@ -279,21 +279,21 @@ def without_fields(row: Mapping[str, Any], ignored: frozenset[str]) -> Mapping[s
 
 
 def prune(entries: list[Any] | tuple[Any, ...], ignored: frozenset[str]) -> list[Any]:
-    """A list whose mappings lose some fields."""
+    """Remove some fields from the mappings of a list."""
     return [
         without_fields(entry, ignored) if isinstance(entry, Mapping) else entry for entry in entries
     ]
 
 
 def describe_unknown_fields(names: Iterable[str]) -> str:
-    """The names, at most ``LISTED`` of them."""
+    """List the names, at most ``LISTED`` of them."""
     every = sorted(names)
     more = f" and {len(every) - LISTED} more" if len(every) > LISTED else ""
     return ", ".join(every[:LISTED]) + more
 
 
 def _judge_message(message: Mapping[str, Any], field: str, location: str) -> Iterator[str]:
-    # Where a message has both spellings, they say the same.
+    # A message that has both forms says the same in both.
     known = frozenset(_SAID.union(*_PLAIN))
     if not message.keys() <= known:
         yield from _judge(message, known, f"{location}: ", f"{field}[].")
@@ -304,7 +304,7 @@ def _judge_message(message: Mapping[str, Any], field: str, location: str) -> Ite
     ):
         parts = message.get(name)
         for number, part in enumerate(parts if isinstance(parts, list) else ()):
-            # What a part that is no text would be is said by whoever reads it.
+            # The reader of a part that is no text says what is wrong with it.
             read = isinstance(part, Mapping) and (
                 name == "tool_calls" or part.get("type") == "text"
             )
@@ -317,7 +317,7 @@ def _judge_message(message: Mapping[str, Any], field: str, location: str) -> Ite
 def _judge(
     fields: Mapping[str, Any], known: frozenset[str], location: str, path: str
 ) -> Iterator[str]:
-    """The fields that nobody knows.
+    """Return the unknown fields.
 
     Args:
         location: Of the mapping, for messages: ``messages[1]: ``.

@@ -1,4 +1,7 @@
-"""JSON without duplicate names in an object, of which parsers silently drop all but the last."""
+"""Parse JSON, and refuse duplicate names in an object.
+
+Other parsers silently drop all of them but the last.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ def refuse_duplicate_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object, as an ``object_pairs_hook``.
 
     Raises:
-        ValueError: A name stands twice.
+        ValueError: A name occurs twice.
     """
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         duplicate = next(name for index, name in enumerate(names) if name in names[:index])
         raise ValueError(
-            f"the name {duplicate!r} stands twice in an object, of which one would be dropped"
+            f"the name {duplicate!r} occurs twice in an object, of which one would be dropped"
         )
     return row
 
@@ -28,16 +31,16 @@ _DECODER = json.JSONDecoder(object_pairs_hook=refuse_duplicate_names)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A value of JSON, as all data is parsed.
+    """Parse a value of JSON, as all data is parsed.
 
     Raises:
-        ValueError: It is none, is nested too deeply, or a name stands twice in an object.
+        ValueError: It is none, is nested too deeply, or a name occurs twice in an object.
     """
     return plain_json.parse_json(text, refuse_duplicate_names)
 
 
 def decode_json(text: str, start: int) -> tuple[Any, int]:
-    """The value that begins at a place of a text, and where it ends.
+    """Parse the value that begins at a position of a text; return it, and the position of its end.
 
     Raises:
         ValueError: As :func:`parse_json`.

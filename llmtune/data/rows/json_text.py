@@ -1,5 +1,6 @@
-"""Lists that a row holds as JSON text: CSV, and many exports, have no other way to write a
-conversation into a field.
+"""Parse lists that a row holds as JSON text.
+
+CSV and many exports have no other way to write a conversation into a field.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ def with_lists(
     may_be_texts: bool,
     ignored: frozenset[str] = frozenset(),
 ) -> Mapping[str, Any]:
-    """The row with lists where it has JSON of them, and with messages where a list has JSON of
-    those.
+    """Replace JSON text in a row by the lists, and in a list by the messages, that it describes.
 
     Args:
         lists: Fields that hold lists.
@@ -70,8 +70,9 @@ def _parse(text: str, field: str, quiet: bool) -> Any:
 
 
 def _parse_message(entry: Any) -> Any:
-    """A message of a list whose elements are JSON; anything else as it is, for whoever reads it to
-    refuse.
+    """Parse a message of a list whose elements are JSON.
+
+    Anything else is returned unchanged; its reader refuses it.
     """
     if not isinstance(entry, str) or entry.lstrip()[:1] != "{":
         return entry

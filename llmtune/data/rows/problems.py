@@ -1,4 +1,4 @@
-"""Problems of the data: found row by row, named by ``file:line``, counted, reported together."""
+"""Problems of the data: found per row, named by ``file:line``, counted, reported together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LISTED_KINDS = 8
 
 
 class RowError(Exception):
-    """A row cannot be used; whoever reads the file knows its place."""
+    """A row cannot be used; the caller adds file and line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,7 @@ class Problem:
 
     file: str
     line: int | None
-    """Counted from 1: a line of a text file, a row of Parquet and Arrow; None where the whole file
-    is meant.
-    """
+    """Line of a text file, or row of Parquet and Arrow, counted from 1; None for the whole file."""
     message: str
 
     def __str__(self) -> str:
@@ -36,9 +34,7 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        """The message without what differs from row to row, by which problems are counted
-        together.
-        """
+        """Return the message without what differs from row to row; problems are counted by it."""
         return re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\(.*?\)|\d+", "_", self.message)
 
 
@@ -48,13 +44,13 @@ def format_location(file: str, line: int | None) -> str:
 
 
 def short(value: Any) -> str:
-    """A value for an error message."""
+    """Shorten a value for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_problems(problems: Iterable[Problem], file: TextIO) -> None:
-    """Append a line of JSON for each."""
+    """Append a line of JSON per problem."""
     file.writelines(
         json.dumps(redact_values(asdict(problem)), ensure_ascii=False) + "\n"
         for problem in problems
@@ -62,15 +58,16 @@ def write_problems(problems: Iterable[Problem], file: TextIO) -> None:
 
 
 def read_problem_file(path: Path) -> Iterator[Problem]:
-    """The problems that were written to a file, one at a time: there may be millions."""
+    """Yield the problems that were written to a file; there may be millions."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield Problem(**json.loads(line))
 
 
 def group_by_kind(problems: Iterable[Problem]) -> list[tuple[Problem, int]]:
-    """The first problem of each kind, in the order met, and how many there are of it; they are gone
-    through once.
+    """Return the first problem of each kind, in order, and the number of problems of that kind.
+
+    The problems are read once.
     """
     first: dict[str, Problem] = {}
     counts: dict[str, int] = {}
@@ -82,7 +79,7 @@ def group_by_kind(problems: Iterable[Problem]) -> list[tuple[Problem, int]]:
 
 
 def describe(problems: Iterable[Problem]) -> Iterator[str]:
-    """A line for each kind: the first place, and the count."""
+    """Write a line per kind: the first location, and the count."""
     kinds = group_by_kind(problems)
     for problem, count in kinds[:LISTED_KINDS]:
         yield str(problem) + (f" ({count:,} like it)" if count > 1 else "")
@@ -91,7 +88,7 @@ def describe(problems: Iterable[Problem]) -> Iterator[str]:
 
 
 def refuse(problems: Iterable[Problem], advice: str) -> DataError:
-    """The error of rows that cannot be trained on."""
+    """Return the error about rows that cannot be trained on."""
     lines = list(describe(problems))
     if len(lines) == 1:
         return DataError(f"{lines[0]}\n{advice}")

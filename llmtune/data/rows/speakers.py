@@ -33,8 +33,7 @@ class Speakers:
         self._known: dict[Hashable, str | None] = {}
 
     def check(self, conversation: Conversation, text: str) -> None:
-        """Compare a row's text with those in which somebody else speaks, or another call is
-        answered.
+        """Compare a row's text with those of another speaker, or of a result for another call.
 
         Raises:
             RowError: There is no difference.
@@ -88,8 +87,9 @@ class Speakers:
 
 
 def _first_and_last(messages: Sequence[Message]) -> list[int]:
-    """Messages that nobody but a system or a tool may say; a template often knows one at the
-    beginning only.
+    """Return messages that only a system or a tool may say.
+
+    Many templates know a system message only at the beginning.
     """
     found: set[int] = set()
     for role in (Role.system, Role.tool):
@@ -101,8 +101,7 @@ def _first_and_last(messages: Sequence[Message]) -> list[int]:
 
 
 def _out_of_order(messages: Sequence[Message]) -> Iterator[tuple[int, list[Message]]]:
-    """Results that follow several calls, where they do not answer the first, the second ... in this
-    order.
+    """Find results that follow several calls and do not answer them in the order of the calls.
 
     Yields:
         The number of the first result, and the results; calls and results without ids say nothing

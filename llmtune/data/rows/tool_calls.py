@@ -1,6 +1,4 @@
-"""Calls of tools and the tools that may be called, in the forms of the field, as chat templates
-want them.
-"""
+"""Convert tool calls and tool definitions from their common forms to that of chat templates."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ _ELSEWHERE = ("name", "arguments", "parameters", "params", "args", "kwargs", "in
 
 
 def read_tool_calls(entry: Mapping[str, Any], location: str) -> list[dict[str, Any]]:
-    """The calls of a message: ``tool_calls``, a list or its JSON; or one ``function_call``, as the
-    older API had it.
+    """Read the calls of a message.
+
+    They are ``tool_calls``, a list or its JSON; or one ``function_call``, as in the older API.
 
     Returns:
         ``{"type": "function", "function": {"name", "arguments"}}`` each, with its ``id`` where it
@@ -40,8 +39,9 @@ def read_tool_calls(entry: Mapping[str, Any], location: str) -> list[dict[str, A
 
 
 def parse_tool_calls(text: str, location: str) -> list[dict[str, Any]]:
-    """The calls of a ``function_call`` turn, whose text is the JSON of one, of a list of them, or
-    of several in a row.
+    """Parse the calls of a ``function_call`` turn.
+
+    Its text is the JSON of one call, of a list of them, or of several in a row.
 
     Raises:
         RowError: It is not.
@@ -63,15 +63,14 @@ def parse_tool_calls(text: str, location: str) -> list[dict[str, Any]]:
 
 
 def _between(text: str, position: int) -> int:
-    """The position at which the next call begins."""
+    """Return the position at which the next call begins."""
     while text[position : position + 1] in {" ", "\t", "\r", "\n", ","}:
         position += 1
     return position
 
 
 def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The tools of a row: ``tools``, or ``functions`` as the older API had them; a list or its
-    JSON.
+    """Read the tools of a row: ``tools``, or ``functions`` of the older API; a list or its JSON.
 
     Raises:
         RowError: It is no list of function schemas.
@@ -95,6 +94,8 @@ def read_tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 def _read_call(call: Any, location: str) -> dict[str, Any]:
     if isinstance(call, str):
         call = _parse(call, f"{location}: a tool call is no JSON")
+
+    # The function, which some write without the call around it.
     function = call.get("function") if isinstance(call, Mapping) else None
     function = call if function is None else function
     name = function.get("name") if isinstance(function, Mapping) else None
@@ -108,7 +109,7 @@ def _read_call(call: Any, location: str) -> dict[str, Any]:
             f"{location}: a tool call must be {{function: {{name, arguments}}}}, not {short(call)}"
         )
     told = {key: value for key, value in function.items() if value not in (None, "")}
-    # Beside the function, where only what says nothing of the call may stand.
+    # Beside the function there may only be fields that say nothing about the call.
     beside = [
         key
         for key in _ELSEWHERE
@@ -117,13 +118,15 @@ def _read_call(call: Any, location: str) -> dict[str, Any]:
     if beside:
         raise RowError(
             f"{location}: the call of {name!r} has the field {beside[0]!r} beside its function,"
-            " where it is not read; name and arguments stand in the function"
+            " where it is not read; name and arguments belong in the function"
         )
     if unread := [key for key in told if key not in _READ]:
         raise RowError(
             f"{location}: the call of {name!r} has the field {unread[0]!r}, which is not read; a"
             " call has name and arguments"
         )
+
+    # The one form that chat templates read.
     outer = {key: call[key] for key in ("id", "index") if call.get(key) is not None}
     arguments = _read_arguments(function.get("arguments"), name, location)
     return {**outer, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -1,6 +1,4 @@
-"""Turns of a conversation, in the spellings of the field: who speaks, what, and whether it is
-trained.
-"""
+"""Read turns of a conversation in their common forms: speaker, contents, and what is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from llmtune.data.rows.values import (
     texts_within,
 )
 
-#: Names of roles in the formats of the field; capitals mean nothing.
+#: Names of roles in common formats; capitals mean nothing.
 ROLES = {
     "system": Role.system,
     "developer": Role.system,
@@ -43,7 +41,8 @@ ROLES = {
 #: Speakers whose words are the JSON of calls.
 _CALLERS = ("function_call", "tool_call")
 
-#: Who may say nothing: a system prompt that is switched off, and a tool that gives nothing back.
+#: Roles whose words may be empty: a system prompt that is switched off, and a tool without a
+#: result.
 _MAY_BE_SILENT = (Role.system, Role.tool)
 
 #: Fields of a message that go to the chat template as they are.
@@ -53,7 +52,7 @@ _SWITCHES = frozenset((*TRAINED, *MASKED))
 
 
 def rename(row: Row, fields: Mapping[str, str]) -> Row:
-    """The row with its columns under the names that formats know.
+    """Rename the columns of a row to the names that formats know.
 
     Args:
         fields: Name of the format -> name in the row.
@@ -71,7 +70,7 @@ def rename(row: Row, fields: Mapping[str, str]) -> Row:
 
 
 def from_turns(row: Row, field: str) -> Conversation:
-    """The conversation of a list of turns, with the system message and the tools beside it.
+    """Make the conversation of a list of turns, with the system message and the tools beside it.
 
     Raises:
         RowError: The turns are none, or the last one is not the assistant's.
@@ -89,6 +88,8 @@ def from_turns(row: Row, field: str) -> Conversation:
                 f"{location} must be {{{', '.join(SPELLINGS[field == 'conversations'])}}}, not"
                 f" {short(entry)}"
             )
+
+        # Calls that were written as a turn each belong to one message.
         message, called = _to_message(entry, location)
         if called and calling and message.train == messages[-1].train:
             messages[-1] = _with_more_calls(messages[-1], message)
@@ -106,15 +107,13 @@ def from_turns(row: Row, field: str) -> Conversation:
 
 
 def _with_more_calls(message: Message, more: Message) -> Message:
-    """Calls that were written as a turn each, although the model makes them in one."""
+    """Join calls that were written as a turn each, although the model makes them in one."""
     calls = [*message.extra["tool_calls"], *more.extra["tool_calls"]]
     return replace(message, extra={**message.extra, **more.extra, "tool_calls": calls})
 
 
 def _message_fields(entry: Row, location: str) -> tuple[str, str]:
-    """The fields of a message that say who speaks and what: ``role`` and ``content``, or ``from``
-    and ``value``.
-    """
+    """Return the names of speaker and contents: ``role content``, or ``from value``."""
     found = []
     for names in zip(*SPELLINGS, strict=True):
         given = [name for name in names if entry.get(name) is not None] or [
@@ -138,7 +137,7 @@ def _find_role(name: Any) -> Role | None:
 
 
 def _to_message(entry: Row, location: str) -> tuple[Message, bool]:
-    """A message, and whether its words were the JSON of calls."""
+    """Return a message, and whether its words were the JSON of calls."""
     role_field, text_field = _message_fields(entry, location)
     name = entry.get(role_field)
     role = _find_role(name)
@@ -146,6 +145,8 @@ def _to_message(entry: Row, location: str) -> tuple[Message, bool]:
         raise RowError(
             f"{location}: {role_field} is {short(name)}; it must be one of {', '.join(ROLES)}"
         )
+
+    # A turn of calls has their JSON in the place of its words.
     called = str(name).strip().lower() in _CALLERS
     if called:
         calls = parse_tool_calls(_content(entry, text_field, location), location)
@@ -153,7 +154,7 @@ def _to_message(entry: Row, location: str) -> tuple[Message, bool]:
     train = _says_train(entry, location)
     silent = role in _MAY_BE_SILENT and (text_field in entry or says_nothing_else(entry))
     if len(entry) == 2 and text_field in entry:
-        # Nothing but who says what, as most messages are.
+        # Most messages have only a speaker and contents.
         return Message(
             role=role, content=_content(entry, text_field, location, silent), train=train
         ), False
@@ -181,7 +182,7 @@ def _to_message(entry: Row, location: str) -> tuple[Message, bool]:
 
 
 def _reasoning(entry: Row, location: str) -> dict[str, str]:
-    """The reasoning of a message, under all names by which templates ask for it."""
+    """Return the reasoning of a message, under all names by which templates ask for it."""
     found = {name: entry[name] for name in REASONING if entry.get(name) not in (None, "", [])}
     for name, text in found.items():
         if not isinstance(text, str):
@@ -199,7 +200,7 @@ def is_answer(turn: Any) -> bool:
 
 
 def list_switches(entry: Row) -> list[str]:
-    """Fields by which a message says whether it is trained; Arrow fills in nulls."""
+    """Return the fields by which a message says whether it is trained; Arrow fills in nulls."""
     return sorted(name for name in entry.keys() & _SWITCHES if entry[name] is not None)
 
 
@@ -225,7 +226,7 @@ def _says_train(entry: Row, location: str) -> bool | None:
 
 
 def _content(entry: Row, field: str, location: str, may_be_empty: bool = False) -> str:
-    """Text, or a list of text parts."""
+    """Return the text, or the joined list of text parts."""
     value = entry.get(field)
     if isinstance(value, list):
         parts = []

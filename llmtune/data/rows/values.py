@@ -1,4 +1,4 @@
-"""Values of a row's fields: texts and lists, or what is wrong with them."""
+"""Read values of a row's fields: texts and lists; refuse all others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 
 def read_list(row: Row, field: str, required: bool = True) -> list[Any]:
-    """A list with something in it.
+    """Read a list that is not empty.
 
     Raises:
         RowError: It is missing, or something else.
@@ -27,7 +27,7 @@ def read_list(row: Row, field: str, required: bool = True) -> list[Any]:
 
 
 def read_text(row: Row, field: str, required: bool = True) -> str:
-    """A text field; empty and missing are the same, because CSV knows no difference.
+    """Read a text field; empty and missing are the same, because CSV knows no difference.
 
     Raises:
         RowError: It is missing, empty, or something else than text.
@@ -54,7 +54,7 @@ def is_blank(text: str) -> bool:
 
 
 def texts_within(value: Any) -> Iterator[str]:
-    """Every text in nested lists and mappings, names included."""
+    """Yield every text in nested lists and mappings, names included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -67,8 +67,9 @@ def texts_within(value: Any) -> Iterator[str]:
 
 
 def check_unicode(value: str, field: str) -> None:
-    """Refuse what no tokenizer reads: bytes that were no UTF-8, and halves of surrogate pairs,
-    which JSON can spell.
+    """Refuse what no tokenizer reads: bytes that were no UTF-8, and halves of surrogate pairs.
+
+    JSON can hold the latter as escapes.
 
     Raises:
         RowError: There is one.
@@ -77,7 +78,7 @@ def check_unicode(value: str, field: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
-        # Where readers put a byte that they could not decode.
+        # The range to which readers map a byte that they could not decode.
         if 0xDC80 <= code <= 0xDCFF:
             raise RowError(not_utf8(code - 0xDC00)) from error
         raise RowError(
@@ -86,10 +87,10 @@ def check_unicode(value: str, field: str) -> None:
 
 
 def not_utf8(byte: int) -> str:
-    """The message about a byte of another encoding."""
+    """Return the message about a byte of another encoding."""
     return f"not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
 
 
 def describe_missing(row: Row, field: str) -> str:
-    """The message about a field that is not there."""
+    """Return the message about a missing field."""
     return f"the field {field!r} is missing (the row has: {', '.join(map(str, row))})"

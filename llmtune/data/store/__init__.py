@@ -1,1 +1,1 @@
-"""Tokenized rows on disk: mixed, packed, read back."""
+"""Keep tokenized rows on disk: mix, pack and read them."""

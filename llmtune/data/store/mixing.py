@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def split_eval(
     begins: NDArray[np.bool_], size: int | float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row numbers for training, in order, and for evaluation, in the order drawn.
+    """Return row numbers for training, in order, and for evaluation, in the order drawn.
 
     Documents are drawn, each with all of its pieces: a piece between two that are trained on
     measures how much was learned by heart.
@@ -58,7 +58,7 @@ def split_eval(
 def mix(
     rows: NDArray[np.int64], sources: Sequence[Source], counts: Sequence[int], seed: int
 ) -> NDArray[np.int64]:
-    """The rows of an epoch: ``repeat`` times each, or in the proportion of the weights.
+    """Return the rows of an epoch: ``repeat`` times each, or in the proportion of the weights.
 
     With weights, the epoch is as long as it can be without taking a row of any source more than
     ``repeat`` times; what is taken of the others is drawn.

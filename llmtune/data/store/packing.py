@@ -1,4 +1,4 @@
-"""Best-fit packing: several short rows share one of full length, so that nearly nothing is padding.
+"""Pack rows by best fit: several short ones share one of full length, with almost no padding.
 
 Rows come in a seeded random order, those of more than a quarter of the length first: large ones
 decide how well rows fill up (as in best-fit decreasing), and the rest stays mixed, so that a packed
@@ -42,7 +42,7 @@ def pack_rows(
 
 
 def packing_efficiency(lengths: NDArray[np.int32], packed_rows: int, capacity: int) -> float:
-    """Share of the packed rows' positions that hold a token."""
+    """Return the share of the packed rows' positions that hold a token."""
     return float(lengths.sum(dtype=np.int64)) / (packed_rows * capacity) if packed_rows else 0.0
 
 
@@ -58,8 +58,7 @@ def _placing_order(
 def _assign(
     lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int
 ) -> NDArray[np.int64]:
-    """The bin of each row. Best fit: the open bin that has the least room left of those with
-    enough.
+    """Choose the bin of each row: the open bin with the least room of those with enough (best fit).
 
     The bins with r tokens of room form a stack, and bit r of one integer tells whether there are
     any; so the search for the smallest sufficient room is one shift.

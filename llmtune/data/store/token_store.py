@@ -1,6 +1,4 @@
-"""Tokenized rows on disk: one Arrow file a source, mapped into memory, with small arrays of numbers
-beside it.
-"""
+"""Store tokenized rows: one Arrow file per source, mapped into memory, and arrays of numbers."""
 
 from __future__ import annotations
 
@@ -16,14 +14,19 @@ import numpy as np
 
 from llmtune.data.rows.problems import Problem, read_problem_file, write_problems
 from llmtune.data.tokenize.workers import TokenBlock
+from llmtune.task.labels import Label, Tags, label_from_json, label_to_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
 ROWS, SUMMARY, BAD_ROWS = "rows.arrow", "summary.json", "bad_rows.jsonl"
+LABELS = "row_labels.json"
 
-#: Arrays of one number a row.
+#: Labels without the marks that training needs, in folders that an earlier version wrote.
+_EARLIER_LABELS = "labels.json"
+
+#: Arrays of one number per row.
 _COLUMNS: dict[str, type[np.generic]] = {
     "lengths": np.int32,
     "trained": np.int32,
@@ -41,9 +44,7 @@ class StoreSummary:
     rows: int = 0
     truncated: int = 0
     overlong: list[tuple[int, int]] = field(default_factory=list)
-    """(tokens, rows of as many) that were dropped as too long; 0 tokens of long texts, which were
-    not counted.
-    """
+    """(tokens, rows of as many) that were dropped as too long; 0 tokens of uncounted long texts."""
     bad_rows: int = 0
     files: list[str] = field(default_factory=list)
     special: list[int] = field(default_factory=list)
@@ -57,7 +58,7 @@ class StoreSummary:
 
     @property
     def dropped(self) -> int:
-        """Rows left out because they are too long."""
+        """Count the rows left out because they are too long."""
         return sum(count for _, count in self.overlong)
 
 
@@ -67,7 +68,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
 
     summary = StoreSummary()
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    labels: list[str | int | float] = []
+    labels: list[Label] = []
     overlong: Counter[int] = Counter()
     special: set[int] = set()
     unknown: set[str] = set()
@@ -78,6 +79,7 @@ def write_store(blocks: Iterable[TokenBlock], folder: Path) -> StoreSummary:
         pa.ipc.new_file(file, schema) as writer,
         (folder / BAD_ROWS).open("w", encoding="utf-8") as bad_rows,
     ):
+        # Tokens go to the file at once; numbers per row and counts are collected.
         for block in blocks:
             if not summary.files or summary.files[-1] != block.file:
                 summary.files.append(block.file)
@@ -123,7 +125,8 @@ def _write_numbers(
         values = np.concatenate(columns[name]) if columns[name] else np.zeros(0, dtype=dtype)
         np.save(folder / f"{name}.npy", values)
     if labels:
-        (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False))
+        text = json.dumps([label_to_json(label) for label in labels], ensure_ascii=False)
+        (folder / LABELS).write_text(text)
     (folder / SUMMARY).write_text(json.dumps(asdict(summary)))
 
 
@@ -133,6 +136,11 @@ def _read_summary(file: Path) -> StoreSummary:
     values = {name: value for name, value in json.loads(file.read_text()).items() if name in known}
     values["overlong"] = [(tokens, count) for tokens, count in values["overlong"]]
     return StoreSummary(**values)
+
+
+def is_stored(folder: Path) -> bool:
+    """Tell whether a folder holds the tokens of a source, with all that training needs."""
+    return (folder / SUMMARY).is_file() and not (folder / _EARLIER_LABELS).is_file()
 
 
 class TokenStore:
@@ -147,9 +155,7 @@ class TokenStore:
         return self.summary.rows
 
     def column(self, name: str) -> NDArray[Any]:
-        """One of the arrays, mapped: ``lengths``, ``trained``, ``hashes``, ``lines``, ``files``,
-        ``begins``. Shape (rows,).
-        """
+        """Map one of the arrays ``lengths trained hashes lines files begins``. Shape (rows,)."""
         array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
         return array
 
@@ -157,24 +163,27 @@ class TokenStore:
         """File and line of a row."""
         return self.summary.files[int(self.column("files")[row])], int(self.column("lines")[row])
 
-    def labels(self) -> list[Any]:
-        """Labels of a classification source, row by row."""
-        file = self.folder / "labels.json"
-        return list(json.loads(file.read_text())) if file.is_file() else []
+    @cached_property
+    def labels(self) -> list[Label]:
+        """Labels of a source whose rows have some, row by row."""
+        file = self.folder / LABELS
+        if not file.is_file():
+            return []
+        return [label_from_json(value) for value in json.loads(file.read_text())]
 
     def problems(self) -> Iterator[Problem]:
-        """Rows that cannot be used."""
+        """Return the problems of rows that cannot be used."""
         return read_problem_file(self.folder / BAD_ROWS)
 
     @property
     def max_id(self) -> int:
-        """The largest token id; -1 of no rows."""
+        """Return the largest token id; -1 without rows."""
         if self.summary.max_id >= 0 or not len(self):
             return self.summary.max_id
         return max(int(self.read(row)[0].max(initial=-1)) for row in range(len(self)))
 
     def read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Token ids and mask of a row. Shapes: (length,)."""
+        """Read token ids and mask of a row. Shapes: (length,)."""
         number, at = _locate(row, self._ends)
         offsets, ids, mask = self._batch(number)
         begin, end = int(offsets[at]), int(offsets[at + 1])
@@ -199,7 +208,7 @@ class TokenStore:
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
-        """Row number behind each record batch."""
+        """Return the row number behind each record batch."""
         counts = [
             self._reader.get_batch(number).num_rows
             for number in range(self._reader.num_record_batches)
@@ -216,8 +225,9 @@ def _view(array: pa.Array, dtype: type[np.int32]) -> NDArray[np.int32]:
 
 
 def _view_bits(array: pa.Array, begin: int, end: int) -> NDArray[np.bool_]:
-    """Elements ``[begin, end)`` of an Arrow array of booleans, which are eight a byte, the lowest
-    bit first.
+    """Unpack elements ``[begin, end)`` of an Arrow array of booleans.
+
+    Arrow packs eight per byte, the lowest bit first.
     """
     first, last = array.offset + begin, array.offset + end
     packed = np.frombuffer(array.buffers()[1], np.uint8)[first // 8 : -(-last // 8)]
@@ -226,38 +236,52 @@ def _view_bits(array: pa.Array, begin: int, end: int) -> NDArray[np.bool_]:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A row as the model sees it. Shapes: (length,)."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
+    """Marked tokens: those that are trained.
+
+    In a row with tags they are the first token of every word; in a row with another label, the
+    tokens of the second text.
+    """
     documents: tuple[int, ...]
     """Lengths of the documents in it, in order; one where nothing is packed."""
+    label: Label | None = None
+
+    @property
+    def second(self) -> NDArray[np.bool_]:
+        """Tokens of the second text of a pair. Shape (length,)."""
+        if self.label is None or isinstance(self.label, Tags):
+            return np.zeros_like(self.mask)
+        return self.mask
 
 
 def join_documents(documents: Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> Row:
-    """The row of some documents, of ids and mask each. The first token of each is not trained: what
-    stands before it is another's.
+    """Make the row of some documents, given as ids and mask each.
+
+    The first token of each is not trained: the token before it is another document's.
     """
     masks = [mask.copy() for _, mask in documents]
     for mask in masks:
         mask[:1] = False
     return Row(
-        np.concatenate([ids for ids, _ in documents]), np.concatenate(masks), tuple(map(len, masks))
+        ids=np.concatenate([ids for ids, _ in documents]),
+        mask=np.concatenate(masks),
+        documents=tuple(map(len, masks)),
     )
 
 
 def _locate(number: int, ends: NDArray[np.int64]) -> tuple[int, int]:
-    """The index of the part that holds a number, and its index in that part."""
+    """Return the index of the part that holds a number, and its index in that part."""
     part = int(np.searchsorted(ends, number, side="right"))
     return part, number - (int(ends[part - 1]) if part else 0)
 
 
 class Rows:
-    """The rows of a split, of all its sources, in a fixed order; packed where ``starts`` is
-    given.
-    """
+    """The rows of a split, of all its sources, in a fixed order; packed if ``starts`` is given."""
 
     def __init__(
         self,
@@ -282,16 +306,24 @@ class Rows:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row. Shape (rows,)."""
+        """Return the number of tokens of each row. Shape (rows,)."""
         return self._sum(self.documents("lengths"))
 
     @cached_property
     def supervised_tokens(self) -> NDArray[np.int64]:
-        """Tokens with a label of each row. Shape (rows,)."""
+        """Return the number of tokens with a label of each row. Shape (rows,)."""
         return self._sum(self.documents("trained"))
 
+    @cached_property
+    def labels(self) -> list[Label]:
+        """The label of each row; empty where rows have none, or not all have one."""
+        if not all(store.labels for store in self.stores if len(store)):
+            return []
+        every = [label for store in self.stores for label in store.labels]
+        return [every[document] for document in self.index.tolist()]
+
     def documents(self, name: str) -> NDArray[Any]:
-        """A number of each document, in the order of ``index``. Shape (documents,)."""
+        """Return an array's values in the order of ``index``. Shape (documents,)."""
         if not self.stores:
             return np.zeros(0, dtype=_COLUMNS[name])
         every = [store.column(name) for store in self.stores]
@@ -301,28 +333,32 @@ class Rows:
 
     def row(self, number: int) -> Row:
         """One row."""
+        if self.labels:
+            ids, mask = self._read(int(self.index[number]))
+            label = self.labels[number]
+            return Row(ids=ids, mask=mask, documents=(len(ids),), label=label)
         begin, end = int(self._starts[number]), int(self._starts[number + 1])
         return join_documents([self._read(int(document)) for document in self.index[begin:end]])
 
     def location(self, document: int) -> tuple[str, int]:
-        """File and line of a document, by its number in ``index``."""
+        """Return file and line of a document, by its number in ``index``."""
         store, row = self._locate(int(self.index[document]))
         return store.location(row)
 
     def locations(self, number: int) -> list[tuple[str, int]]:
-        """File and line of every document of a row."""
+        """Return file and line of every document of a row."""
         return [
             self.location(document)
             for document in range(int(self._starts[number]), int(self._starts[number + 1]))
         ]
 
     def source_location(self, document: int) -> tuple[int, str, int]:
-        """Number of the store, file and line of a document."""
+        """Return number of the store, file and line of a document."""
         store, row = self._locate(int(self.index[document]))
         return self.stores.index(store), *store.location(row)
 
     def first_document(self, number: int) -> int:
-        """Number in ``index`` of the first document of a row."""
+        """Return the number in ``index`` of the first document of a row."""
         return int(self._starts[number])
 
     def _read(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

@@ -1,5 +1,6 @@
-"""Tokens for which the model has no embedding: on a GPU they end a run far from where they are,
-with a failed assertion.
+"""Refuse tokens for which the model has no embedding.
+
+On a GPU they end a run with a failed assertion, far from the row that holds them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TEXT_PARTS = ("text_config", "language_config", "llm_config")
 
 
 def embedding_rows(model_folder: Path) -> int | None:
-    """Tokens that a model knows, by its configuration; None where that does not say."""
+    """Read the number of tokens that a model knows; None where its configuration does not say."""
     file = model_folder / "config.json"
     if not file.is_file():
         return None
@@ -37,7 +38,7 @@ def embedding_rows(model_folder: Path) -> int | None:
 def find_beyond(
     folders: Iterable[str], model_folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Problem]:
-    """Rows with tokens that the model does not know, each with the first of them.
+    """Find rows with tokens that the model does not know, each with the first of them.
 
     Args:
         folders: Of token stores.
@@ -73,8 +74,7 @@ def check_stores(
 
 
 def check_padding(model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a padding token that the model does not know: it is not trained on, but looked up like
-    any other.
+    """Refuse a padding token that the model does not know: it is looked up like any other.
 
     Raises:
         ConfigError: It is one.

@@ -1,1 +1,1 @@
-"""Tokenizing: from conversations to token ids with a mask of what is trained."""
+"""Make token ids, and a mask of what is trained, from conversations."""

@@ -36,7 +36,7 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def load_chat_template(name: str | None) -> str | None:
-    """The text of a named template of ``conf/chat_template/`` or of a ``.jinja`` file.
+    """Load the text of a named template of ``conf/chat_template/`` or of a ``.jinja`` file.
 
     Raises:
         ConfigError: Neither exists, or the file is empty or no Jinja.
@@ -58,8 +58,9 @@ def load_chat_template(name: str | None) -> str | None:
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
-    """Refuse a tokenizer without a template: guessing one trains a model that no other tool prompts
-    right.
+    """Refuse a tokenizer without a template.
+
+    With a guessed template, other tools would prompt the model wrongly.
 
     Raises:
         ConfigError: There is no template, it is no Jinja, or there are several and none is named
@@ -93,10 +94,9 @@ class ChatTemplates:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, every_answer: bool = False):
-        """
-        Args:
-            every_answer: Find the places of answers that are not trained too, so that all else can
-                be trained.
+        """Args:
+        every_answer: Also find the spans of answers that are not trained, so that all
+                else can be trained.
         """
         named: Any = tokenizer.chat_template
         self._default = ChatTemplate(tokenizer, every_answer=every_answer)
@@ -105,13 +105,11 @@ class ChatTemplates:
             self._tool_use = ChatTemplate(tokenizer, named["tool_use"], every_answer)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Text and spans of a row, by the template that it needs; see
-        :meth:`ChatTemplate.render`.
-        """
+        """Render a row with the template that it needs; see :meth:`ChatTemplate.render`."""
         return self._of(conversation).render(conversation)
 
     def render_prompt(self, conversation: Conversation) -> str:
-        """The text up to the last answer, with what precedes an answer.
+        """Render the text up to the last answer, with what precedes an answer.
 
         Raises:
             RowError: The template refuses it.
@@ -154,7 +152,7 @@ class ChatTemplate:
         self._layouts = TurnLayouts(verbatim, self._learn_layout)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The whole text, and the spans of the answers with what ends their turns, in order.
+        """Return the whole text, and the spans of the answers with what ends their turns, in order.
 
         Raises:
             RowError: The template refuses the row, answers cannot be told from what surrounds them,
@@ -173,7 +171,7 @@ class ChatTemplate:
             raise _refused(error) from error
 
     def render_prompt(self, conversation: Conversation) -> str:
-        """The text up to the last answer, with what precedes an answer.
+        """Render the text up to the last answer, with what precedes an answer.
 
         Raises:
             RowError: The template refuses it.
@@ -203,11 +201,15 @@ class ChatTemplate:
         for index, message in enumerate(conversation.messages):
             if message.role is not Role.assistant:
                 continue
+
+            # The text up to the answer, and up to the end of its turn.
             prefix, _ = self._apply(messages[:index], conversation, prompt=True)
             whole = text
             if index < len(messages) - 1:
                 whole, _ = self._apply(messages[: index + 1], conversation)
             upto = self._without_closing(whole.rstrip(), prefix, text)
+
+            # Both must be beginnings of the whole text.
             if not (upto.startswith(prefix) and text.startswith(upto)):
                 if not message.trained and not self._every_answer:
                     continue
@@ -221,8 +223,9 @@ class ChatTemplate:
         return spans
 
     def _without_closing(self, upto: str, prefix: str, text: str) -> str:
-        """Up to an answer, without the end-of-text token that some templates put behind whatever is
-        last, as Phi-3's does.
+        """Render up to an answer, without the end-of-text token of templates such as Phi-3's.
+
+        They put it behind the last message, whoever speaks.
         """
         if text.startswith(upto) or not self._closing or not upto.endswith(self._closing):
             return upto
@@ -230,8 +233,9 @@ class ChatTemplate:
         return shorter if text.startswith(shorter) and len(shorter) > len(prefix) else upto
 
     def _learn_layout(self, roles: tuple[Role, ...]) -> TurnLayout | None:
-        """The layout of a sequence of roles, from a sample with made-up words; None where words are
-        written more than once, or the template refuses the sample.
+        """Learn the layout of a sequence of roles from a sample with made-up words.
+
+        It is None where words are written more than once, or the template refuses the sample.
         """
         sample = make_sample(roles)
         try:
@@ -239,7 +243,7 @@ class ChatTemplate:
             spans = self._by_prefixes(sample, text)
             self._speakers.check(sample, text)
         except (RowError, *TEMPLATE_ERRORS):
-            # Whatever is wrong is found, and named, with the row itself.
+            # Any error is found again, and reported, with the row itself.
             return None
         return find_layout(sample, text, spans)
 
@@ -251,6 +255,7 @@ class ChatTemplate:
 
         One that wants text cannot join a mapping to it, or writes the mapping as Python does.
         """
+        # A conversation with one call, whose arguments are easy to find in the text.
         call = {
             "id": "callcall0",
             "type": "function",
@@ -270,6 +275,8 @@ class ChatTemplate:
             messages=messages,
             tools=({"type": "function", "function": {"name": "f", "parameters": {}}},),
         )
+
+        # Render it with the arguments as a mapping, and as JSON text.
         written: dict[bool, str | None] = {}
         for as_text in (False, True):
             try:
@@ -282,7 +289,7 @@ class ChatTemplate:
         )
 
     def _to_dict(self, message: Message, as_text: bool | None) -> dict[str, Any]:
-        """As the template wants it."""
+        """Convert a message to what the template reads."""
         values = message.to_dict()
         if "tool_calls" in values and (self._arguments_as_text if as_text is None else as_text):
             values["tool_calls"] = [
@@ -311,7 +318,7 @@ class ChatTemplate:
         Args:
             prompt: Add what precedes an answer.
             marks: Also find the places that the template marks.
-            as_text: Whether arguments of calls are JSON text; None is as the template wants them.
+            as_text: True writes arguments of calls as JSON text; None follows the template.
 
         Raises:
             ConfigError: The template does not end.

@@ -1,9 +1,9 @@
 """Refuse a row of which the rendered text lacks something that it says.
 
 Templates drop what they do not know: calls of tools, their results and definitions, what the model
-thought. A model that is trained on the rest learns to answer without them. So after rendering each
-piece of a row is looked for in the text, as it is or escaped, with a place of its own: the longest
-first, and no letter is counted twice.
+thought. A model that is trained on the rest learns to answer without them. So after rendering, each
+piece of a row is searched for in the text, as it is or escaped: the longest first, and no letter is
+counted twice.
 
 A short piece, such as ``1`` or ``ok``, may be in the template's own words by accident. For rows
 of each shape the template is therefore rendered once with a made-up word in every place, which
@@ -65,7 +65,7 @@ class Completeness:
             raise RowError(_describe(lost))
 
     def _find_dropped(self, conversation: Conversation, shape: Hashable) -> frozenset[int]:
-        """Pieces of messages in whose place the template writes nothing, for rows of a shape."""
+        """Find pieces of messages that the template drops in rows of this shape."""
         if shape not in self._dropped:
             if len(self._dropped) >= REMEMBERED:
                 self._dropped.clear()
@@ -77,9 +77,7 @@ class Completeness:
         return self._dropped[shape]
 
     def _read_tools(self, conversation: Conversation) -> tuple[list[Piece], frozenset[int]]:
-        """The pieces of the definitions, and numbers of the short ones in whose place the template
-        writes nothing.
-        """
+        """Return the pieces of the definitions, and the numbers of short ones that are dropped."""
         if not conversation.tools:
             return [], frozenset()
         # Millions of rows share a few sets of tools.
@@ -96,7 +94,7 @@ class Completeness:
         return self._tools[key]
 
     def _try(self, disguised: Conversation, walk: Walk) -> frozenset[int]:
-        """Numbers of the made-up words that do not appear."""
+        """Return the numbers of the made-up words that do not appear."""
         try:
             return frozenset(find_missing(walk.pieces, [], self._render(disguised)))
         except TEMPLATE_ERRORS:
@@ -109,10 +107,11 @@ def _short(pieces: list[Piece]) -> set[int]:
 
 
 def find_missing(messages: list[Piece], tools: list[Piece], text: str) -> set[int]:
-    """Numbers of the pieces, of messages and then of tools, that have no place of their own in the
-    text.
+    """Return the numbers of the pieces (of messages, then of tools) that are not in the text.
+
+    Each needs its own position there.
     """
-    # Nearly always, each stands behind the one before it.
+    # Nearly always, each follows the one before it.
     used = bytearray(len(text))
     if _take_in_order(tools, text, used) and _take_in_order(messages, text, used):
         return set()
@@ -158,7 +157,7 @@ def _take(form: str, text: str, used: bytearray, position: int) -> int:
 
 
 def _forms(piece: Piece) -> Iterator[str]:
-    """The ways to write something: as it is or in JSON; tools also as Python and HTML have it."""
+    """Return the ways to write a piece: as it is or in JSON; tools also as in Python and HTML."""
     value = piece.value
     if not isinstance(value, str):
         yield json.dumps(value)
@@ -175,7 +174,7 @@ def _forms(piece: Piece) -> Iterator[str]:
 
 
 def _describe(missing: list[Piece]) -> str:
-    # A tag says less than what stands in it.
+    # A tag says less than its contents.
     first = next((piece for piece in missing if not TAG.fullmatch(str(piece.value))), missing[0])
     more = f" and {len(missing) - 1} more of what the row says" if len(missing) > 1 else ""
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
 BATCH_LETTERS = 1 << 20
 
 _ALLOW = "If it is meant as one, take data.allow_special_tokens=true"
+
+
+class _Kind(Enum):
+    """The way in which a row goes to the tokenizer."""
+
+    plain = "plain"
+    """A text or a pair, to which the tokenizer adds its special tokens."""
+    chat = "chat"
+    """A text with the special tokens of a chat template."""
+    words = "words"
+    """A list of words, to which the tokenizer adds its special tokens."""
 
 
 class Encoder:
@@ -66,22 +78,28 @@ class Encoder:
         every_answer = self.settings.train_on_inputs
         return ChatTemplates(self.tokenizer, every_answer) if self.tokenizer.chat_template else None
 
+    @cached_property
+    def _word_prefix(self) -> str:
+        """A space, where the tokenizer would join words that are given one by one."""
+        ids = self._backend.encode(["a", "b"], is_pretokenized=True, add_special_tokens=False).ids
+        return "" if self._backend.decode(ids).strip() == "a b" else " "
+
     def encode(
         self, conversations: Iterable[Conversation], pulse: Pulse | None = None
     ) -> list[Outcome]:
-        """The rows of each conversation, or why there are none.
+        """Return the rows of each conversation, or the error about it.
 
         Args:
             conversations: Gone through once; none is held after it has been rendered.
             pulse: Called now and then while a long one is tokenized.
         """
-        rendered: dict[bool, list[RenderedRow]] = {True: [], False: []}
+        rendered: dict[_Kind, list[RenderedRow]] = {kind: [] for kind in _Kind}
         refused = self._render_all(conversations, rendered)
         outcomes: list[Any] = [None] * (len(refused) + sum(map(len, rendered.values())))
         for index, refusal in refused.items():
             outcomes[index] = refusal
-        for plain, rows in rendered.items():
-            for row, encoding in self._tokenize(rows, plain, pulse):
+        for kind, rows in rendered.items():
+            for row, encoding in self._tokenize(rows, kind, pulse):
                 try:
                     outcomes[row.index] = self._fitter.fit(row, encoding)
                 except RowError as error:
@@ -89,9 +107,9 @@ class Encoder:
         return outcomes
 
     def _render_all(
-        self, conversations: Iterable[Conversation], rendered: dict[bool, list[RenderedRow]]
+        self, conversations: Iterable[Conversation], rendered: dict[_Kind, list[RenderedRow]]
     ) -> dict[int, Outcome]:
-        """Render conversations into lists of plain texts and of chats; the errors of the others.
+        """Render conversations into lists by kind; the errors of the others.
 
         The frame of this method is what holds the last conversation: it is gone when texts are
         tokenized.
@@ -106,7 +124,10 @@ class Encoder:
                 # Not the error itself: its traceback would hold the conversation.
                 refused[index] = RowError(str(error))
                 continue
-            rendered[conversation.plain].append(
+            kind = _Kind.plain if conversation.plain else _Kind.chat
+            if conversation.words:
+                kind = _Kind.words
+            rendered[kind].append(
                 RenderedRow(
                     index=index,
                     text=text,
@@ -120,9 +141,9 @@ class Encoder:
         return refused
 
     def _tokenize(
-        self, rows: list[RenderedRow], plain: bool, pulse: Pulse | None
+        self, rows: list[RenderedRow], kind: _Kind, pulse: Pulse | None
     ) -> Iterator[tuple[RenderedRow, Any]]:
-        """Each row with its encoding; None of one that is too long, and not to be cut."""
+        """Yield each row with its encoding; None for one that is too long and must not be cut."""
         done = 0
 
         def pulse_on(tokens: int) -> None:
@@ -130,12 +151,17 @@ class Encoder:
                 pulse(done + tokens)
 
         for batch in _batches(rows):
-            if batch[0].letters <= WINDOW:
-                texts = [row.text for row in batch]
-                encodings = self._backend.encode_batch(texts, add_special_tokens=plain)
+            if batch[0].letters <= WINDOW or kind is _Kind.words:
+                encodings = self._backend.encode_batch(
+                    [row.text for row in batch],
+                    add_special_tokens=kind is not _Kind.chat,
+                    is_pretokenized=kind is _Kind.words,
+                )
                 yield from zip(batch, encodings, strict=True)
                 done += sum(map(len, encodings))
                 continue
+
+            # A long text comes alone, and is encoded in windows.
             row = batch[0]
             if isinstance(row.text, str) and row.label is None:
                 row, encoding = self._tokenize_long(row, row.text, pulse_on)
@@ -146,7 +172,7 @@ class Encoder:
 
     def _tokenize_long(self, row: RenderedRow, text: str, pulse: Pulse) -> tuple[RenderedRow, Any]:
         limit, overlong = self.settings.max_seq_length, self.settings.overlong
-        # What stands behind the last trained letter does not count.
+        # Text behind the last trained letter does not count.
         end = max((span.end for span in row.spans if span.train), default=0)
         # All of a text may be cut anywhere; a chat's last token says how turns end.
         cuts = overlong is Overlong.truncate and row.plain and row.messages == 1
@@ -163,7 +189,7 @@ class Encoder:
         return replace(row, text=text[: encoding.letters], spans=spans), encoding
 
     def _tokenize_long_texts(self, row: RenderedRow, pulse: Pulse) -> tuple[RenderedRow, Any]:
-        """A classification row, cut to letters of which there are surely too many tokens."""
+        """A row with a label, cut to letters of which there are surely too many tokens."""
 
         def enough(tokens: int, _letters: int) -> bool:
             return tokens > self.settings.max_seq_length
@@ -181,7 +207,9 @@ class Encoder:
         return row, self._backend.encode_batch([row.text], add_special_tokens=row.plain)[0]
 
     def _render(self, conversation: Conversation) -> tuple[str | tuple[str, ...], list[Span]]:
-        """Render the text, or the pair of a classification row; and the spans of answers."""
+        """Render the text, the pair or the words of a row; and the spans of answers."""
+        if conversation.words:
+            return tuple(self._word_prefix + word for word in conversation.words), []
         texts = [message.content for message in conversation.messages]
         if conversation.label is not None:
             return (texts[0] if len(texts) == 1 else tuple(texts)), []
@@ -230,7 +258,7 @@ class Encoder:
 
 
 def _batches(rows: list[RenderedRow]) -> Iterator[list[RenderedRow]]:
-    """Rows that are tokenized together, of at most ``BATCH_LETTERS``; long ones alone."""
+    """Yield rows that are tokenized together, at most ``BATCH_LETTERS``; long ones alone."""
     batch: list[RenderedRow] = []
     letters = 0
     for row in rows:

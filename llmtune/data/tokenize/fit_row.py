@@ -1,5 +1,4 @@
-"""The tokens of a row become rows of at most ``max_seq_length`` tokens, with a mask of what is
-trained.
+"""Fit the tokens of a row into rows of at most ``max_seq_length``, with a mask of what is trained.
 
 The mask is decided by position in the rendered text, never by token id: so the padding token may be
 the end-of-turn token without harm.
@@ -18,6 +17,7 @@ from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.span import Span
 from llmtune.data.tokenize.token_row import Outcome, Overflow, SplitRows, TokenMask, TokenRow
 from llmtune.data.tokenize.windows import LongEncoding
+from llmtune.task.labels import Label, Tags
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedRow:
-    """A conversation as it goes to the tokenizer, which holds none of its messages any longer."""
+    """A conversation as it goes to the tokenizer, without its messages."""
 
     index: int
-    """Of the conversation in its block."""
+    """Index of the conversation in its block."""
     text: str | tuple[str, ...]
-    """A text, or the pair of a classification row."""
+    """A text, the pair of a row with a label, or the words of a row with tags."""
     spans: list[Span]
     """The answers in the text."""
     plain: bool
-    """Whether no chat template was used."""
+    """True if no chat template was used."""
     messages: int
-    """How many messages the conversation has."""
+    """Number of messages in the conversation."""
     has_answer: bool
-    """Whether one of them is the assistant's."""
-    label: str | int | float | None
+    """One of them is the assistant's."""
+    label: Label | None
 
     @property
     def letters(self) -> int:
-        """Letters of the text, of both texts of a pair."""
+        """Count the letters of the text, or of both texts of a pair."""
         return sum(map(len, self.text)) if isinstance(self.text, tuple) else len(self.text)
 
 
@@ -61,20 +61,20 @@ class ShortEncoding:
         return len(self._ids)
 
     def read(self, begin: int, end: int) -> NDArray[np.int32]:
-        """The ids from one token to another. Shape (end - begin,)."""
+        """Return the ids from one token to another. Shape (end - begin,)."""
         return self._ids[begin:end]
 
     def append(self, tokens: list[int]) -> None:
-        """Append tokens that stand for no letters."""
+        """Append tokens without letters."""
         self._ids = np.append(self._ids, np.array(tokens, dtype=np.int32))
 
     def char_to_token(self, at: int) -> int | None:
-        """The first token of a letter; None where no token has it."""
+        """Return the first token of a letter; None where no token has it."""
         token: int | None = self._encoding.char_to_token(at)
         return token
 
     def token_to_chars(self, token: int) -> tuple[int, int] | None:
-        """The first letter of a token, and the one behind its last; None where it has none."""
+        """Return a token's first letter, and the one behind its last; None where it has none."""
         if token >= len(self._encoding):
             return None
         letters: tuple[int, int] | None = self._encoding.token_to_chars(token)
@@ -108,7 +108,7 @@ class RowFitter:
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def fit(self, row: RenderedRow, encoding: Any) -> Outcome:
-        """The rows of an encoding, or the overflow of a row that is left out.
+        """Return the rows of an encoding, or the overflow of a row that is left out.
 
         Args:
             encoding: An ``Encoding`` of tokenizers, a :class:`LongEncoding`, or None of a row that
@@ -119,9 +119,9 @@ class RowFitter:
         """
         if encoding is None:
             return self._overflow(0, "the row has more tokens than")
-        tokens = encoding if isinstance(encoding, LongEncoding) else ShortEncoding(encoding)
         if row.label is not None:
-            return self._fit_classification(row, tokens)
+            return self._fit_labeled(row, encoding)
+        tokens = encoding if isinstance(encoding, LongEncoding) else ShortEncoding(encoding)
 
         # Where the trained tokens are.
         if row.plain:
@@ -137,7 +137,7 @@ class RowFitter:
         return self._cut(row, tokens, supervised, begin, end)
 
     def _overflow(self, tokens: int, described: str) -> Overflow:
-        """The overflow of a row that is to be dropped.
+        """Return the overflow of a row that is to be dropped.
 
         Raises:
             RowError: Such rows are not to be dropped.
@@ -172,7 +172,7 @@ class RowFitter:
         return _Supervised(trained=trained, silent=silent, end_of_turn=end_of_turn)
 
     def _find_end_of_turn(self, text: str, end: int, last: int, tokens: Tokens) -> int:
-        """The last trained token of an answer, white space aside.
+        """Find the last trained token of an answer, white space aside.
 
         Raises:
             RowError: It is none that ends a turn.
@@ -191,8 +191,9 @@ class RowFitter:
         return token
 
     def _find_begin(self, row: RenderedRow, tokens: Tokens) -> int:
-        """The first token of the row: 1 where the text brings a BOS token of its own, and the
-        tokenizer puts one before it.
+        """Find the first token of the row.
+
+        It is 1 where the text has its own BOS token, and the tokenizer puts another before it.
 
         Raises:
             RowError: The chat template and the tokenizer both put one there.
@@ -207,7 +208,7 @@ class RowFitter:
     def _cut(
         self, row: RenderedRow, tokens: Tokens, supervised: _Supervised, begin: int, end: int
     ) -> Outcome:
-        """The row within ``max_seq_length``, or what the setting makes of a longer one."""
+        """Return the row within ``max_seq_length``, or what ``overlong`` makes of a longer one."""
         limit = self._settings.max_seq_length
         overlong = self._settings.overlong
         length = end - begin
@@ -256,28 +257,60 @@ class RowFitter:
             cut = replace(cut, mask=mask.read(begin, begin + len(cut.ids)))
         return [cut]
 
-    def _fit_classification(self, row: RenderedRow, tokens: Tokens) -> Outcome:
-        limit = self._settings.max_seq_length
-        ids = tokens.read(0, len(tokens))
-        truncated = len(ids) > limit
-        if truncated:
+    def _fit_labeled(self, row: RenderedRow, encoding: Any) -> Outcome:
+        """The row of a text, a pair or words with a label, cut as transformers does it.
+
+        Raises:
+            RowError: It is too long, and not to be cut; or a word has no token.
+        """
+        limit, length = self._settings.max_seq_length, len(encoding)
+        if length > limit:
             if self._settings.overlong is not Overlong.truncate:
-                return self._overflow(len(ids), f"the row has {len(ids)} tokens, more than")
-            pair = row.text if isinstance(row.text, tuple) else (row.text, None)
-            cut: Any = self._tokenizer(*pair, truncation=True, max_length=limit)
-            ids = np.asarray(cut["input_ids"], dtype=np.int32)
-            self._tokenizer.backend_tokenizer.no_truncation()
-        mask = np.zeros(len(ids), dtype=bool)
-        return [TokenRow(ids=ids, mask=mask, truncated=truncated, label=row.label)]
+                return self._overflow(length, f"the row has {length} tokens, more than")
+            encoding = self._encode_cut(row)
+        ids = np.asarray(encoding.ids, dtype=np.int32)
+        if not isinstance(row.label, Tags):
+            second = np.asarray(encoding.type_ids) == 1
+            return [TokenRow(ids=ids, mask=second, truncated=length > limit, label=row.label)]
+
+        # The first token of every word, and the tags of the words that are left.
+        words = np.array([-1 if word is None else word for word in encoding.word_ids])
+        first = (words >= 0) & np.concatenate([[True], words[1:] != words[:-1]])
+        left = words[first].tolist()
+        skipped = set(range(max(left, default=-1) + 1)).difference(left)
+        if skipped or not left or (length <= limit and len(left) < len(row.label)):
+            lost = min(skipped, default=len(left))
+            raise RowError(
+                f"the tokenizer has no token for word {lost} of 'tokens'"
+                f" ({row.text[lost].strip()!r}), so that its tag belongs to nothing; take the word"
+                " and its tag out"
+            )
+        tags = Tags(row.label[word] for word in left)
+        return [TokenRow(ids=ids, mask=first, truncated=length > limit, label=tags)]
+
+    def _encode_cut(self, row: RenderedRow) -> Any:
+        """Encode a row again within the limit; of a pair, the longer text is cut first."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.enable_truncation(
+            self._settings.max_seq_length,
+            strategy="longest_first",
+            direction=self._tokenizer.truncation_side,
+        )
+        try:
+            return backend.encode_batch(
+                [row.text], add_special_tokens=True, is_pretokenized=isinstance(row.label, Tags)
+            )[0]
+        finally:
+            backend.no_truncation()
 
 
 def _find_first(ranges: Iterable[tuple[int, int]], begin: int) -> int:
-    """The first token of the ranges, counted from ``begin``."""
+    """Return the first token of the ranges, counted from ``begin``."""
     return min(max(first, begin) for first, behind in ranges if behind > begin) - begin
 
 
 def _token_range(tokens: Tokens, start: int, end: int) -> tuple[int, int]:
-    """First and last token that are in, or reach into, the characters from ``start`` to ``end``.
+    """Return the first and last token that overlap the characters from ``start`` to ``end``.
 
     Raises:
         RowError: There is none.
@@ -300,8 +333,9 @@ def _token_range(tokens: Tokens, start: int, end: int) -> tuple[int, int]:
 
 
 def _truncate(row: TokenRow, length: int, end_of_turn: int) -> TokenRow:
-    """Cut a row; its last answer keeps an end-of-turn token, so that the model still learns to
-    stop.
+    """Cut a row so that its last answer keeps an end-of-turn token.
+
+    The model still learns to stop.
     """
     keep = length - 1
     # The cut falls into what somebody else says: end with the answer before it, whose turn ended by

@@ -2,7 +2,7 @@
 
 Marks may be wrong: around what somebody else says, or around a part of an answer, such as its words
 and not its calls. So rows of each shape are rendered once with a made-up word in every place, and
-it is looked which of the words are marked.
+it is checked which of the words are marked.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ class Marks:
     """The marks of one template."""
 
     def __init__(self, render: Callable[[Conversation], tuple[str, Ranges]]):
-        """
-        Args:
-            render: The template; gives the text and the marked places, first and behind the last
-                letter.
+        """Args:
+        render: The template; returns the text and the marked ranges, from the first letter to the
+                one behind the last.
         """
         self._render = render
         self._known: dict[Hashable, _Owners | None] = {}
 
     def owners(self, conversation: Conversation, count: int) -> list[int]:
-        """The number of the message that each of the row's marks belongs to.
+        """Return the number of the message that each of the row's marks belongs to.
 
         Args:
             count: Of the row's marks.
@@ -57,12 +56,15 @@ class Marks:
             RowError: An answer that is to be trained is not marked, or what somebody else says is;
                 or it cannot be told.
         """
+        # The row with made-up words, and the speaker of each.
         walk = Walk(disguise=True)
         speakers: list[int] = []
         messages = []
         for index, message in enumerate(conversation.messages):
             messages.append(walk.message(index, message))
             speakers += [index] * (len(walk.pieces) - len(speakers))
+
+        # Rows of one shape have the same owners, which are found once.
         shape = (len(conversation.tools), *walk.shape)
         if shape not in self._known:
             if len(self._known) >= _REMEMBERED:
@@ -89,11 +91,13 @@ class Marks:
     def _find(
         self, disguised: Conversation, pieces: list[Piece], speakers: list[int]
     ) -> _Owners | None:
-        """None where the template refuses made-up words."""
+        """Find the owners for rows of a shape; None where the template refuses made-up words."""
         try:
             text, marks = self._render(disguised)
         except TEMPLATE_ERRORS:
             return None
+
+        # Look for the word of each piece in the marked ranges.
         owners: list[int | None] = [None] * len(marks)
         for piece, speaker in zip(pieces, speakers, strict=True):
             message = disguised.messages[speaker]
@@ -101,6 +105,8 @@ class Marks:
             if isinstance(piece.value, bool) or TAG.fullmatch(word) or word not in text:
                 continue
             inside = [index for index, (start, end) in enumerate(marks) if word in text[start:end]]
+
+            # Marks around others' words are refused, and answers without a mark.
             if inside and message.role is not Role.assistant:
                 return _Owners(
                     (), f"the chat template marks {piece.where} as the assistant's; {_COPY}"
@@ -111,6 +117,8 @@ class Marks:
                     f"the chat template does not mark {piece.where} as the assistant's, so it would"
                     f" not be trained; {_COPY}, or set 'train' of the message to false",
                 )
+
+            # A mark around several messages must treat them alike.
             for index in inside:
                 if owners[index] not in (None, speaker) and message.trained != _trained(
                     disguised, owners[index]
@@ -129,7 +137,7 @@ def _trained(conversation: Conversation, index: int | None) -> bool:
 
 
 def _filled(owners: list[int | None]) -> list[int]:
-    """With marks around no words, such as the end of a turn, given to the answer before them."""
+    """Give marks around no words, such as the end of a turn, to the answer before them."""
     filled: list[int] = []
     following = next((one for one in owners if one is not None), 0)
     for one in owners:

@@ -1,6 +1,4 @@
-"""List the pieces of what a row says: words, thoughts, calls of tools, their results and
-definitions.
-"""
+"""List the pieces of what a row says: words, thoughts, tool calls, results and definitions."""
 
 from __future__ import annotations
 
@@ -62,8 +60,9 @@ _NAMED = ("$defs", "definitions")
 
 
 class Walk:
-    """Goes through a row and notes its pieces, and what rows have in common for which a template
-    does the same.
+    """Walks through a row and notes its pieces and its shape.
+
+    The shape is what rows have in common for which a template does the same.
     """
 
     def __init__(self, disguise: bool = False) -> None:
@@ -77,7 +76,7 @@ class Walk:
         self.shape: list[Hashable] = []
 
     def message(self, number: int, message: Message) -> Message:
-        """Note a message; the message, disguised if it is to be."""
+        """Note a message, and return it, disguised if that was asked for."""
         location = f"message {number} ({message.role.value})"
         self.shape += (message.role, message.trained)
         content = self._content(message, location)
@@ -86,8 +85,7 @@ class Walk:
         extra = dict(message.extra)
         self.shape += sorted(extra)
         reasoning = extra.get("reasoning_content")
-        # What was thought before an earlier answer that is not trained is not there at inference
-        # either.
+        # Thoughts before an earlier answer that is not trained are not there at inference either.
         if reasoning and message.trained:
             said = self._note(reasoning.strip(), f"the reasoning of {location}", Kind.reasoning)
             extra |= {key: said for key, value in extra.items() if value == reasoning}
@@ -100,11 +98,10 @@ class Walk:
         return replace(message, content=content, extra=extra)
 
     def _content(self, message: Message, location: str) -> str:
-        """Note what is said, and what is thought within tags; the content, perhaps disguised."""
+        """Note the words, and thoughts within tags; return the content, perhaps disguised."""
         parts = TAG.split(message.content) if message.role is Role.assistant else [message.content]
         said_as = Kind.result if message.role is Role.tool else Kind.content
-        # What precedes the end of thinking is thought, also where the beginning stands in the
-        # prompt.
+        # What precedes the end of thinking is thought, also where the beginning is in the prompt.
         thinks = len(parts) > 1 and "/" in parts[1]
         for index, part in enumerate(parts):
             tag = index % 2 == 1
@@ -173,6 +170,8 @@ class Walk:
                 self._note(name, where, Kind.tool): self._schema(inner, where)
                 for name, inner in properties.items()
             }
+
+        # Schemas within this one. Names that only the schema refers to tell the model nothing.
         for field in _INNER:
             if field in _NAMED and isinstance(named := said.get(field), Mapping):
                 said[field] = {name: self._schema(inner, where) for name, inner in named.items()}

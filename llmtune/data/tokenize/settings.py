@@ -18,7 +18,7 @@ class EncodeSettings:
 
     @classmethod
     def from_config(cls, config: DataConfig) -> EncodeSettings:
-        """The settings of a configuration."""
+        """Take the settings from a configuration."""
         return cls(
             max_seq_length=config.max_seq_length,
             overlong=config.overlong,

@@ -13,4 +13,4 @@ class Span(NamedTuple):
     end: int
     """The character behind the last."""
     train: bool
-    """Whether the message is to be trained."""
+    """True if the message is to be trained."""

@@ -18,7 +18,7 @@ class Verbatim(Enum):
     no = "no"
     """Perhaps changed, or looked at."""
     trimmed = "trimmed"
-    """As they are but for white space at their ends."""
+    """Unchanged but for white space at their ends."""
     yes = "yes"
     """Letter by letter."""
 
@@ -37,7 +37,7 @@ _FIELDS = {
 _LOOP = {"index", "index0", "revindex", "revindex0", "first", "last", "length"}
 
 
-#: What may stand anywhere, as long as no contents go into it.
+#: Nodes that are allowed anywhere, as long as no contents go into them.
 _UNDERSTOOD = (
     nodes.Template,
     nodes.TemplateData,
@@ -74,8 +74,9 @@ def find_verbatim(tree: nodes.Template) -> Verbatim:
 
 
 class _Reader:
-    """Walks the tree, knowing which names are lists of messages, which are one message, and which
-    hold its words.
+    """Walks the tree.
+
+    It knows which names are lists of messages, which are one message, and which hold its words.
     """
 
     def __init__(self) -> None:
@@ -150,9 +151,7 @@ class _Reader:
         return True
 
     def _read_message_field(self, node: nodes.Node, written: bool) -> bool:
-        """Read a field of a message or of a loop, or how many messages there are; False for another
-        node.
-        """
+        """Read a field of a message or loop, or the number of messages; False for another node."""
         match node:
             case nodes.Filter(node=source, name="length" | "count") if (
                 source is not None and self._is_list(source)

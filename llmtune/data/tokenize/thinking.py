@@ -1,6 +1,4 @@
-"""Explain templates of models that think, where they render an answer differently with and without
-what surrounds it.
-"""
+"""Explain templates of thinking models that render an answer differently alone and in context."""
 
 from __future__ import annotations
 
@@ -8,15 +6,15 @@ import re
 
 from llmtune.data.tokenize.pieces import TAG
 
-#: Where thinking begins or ends, in the words of the models of the field.
+#: Tags that begin or end thinking, in the templates of known models.
 _THINKING = re.compile(
     rf"{TAG.pattern}|<\|channel\|>|<\|(?:START|END)_THINKING\|>|<\|(?:begin|end)_of_thought\|>|<unused9[45]>"
 )
 
-#: Letters before the place where two texts part that may be the beginning of a tag.
+#: Letters before the first difference of two texts that may be the beginning of a tag.
 _TAG_LETTERS = 24
 
-#: Letters behind that place where thinking has to begin, or end where it is empty.
+#: Letters after that position within which thinking has to begin, or end where it is empty.
 _NEAR = 48
 
 _NO_THINKING = (
@@ -25,12 +23,11 @@ _NO_THINKING = (
 
 
 def explain_difference(location: str, prompt: str, upto: str, text: str) -> str | None:
-    """Explain why the tokens of an answer cannot be told apart because of thinking; None where
-    that is not the reason.
+    """Explain why thinking hides the tokens of an answer; None where that is not the reason.
 
     Args:
         location: Of the answer.
-        prompt: What is rendered up to it, with what stands before an answer.
+        prompt: The text up to it, with what precedes an answer.
         upto: What is rendered up to it and with it.
         text: The whole text.
     """
@@ -57,9 +54,7 @@ def explain_difference(location: str, prompt: str, upto: str, text: str) -> str 
 
 
 def _find_thinking(text: str, other: str) -> str | None:
-    """Find a tag that begins or ends thinking where another text parts from this one, or soon
-    behind.
-    """
+    """Find a tag of thinking where another text first differs from this one, or soon after."""
     shorter = min(len(text), len(other))
     parting = next((at for at in range(shorter) if text[at] != other[at]), shorter)
     # Both may have the first letters of what is a tag in one of them.

@@ -1,4 +1,4 @@
-"""The outcomes of a row of the data: a row of tokens, several, or the reason why there is none."""
+"""The outcomes of a row of the data: one row of tokens, several, or an overflow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from llmtune.data.rows.problems import RowError
+from llmtune.task.labels import Label, Tags
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,14 +21,19 @@ class TokenRow:
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    """Whether each token is trained."""
+    """Marked tokens; ``Row`` of the token store says what is marked."""
     truncated: bool = False
-    label: str | int | float | None = None
+    label: Label | None = None
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens with a label: the first one has nothing before it to be predicted from."""
-        return int(np.count_nonzero(self.mask[1:]))
+        """Targets of the row: trained tokens, words with a tag, or 1 where it has one label.
+
+        The first token of a text has nothing before it to be predicted from.
+        """
+        if self.label is None:
+            return int(np.count_nonzero(self.mask[1:]))
+        return len(self.label) if isinstance(self.label, Tags) else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +43,10 @@ class TokenMask:
     ranges: Sequence[tuple[int, int]]
     """First token, and the one behind the last, of each range."""
     inverted: bool = False
-    """Whether the tokens outside the ranges are the trained ones."""
+    """True if the tokens outside the ranges are the trained ones."""
 
     def read(self, begin: int, end: int) -> NDArray[np.bool_]:
-        """The mask from one token to another. Shape (end - begin,)."""
+        """Return the mask from one token to another. Shape (end - begin,)."""
         mask = np.full(end - begin, self.inverted)
         for first, behind in self.ranges:
             mask[max(0, first - begin) : max(0, behind - begin)] = not self.inverted
@@ -51,7 +57,7 @@ class TokenReader(Protocol):
     """Holds the ids of a text."""
 
     def read(self, begin: int, end: int) -> NDArray[np.int32]:
-        """The ids from one token to another. Shape (end - begin,)."""
+        """Return the ids from one token to another. Shape (end - begin,)."""
         ...
 
 
@@ -83,12 +89,12 @@ class SplitRows:
             yield self.read(index)
 
     def read(self, index: int) -> TokenRow:
-        """One of the rows."""
+        """Read one of the rows."""
         begin, end = self._range(index)
         return TokenRow(ids=self._tokens.read(begin, end), mask=self._mask.read(begin, end))
 
     def lengths(self) -> Iterator[int]:
-        """Tokens of each row."""
+        """Return the number of tokens of each row."""
         for index in range(len(self)):
             begin, end = self._range(index)
             yield end - begin

@@ -19,11 +19,9 @@ class TurnLayout:
     """The text that a template puts around the messages of a sequence of roles."""
 
     between: tuple[str, ...]
-    """Before the first message, between two, and behind the last."""
+    """Texts before the first message, between two, and behind the last."""
     reaches: tuple[tuple[int, int] | None, ...]
-    """How far the trained span of each answer reaches before and behind its words; None for what
-    others say.
-    """
+    """Letters before and behind an answer's words that its span includes; None for other turns."""
 
 
 class TurnLayouts:
@@ -40,8 +38,9 @@ class TurnLayouts:
         self._known: dict[tuple[Role, ...], TurnLayout | None] = {}
 
     def render(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
-        """The text of a row and the spans of its answers; None where the row has to be rendered by
-        the template.
+        """Return the text of a row and the spans of its answers.
+
+        None means that the template has to render the row.
         """
         # Rows of which the template may look at more than roles.
         messages = conversation.messages
@@ -80,13 +79,15 @@ class TurnLayouts:
 
 
 def make_sample(roles: Sequence[Role]) -> Conversation:
-    """A conversation of these roles, with a made-up word for each message."""
+    """Make a conversation of these roles, with a made-up word for each message."""
     messages = (Message(role=role, content=_word(index)) for index, role in enumerate(roles))
     return Conversation(messages=tuple(messages))
 
 
 def find_layout(sample: Conversation, text: str, answers: Sequence[Span]) -> TurnLayout | None:
-    """The layout of a sample's roles; None where its words are not written once each, in order.
+    """Read the layout of a sample's roles.
+
+    It is None where the words of the sample are not written once each, in order.
 
     Args:
         text: The sample, rendered.
@@ -111,5 +112,5 @@ def find_layout(sample: Conversation, text: str, answers: Sequence[Span]) -> Tur
 
 
 def _word(index: int) -> str:
-    # Letters of a private area, which no template has.
+    # Letters of Unicode's private use area, which no template has.
     return f"\ue000{index}\ue001"

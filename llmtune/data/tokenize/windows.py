@@ -1,7 +1,6 @@
-"""Long texts are tokenized in windows: exactly the tokens of the whole text, in the memory of one
-window.
+"""Tokenize long texts in windows: exactly the tokens of the whole text, in the memory of a window.
 
-An encoding takes some 200 bytes a letter, so that of a text of 60 MB would take 12 GB. Windows
+An encoding takes some 200 bytes per letter, so that of a text of 60 MB would take 12 GB. Windows
 overlap, and are joined where it is certain that a token begins in the whole text too:
 
 * In the middle of the overlap both windows have the same tokens at the same places. What a window's
@@ -10,8 +9,8 @@ overlap, and are joined where it is certain that a token begins in the whole tex
 * There a word of the pre-tokenizer begins. It goes from left to right, so that what follows is that
   of the whole text; and the model sees each word by itself.
 * Or, where a text has no words (SentencePiece), no token of the vocabulary holds the two letters
-  around the place. Then no merge of BPE goes across it, and no piece of Unigram lies across it, so
-  that both sides are tokenized independently.
+  around the place. Then no merge of BPE and no piece of Unigram crosses it, so that both sides
+  are tokenized independently.
 
 Where there is no such place, the window grows, to the whole text if need be.
 """
@@ -42,12 +41,11 @@ OVERLAP = 1 << 12
 #: Letters from the borders of the overlap on that are not looked at.
 MARGIN = 1 << 10
 
-#: Called between windows with the tokens that a text has so far, so that whoever waits sees that
-#: it goes on.
+#: Called between windows with the tokens that a text has so far, to show that work makes progress.
 Pulse = Callable[[int], None]
 
 
-#: No number of a token: what is asked for lies behind a part.
+#: Returned for a letter after a part; it is no number of a token.
 _BEHIND = -1
 
 
@@ -61,14 +59,13 @@ class LongEncoding:
     def __init__(
         self, again: Callable[[int, int], _Window], before: list[int], folder: Path | None = None
     ):
-        """
-        Args:
-            again: The window from one letter to another.
-            before: Tokens that are put before the text.
-            folder: For the ids of a text of millions of tokens; None keeps them in memory.
+        """Args:
+        again: Tokenizes the window from one letter to another.
+        before: Tokens that are put before the text.
+        folder: For the ids of a text of millions of tokens; None keeps them in memory.
         """
         self.letters = 0
-        """Of the text that are tokenized: all of them, or as many as were enough."""
+        """Letters of the text that are tokenized: all of them, or as many as were enough."""
         self._again = again
         self._ids = TokenBuffer(folder)
         self._parts: list[_Part] = []
@@ -87,27 +84,27 @@ class LongEncoding:
         self.letters = letters
 
     def append(self, tokens: list[int]) -> None:
-        """Append tokens that stand for no letters."""
+        """Append tokens without letters."""
         self._ids.append(np.array(tokens, dtype=np.int32))
 
     @property
     def ids(self) -> NDArray[np.int32]:
-        """All ids, in memory. Shape (tokens,)."""
+        """Return all ids, in memory. Shape (tokens,)."""
         return self.read(0, len(self))
 
     def read(self, begin: int, end: int) -> NDArray[np.int32]:
-        """The ids from one token to another. Shape (end - begin,)."""
+        """Return the ids from one token to another. Shape (end - begin,)."""
         return self._ids.read(begin, end)
 
     def release_text(self) -> TokenBuffer:
-        """The ids alone, so that the text can be freed."""
+        """Return the ids alone, so that the text can be freed."""
         return self._ids
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def char_to_token(self, at: int) -> int | None:
-        """The first token of a letter; None where no token has it."""
+        """Return the first token of a letter; None where no token has it."""
         index = bisect.bisect_right(self._letters, at)
         found = self._find(index, at)
         # Where a space that the tokenizer puts before a word is a token without letters, a part may
@@ -116,8 +113,9 @@ class LongEncoding:
         return None if found == _BEHIND else found
 
     def _find(self, index: int, at: int) -> int | None:
-        """The first token of a letter in a part; None where no token has it, ``_BEHIND`` where all
-        of them end before.
+        """Return the first token of a letter in a part.
+
+        It is None where no token has the letter, ``_BEHIND`` where all tokens end before it.
         """
         if index >= len(self._parts):
             return None
@@ -131,9 +129,7 @@ class LongEncoding:
         return None
 
     def token_to_chars(self, token: int) -> tuple[int, int] | None:
-        """First letter of a token, and the one behind its last; None of a token that the text does
-        not have.
-        """
+        """Return a token's first letter, and the one behind its last; None behind all tokens."""
         index = bisect.bisect_right(self._numbers, token) - 1
         if index < 0:
             return None
@@ -142,7 +138,7 @@ class LongEncoding:
         return (int(starts[at]), int(ends[at])) if at < len(starts) else None
 
     def _offsets(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """First letters, and those behind the last, of the tokens of a part."""
+        """Return the first letters, and those behind the last, of the tokens of a part."""
         if index not in self._known:
             self._remember(index, self._again(self._parts[index].begin, self._parts[index].end))
         return self._known[index]
@@ -169,10 +165,10 @@ class _Window:
     starts: NDArray[np.int32]
     ends: NDArray[np.int32]
     words: NDArray[np.int32]
-    """Which word of the pre-tokenizer each token is of; -1 for none."""
+    """Index of the pre-tokenizer's word that each token belongs to; -1 for none."""
 
     def within(self, low: int, high: int) -> tuple[int, int]:
-        """The first token between two letters, and the one behind the last."""
+        """Return the first token between two letters, and the one behind the last."""
         return int(np.searchsorted(self.starts, low)), int(
             np.searchsorted(self.ends, high, side="right")
         )
@@ -226,7 +222,7 @@ class WindowTokenizer:
         enough: Callable[[int, int], bool] | None = None,
         pulse: Pulse | None = None,
     ) -> LongEncoding:
-        """The tokens of a text.
+        """Return the tokens of a text.
 
         Args:
             add_special_tokens: Put the tokens around it that the tokenizer puts around texts.
@@ -247,6 +243,7 @@ class WindowTokenizer:
                 if enough is not None and enough(tokens, letters):
                     break
         except _NotLocalError:
+            # Tokens depend on letters far away: encode the text as a whole.
             whole, encoding = again(0, len(text)), LongEncoding(again, before, self._folder)
             encoding.add(whole, 0, len(whole.ids), len(text))
         if encoding.letters == len(text):
@@ -255,7 +252,7 @@ class WindowTokenizer:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """The tokens that are put before and behind a text."""
+        """Return the tokens that are put before and behind a text."""
         # Not every vocabulary has every letter.
         for text in ("a", "A", "0", "."):
             encoding = self._backend.encode(text, add_special_tokens=True)
@@ -267,9 +264,7 @@ class WindowTokenizer:
         return self._backend.encode("", add_special_tokens=True).ids, []
 
     def _parts(self, text: str) -> Iterator[tuple[_Window, int, int, int]]:
-        """Windows, each with its first token and the one behind its last between two joints, and
-        the letters up to there.
-        """
+        """Yield the windows with their tokens from joint to joint, and the letters so far."""
         window, done = self._encode(text, 0, self._window), 0
         while window.end < len(text):
             following = self._encode(text, window.end - self._overlap, self._window)
@@ -303,11 +298,11 @@ class WindowTokenizer:
         )
 
     def _join(self, text: str, window: _Window, following: _Window) -> tuple[int, int] | None:
-        """A token that is certain to begin in the whole text where it begins in both windows, by
-        its number in each.
-        """
+        """Find a token that surely begins in the whole text, by its number in both windows."""
         low, high = following.begin + self._margin, window.end - self._margin
         (first, last), (other, other_last) = window.within(low, high), following.within(low, high)
+
+        # In the middle of the overlap both windows must have the same tokens.
         for name in ("ids", "starts", "ends"):
             if not np.array_equal(
                 getattr(window, name)[first:last], getattr(following, name)[other:other_last]
@@ -363,9 +358,7 @@ class WindowTokenizer:
 
     @cached_property
     def _pairs(self) -> frozenset[str] | None:
-        """Letters that follow each other in a token; None where tokens depend on more than their
-        letters.
-        """
+        """Return pairs of letters in tokens; None where tokens depend on more than letters."""
         model: Any = self._backend.model
         kind = type(model).__name__
         pure = kind == "Unigram" or (

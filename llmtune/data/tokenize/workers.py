@@ -32,6 +32,7 @@ from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenRow
 from llmtune.data.tokenize.windows import Pulse
 from llmtune.errors import DataError
+from llmtune.task.labels import Label
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +45,7 @@ AHEAD = 3
 #: Of a block of tokens that is written at once.
 MOST_TOKENS = 1 << 20
 
-#: Seconds between two signs of life of whoever waits for a worker.
+#: Seconds between two signs of life while a worker is waited for.
 PULSE_SECONDS = 0.5
 
 
@@ -57,22 +58,18 @@ class TokenBlock:
 
     file: str
     position: int
-    """Where in the file the next block begins: byte of JSON lines, row of anything else."""
+    """Position of the next block in the file: byte of JSON lines, row of anything else."""
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
     lengths: NDArray[np.int32]
     trained: NDArray[np.int32]
     """Trained tokens of each row."""
     hashes: NDArray[np.uint64]
-    """Of the ids of the whole document, to find the same one elsewhere; the pieces of a split
-    document share it.
-    """
+    """Hash of the ids of the whole document, to find duplicates; its pieces share it."""
     begins: NDArray[np.bool_]
-    """Whether a row begins a document; the other pieces of a document that was split follow the
-    first.
-    """
+    """True for each row that begins a document; pieces of a split document follow the first."""
     lines: NDArray[np.int64]
-    labels: list[str | int | float] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     overlong: list[int] = field(default_factory=list)
     """Tokens of the rows that were dropped as too long; 0 of long texts, which were not counted."""
@@ -90,7 +87,7 @@ class _ReadRows:
     """Notes that are taken while the rows of a block are read."""
 
     lines: list[int] = field(default_factory=list)
-    """Of the rows that became conversations."""
+    """Lines of the rows that became conversations."""
     problems: list[Problem] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
     """Fields that no format reads and that are not known to be harmless."""
@@ -103,16 +100,16 @@ class _Document:
     line: int
     rows: list[TokenRow] | SplitRows
     hash: int
-    """Of the ids of the whole document."""
+    """Hash of the ids of the whole document."""
 
     def lengths(self) -> Iterator[int]:
-        """Tokens of each row."""
+        """Return the number of tokens of each row."""
         if isinstance(self.rows, SplitRows):
             return self.rows.lengths()
         return (len(row.ids) for row in self.rows)
 
     def read(self, index: int) -> TokenRow:
-        """One of the rows."""
+        """Read one of the rows."""
         return self.rows.read(index) if isinstance(self.rows, SplitRows) else self.rows[index]
 
 
@@ -123,7 +120,7 @@ def tokenize_block(
     pulse: Pulse | None = None,
     most_tokens: int | None = None,
 ) -> Iterator[TokenBlock]:
-    """Parse, render and encode.
+    """Parse, render and encode the rows of a block.
 
     Args:
         pulse: Called now and then while a long text is tokenized.
@@ -135,6 +132,7 @@ def tokenize_block(
     noted = _ReadRows()
     outcomes = encoder.encode(_read_conversations(block, recipe, noted), pulse)
 
+    # Sort the outcomes: documents, over-long rows, and problems with their line.
     documents: list[_Document] = []
     overlong: list[int] = []
     for line, outcome in zip(noted.lines, outcomes, strict=True):
@@ -146,7 +144,7 @@ def tokenize_block(
             documents.append(_Document(line=line, rows=outcome, hash=_hash(outcome)))
     noted.problems.sort(key=lambda problem: problem.line or 0)
 
-    # What is said of the block as a whole goes with its first tokens.
+    # The facts about the block as a whole go with its first tokens.
     for index, rows in enumerate(_divide(documents, most_tokens)):
         made = _collect(block, rows, encoder)
         made.format = recipe.format
@@ -175,7 +173,7 @@ def _read_conversations(block: Block, recipe: Recipe, noted: _ReadRows) -> Itera
 def _divide(
     documents: list[_Document], most_tokens: int | None
 ) -> Iterator[list[tuple[_Document, int]]]:
-    """Rows that make a block of at most so many tokens, by the index of each in its document.
+    """Yield rows that make a block of at most so many tokens, by the index of each in its document.
 
     There is one block at the least.
     """
@@ -211,7 +209,7 @@ def _collect(block: Block, entries: list[tuple[_Document, int]], encoder: Encode
 
 
 def _hash(rows: Iterable[TokenRow]) -> int:
-    """The hash of a document as a whole."""
+    """Hash a document as a whole."""
     state = xxhash.xxh3_64()
     for row in rows:
         state.update(row.ids.tobytes())
@@ -258,14 +256,14 @@ class TokenizerPool:
             return
         server: Any = forkserver
         if kind is not None and not issubclass(kind, Exception):
-            # Interrupted: nobody waits for workers that still import, or for what they were given.
+            # Interrupted: workers that still import, or compute, are not waited for.
             _kill(*(self._pool._processes or ()), server._forkserver._forkserver_pid)
         self._pool.shutdown(wait=True, cancel_futures=True)
         # Left alone, the fork server would hold what it imported for as long as the training runs.
         server._forkserver._stop()
 
     def map(self, work: Iterable[Work], pulse: Pulse | None = None) -> Iterator[TokenBlock]:
-        """The tokens of each block, in the order of the blocks; only a few are held at a time.
+        """Yield the tokens of each block, in their order; only a few blocks are held at a time.
 
         Args:
             pulse: Called now and then while a block takes its time, with the tokens that a long
@@ -354,7 +352,7 @@ def _start_worker(
 
 
 def _nothing() -> None:
-    """The first task, which is done when a worker has started."""
+    """Do nothing: the first task, which is done when a worker has started."""
 
 
 def _work(block: Block, recipe: Recipe) -> TokenBlock | Path:
@@ -375,7 +373,7 @@ def _work(block: Block, recipe: Recipe) -> TokenBlock | Path:
 
 
 def _read_result(result: TokenBlock | Path) -> Iterator[TokenBlock]:
-    """The blocks of tokens that a worker made of a block, one at a time."""
+    """Yield the blocks of tokens that a worker made of a block, one at a time."""
     if isinstance(result, TokenBlock):
         yield result
         return

@@ -90,7 +90,7 @@ def write_model_card(
 
 
 def _find_name(request: ExportRequest, config: ExportConfig, facts: Facts) -> str:
-    """The repository's name, the run's, or the folder's."""
+    """Return the repository's name, the run's, or the folder's."""
     repo = find_repo(config)
     if repo is not None:
         return repo.rpartition("/")[2]
@@ -109,12 +109,12 @@ def _describe_base(request: ExportRequest, facts: Facts) -> dict[str, Any]:
 
 
 def _last_part(path: str) -> str:
-    """The part of a path that says nothing about this machine."""
+    """Return the part of a path that says nothing about this machine."""
     return path.rstrip("/").rpartition("/")[2]
 
 
 def _base_folders(request: ExportRequest, facts: Facts) -> list[Path]:
-    """Folders that may hold files of the base: a model that was trained whole left them behind."""
+    """List folders that may hold files of the base: a model that was trained whole has none."""
     trained_from = facts.plan.model_folder
     if request.adapter is None and trained_from:
         return [request.base, trained_from]
@@ -122,7 +122,7 @@ def _base_folders(request: ExportRequest, facts: Facts) -> list[Path]:
 
 
 def _find_merge(request: ExportRequest, config: ExportConfig, facts: Facts) -> str | None:
-    """How the adapter was added to the base, as ``card.md.jinja`` names it; None without one."""
+    """Name how the adapter was added to the base, for ``card.md.jinja``; None without one."""
     if request.adapter is None:
         return None
     if not find_format(config.format).is_merged:
@@ -166,7 +166,7 @@ def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name
 
 
 def _find_task(settings: dict[str, Any], adapter: dict[str, Any]) -> Task:
-    """The task of the head that the adapter brings, or else of the architecture."""
+    """Find the task of the head that the adapter brings, or else of the architecture."""
     architecture = str((settings.get("architectures") or [""])[0])
     task = headed_task(adapter.get("task_type")) or task_of(architecture) or TEXT
     # Models of images and text go by the same name, and are loaded as those of text.
@@ -176,7 +176,7 @@ def _find_task(settings: dict[str, Any], adapter: dict[str, Any]) -> Task:
 
 
 def _has_template(folders: Sequence[Path | None]) -> bool:
-    """Whether the tokenizer has a chat template; the first folder with a tokenizer decides."""
+    """Tell whether the tokenizer has a chat template; the first folder with a tokenizer decides."""
     for folder in folders:
         if folder is None:
             continue
@@ -189,7 +189,7 @@ def _has_template(folders: Sequence[Path | None]) -> bool:
 
 
 def _find_resized_rows(adapter: Path, base_config: dict[str, Any]) -> int | None:
-    """Rows of the embedding in an adapter that added tokens; None where they are the base's.
+    """Count an adapter's rows of the embedding, if it added tokens; None if they are the base's.
 
     peft loads such an adapter only onto a base of that size.
     """
@@ -205,6 +205,6 @@ def _find_resized_rows(adapter: Path, base_config: dict[str, Any]) -> int | None
 
 
 def _name_tuner(name: str) -> str:
-    """What people call it; its own name where the module that registers it is not here."""
+    """Return the tuner's title, or its name where no loaded module registers it."""
     tuner = TUNERS.list().get(name)
     return name if tuner is None else tuner.title

@@ -1,5 +1,6 @@
-"""What a run's files, its adapter and its base say about a model, as rows of tables; what is not
-known is left out.
+"""Collect what a run's files, its adapter and its base say about a model.
+
+What is not known is left out.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz)$", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is known about how a model was made, without secrets; paths and clocks are not taken
-    from it into the card.
+    """The known facts about how a model was made, without secrets.
+
+    Paths and clocks are not taken from it into the card.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -41,19 +43,19 @@ class Facts:
     step: int | None = None
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value of the run's configuration by its dotted key."""
+        """Return a value of the run's configuration by its dotted key."""
         return _get(self.config, key, default)
 
     @property
     def tuner(self) -> str | None:
-        """``full``, ``lora``, ``qlora``; None where nothing was trained, or nobody knows."""
+        """Return the tuner's name; None where nothing was trained, or it is not known."""
         if self.config:
             return str(self.get("tuner.kind"))
         return "lora" if self.adapter else None
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Evaluation lines with a loss or another metric."""
+        """Return the evaluation lines with a loss or another metric."""
         return [record for record in self.metrics if any(key.startswith("eval_") for key in record)]
 
 
@@ -65,12 +67,14 @@ def read_facts(request: ExportRequest) -> Facts:
     )
     if request.run is None:
         return Facts(adapter=redact_values(adapter))
-    # A checkpoint has the configuration and the metrics of its own time.
+    # A checkpoint has the configuration and the metrics of the time when it was saved.
     places = [place for place in (trained, request.run) if place is not None]
     step = _find_step(trained) if trained is not None else None
     metrics = next(
         (lines for place in places if (lines := _read_lines(place / layout.METRICS))), []
     )
+
+    # Lines up to the exported step, which may be the run's last one.
     if step is not None:
         metrics = [record for record in metrics if record["step"] <= step]
     if step is None and metrics:
@@ -88,8 +92,9 @@ def read_facts(request: ExportRequest) -> Facts:
 
 
 def list_sources(value: Any) -> list[str]:
-    """What ``data.train`` or ``data.eval`` names, without folders of this machine and without what
-    signs a URL.
+    """List what ``data.train`` or ``data.eval`` names.
+
+    Folders of this machine, and what signs a URL, are left out.
     """
     if value is None:
         return []
@@ -104,7 +109,7 @@ def list_sources(value: Any) -> list[str]:
 
 
 def find_hub_datasets(facts: Facts) -> list[str]:
-    """Data sets of the hub among the sources."""
+    """Find the data sets of the hub among the sources."""
     named = [
         name.partition("@")[0]
         for key in ("train", "eval")
@@ -114,7 +119,7 @@ def find_hub_datasets(facts: Facts) -> list[str]:
 
 
 def read_metrics_after(facts: Facts) -> dict[str, float]:
-    """The held-out metrics of the step that is exported, without ``eval_``."""
+    """Return the held-out metrics of the step that is exported, without ``eval_``."""
     last = facts.evaluations[-1] if facts.evaluations else {}
     return {
         key.removeprefix("eval_"): float(value)
@@ -128,7 +133,7 @@ def _is_hub_source(path: str) -> bool:
 
 
 def _find_step(trained: Path) -> int | None:
-    """The step that a folder of weights was written at."""
+    """Find the step that a folder of weights was written at."""
     step = layout.checkpoint_step(trained)
     if step is None:
         given = read_json(trained / layout.MANIFEST).get("step")
@@ -161,7 +166,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics file; a half-written one, as a crash leaves it, is passed over."""
+    """Read the whole lines of a metrics file; skip a half-written one, as a crash leaves it."""
     with contextlib.suppress(ExportError, UnicodeDecodeError):
         return list(_parse_lines(read_foreign(path, ExportError)))
     return []

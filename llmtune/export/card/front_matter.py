@@ -43,7 +43,7 @@ def render_front_matter(
 
 
 def _describe_relation(config: ExportConfig, facts: Facts) -> str:
-    """The relation to the base in the hub's words.
+    """Name the relation to the base in the hub's words.
 
     Weights that were trained and then quantized are first of all another model.
     """
@@ -66,7 +66,7 @@ def _list_tags(config: ExportConfig, facts: Facts, usage: Usage) -> list[str]:
 
 
 def _list_results(facts: Facts, task: str) -> list[EvalResult]:
-    """The held-out metrics as entries of ``model-index``."""
+    """Return the held-out metrics as entries of ``model-index``."""
     on_hub = find_hub_datasets(facts)
     names = list_sources(facts.get("data.eval") or facts.get("data.train")) or ["held-out rows"]
     return [

@@ -13,7 +13,7 @@ import yaml
 from llmtune.errors import ExportError
 from llmtune.security.trust import check_foreign, copy_foreign, find_objection
 
-#: What a license's text begins with -> the hub's name of it; the first that is found counts.
+#: Beginning of a license's text -> the hub's name of it; the first that is found counts.
 _TEXTS = (
     (r"Apache License\s+Version 2\.0", "apache-2.0"),
     (r"MIT License", "mit"),
@@ -29,7 +29,7 @@ _MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class License:
-    """What the base's files say of its license; possibly nothing."""
+    """The license of a base as its files state it; possibly none."""
 
     front_matter: dict[str, str] = field(default_factory=dict)
     """``license``, ``license_name``, ``license_link`` as the hub knows them."""
@@ -38,7 +38,7 @@ class License:
 
     @property
     def shown(self) -> str:
-        """The name of the license; empty where it is not known."""
+        """Return the name of the license; empty where it is not known."""
         return self.front_matter.get("license_name") or self.front_matter.get("license", "")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.export.card.facts import Facts, list_sources, read_metrics_after
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.model_shape import ModelShape
@@ -19,7 +20,7 @@ from llmtune.plan.prepared_data import SplitSummary
 from llmtune.plan.run_record import RunRecord
 from llmtune.units import format_bytes
 
-#: A table: what is said, and its value.
+#: The rows of a table: name and value.
 Rows = list[tuple[str, str]]
 
 
@@ -27,7 +28,7 @@ _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "data
 
 
 def describe_data(facts: Facts) -> Rows:
-    """Names, counts and hashes."""
+    """Describe the data: names, counts and hashes."""
     rows: Rows = []
     data = facts.plan.data
     splits = (
@@ -57,7 +58,7 @@ def describe_data(facts: Facts) -> Rows:
 
 
 def describe_settings(facts: Facts) -> Rows:
-    """What was trained, and how."""
+    """Describe what was trained, and how."""
     plan, adapter, get = facts.plan, facts.adapter, facts.get
     planned = plan.steps.total_steps if plan.steps else None
     steps = f"{facts.step} of {planned}" if facts.step is not None and planned else planned
@@ -79,12 +80,7 @@ def describe_settings(facts: Facts) -> Rows:
             if schedule and warmup is not None
             else schedule,
         ),
-        (
-            "optimizer",
-            f"AdamW, betas {get('optim.betas')}, weight decay {get('optim.weight_decay')}"
-            if get("optim")
-            else None,
-        ),
+        ("optimizer", _describe_optimizer(get("optim"))),
         ("gradient clipping", get("train.max_grad_norm")),
         ("batch", _describe_batch(plan.batch, get("train.global_batch_size"))),
         ("optimizer steps", steps),
@@ -95,12 +91,22 @@ def describe_settings(facts: Facts) -> Rows:
     )
 
 
+def _describe_optimizer(optim: dict[str, Any] | None) -> str | None:
+    """Describe the optimizer; by its name where the module that registers it is not here."""
+    if not optim:
+        return None
+    # Configurations stored before there was a choice do not name it.
+    name = str(optim.get("kind", "adamw"))
+    optimizer = OPTIMIZERS.list().get(name)
+    return name if optimizer is None else optimizer.describe(optim)
+
+
 #: Name of a variant of LoRA -> the key of peft that turns it on.
 _VARIANTS = {"DoRA": "use_dora", "rsLoRA": "use_rslora"}
 
 
 def describe_metrics(facts: Facts) -> list[tuple[str, str, str]]:
-    """Metric, before training, after it; held out where it says so."""
+    """Describe each metric before and after training; held-out ones are named so."""
     evaluations, train = facts.evaluations, [r for r in facts.metrics if r.get("loss") is not None]
     found = []
     if train:
@@ -120,7 +126,7 @@ def describe_metrics(facts: Facts) -> list[tuple[str, str, str]]:
 
 
 def describe_plan(facts: Facts) -> Rows:
-    """Where it ran, what was predicted, and what was measured."""
+    """Describe where the training ran, what was predicted, and what was measured."""
     plan, hardware = facts.plan, facts.plan.hardware
     if plan == RunRecord():
         return []
@@ -134,9 +140,9 @@ def describe_plan(facts: Facts) -> Rows:
         ("placement", _describe_placement(plan.placement)),
         ("gradient checkpointing", _yes(plan.gradient_checkpointing)),
         ("attention", plan.attn_implementation),
-        ("predicted memory of a rank", _describe_memory(plan.memory)),
+        ("predicted memory per rank", _describe_memory(plan.memory)),
         (
-            "measured memory of a rank",
+            "measured memory per rank",
             f"{format_bytes(max(memory))} at its peak" if memory else None,
         ),
         ("predicted speed", f"{predicted:,.0f} tokens/s" if predicted else None),
@@ -154,7 +160,7 @@ def describe_plan(facts: Facts) -> Rows:
 
 
 def describe_versions(facts: Facts) -> list[tuple[str, str, str]]:
-    """Package, version that trained, version that exported."""
+    """Describe the version of each package in training and in the export."""
     trained = facts.environment
     found = [("llmtune", str(trained.get("llmtune", "")), __version__)]
     for package in _PACKAGES:
@@ -208,19 +214,19 @@ def _describe_mask(facts: Facts) -> str | None:
 
 
 def _stores(facts: Facts) -> list[str]:
-    """The hashes by which tokenized sources are kept; their folder is this machine's affair."""
+    """Return the hashes of the tokenized sources, without the folder that holds them."""
     return [Path(store).name for store in facts.plan.data.train_stores] if facts.plan.data else []
 
 
 def _describe_targets(given: Any) -> str | None:
-    """Last parts of module names, sorted: peft stores them in any order."""
+    """List the last parts of module names, sorted: peft stores them in any order."""
     if isinstance(given, str):
         return given
     return ", ".join(sorted({str(name).rpartition(".")[2] for name in given or []})) or None
 
 
 def _describe_placement(placement: Placement | None) -> str | None:
-    # One that this version does not know has no words here.
+    # A placement that this version does not know is left out.
     with contextlib.suppress(KeyError, StopIteration):
         return placement.describe() if placement is not None else None
     return None

@@ -34,7 +34,7 @@ def _describe_usage(usage: Usage) -> str:
 
 
 def _find_vllm_rank(usage: Usage) -> int | None:
-    """The smallest rank of vLLM that holds the adapter; None where vLLM does not serve it."""
+    """Find the smallest rank of vLLM that holds the adapter; None where vLLM does not serve it."""
     is_unusual = any(usage.adapter.get(key) for key in _NOT_IN_VLLM)
     if not usage.writes_text or usage.base_rows or is_unusual:
         return None

@@ -1,8 +1,8 @@
-"""What the program asks of a format of export, and which formats there are.
+"""The interface of an export format, and the registry of formats.
 
 A format is one file of this folder that registers one :class:`Format`, and one YAML in
 ``conf/export/``. The file is imported wherever a configuration is checked, so its functions import
-what takes long (torch, a writer) by themselves.
+slow modules (torch, a writer) themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Format:
     """One format of export; the defaults are those of a merged model for transformers."""
 
     name: str
-    """As ``export=`` takes it."""
+    """Its value of ``export=``."""
     describe: Callable[[ExportConfig], str]
     """The name of the format in the model card: "a GGUF file in q8_0"."""
     describe_usage: Callable[[Usage], str]
@@ -71,9 +71,9 @@ class Format:
     Raises ExportError, or MissingPrerequisiteError for a missing package.
     """
     compared_dtype: Callable[[ExportConfig], torch.dtype | None] = _nothing
-    """What the merged fp32 becomes, number by number; None where that is the model's own dtype."""
+    """Dtype to which each merged fp32 number is rounded; None for the model's own dtype."""
     quantization: Callable[[ExportConfig], str | None] = _nothing
-    """The type that blocks of numbers are stored in; None where each number is stored by itself."""
+    """Type in which blocks of numbers are stored; None where each number is stored by itself."""
 
 
 FORMATS: Registry[Format] = Registry(
@@ -82,7 +82,7 @@ FORMATS: Registry[Format] = Registry(
 
 
 def find_format(name: str) -> Format:
-    """The format of a name.
+    """Find the format of a name.
 
     Raises:
         ConfigError: There is none, with the nearest name; or it is ``none``.

@@ -48,7 +48,7 @@ def _check_base(base: Path) -> None:
 
 
 def _compared_dtype(config: ExportConfig) -> torch.dtype:
-    """Quantized types are computed from the merged fp32."""
+    """Return the dtype of unquantized types; quantized ones are computed from the merged fp32."""
     import torch
 
     dtypes = {GgufType.f16: torch.float16, GgufType.bf16: torch.bfloat16}

@@ -1,4 +1,4 @@
-"""What ``export=onnx`` and ``export=torchscript`` share: fp32, and a limit to the size."""
+"""The rules of ``export=onnx`` and ``export=torchscript``: fp32, and a limit to the size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_graph_base(base: Path) -> None:
 
 
 def compared_as_fp32(_config: ExportConfig) -> torch.dtype:
-    """fp32: a graph holds the merged numbers as they are computed."""
+    """Return fp32: a graph holds the merged numbers as they are computed."""
     import torch
 
     return torch.float32

@@ -30,7 +30,7 @@ from llmtune.storage.tensors.safetensors_writer import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """How one tensor of the merged model is computed."""
+    """The computation of one tensor of the merged model."""
 
     base: str
     """The base's tensor; its rows are not read where the first delta is a replacement."""
@@ -122,6 +122,8 @@ class _Matcher:
             ExportError: Tensors do not match, or nothing would change.
         """
         edits: dict[str, Edit] = {}
+
+        # One edit per weight and bias that the adapter changes.
         for parts in self._adapter.modules.values():
             for kind, deltas in (
                 ("weight", self._weight_deltas(parts)),
@@ -129,6 +131,8 @@ class _Matcher:
             ):
                 if deltas or (kind == "weight" and "base_weight" in parts.keys):
                     self._add(edits, parts, f"{parts.module}.{kind}", deltas)
+
+        # Tied matrices, when all edits are known.
         if not self._problems:
             self._resolve_tying(edits)
         if self._problems:
@@ -213,6 +217,7 @@ class _Matcher:
         self, edits: dict[str, Edit], parts: ModuleTensors, parameter: str, deltas: list[Delta]
     ) -> None:
         """Add the edit of one parameter, or its problem."""
+        # The base's tensor; a tied output has that of the input embedding.
         base_name = self._base_name(parameter)
         merged_name = base_name
         if base_name is None and self._tied and parameter == self._output:
@@ -223,6 +228,8 @@ class _Matcher:
                 hint = "; a base layer without bias cannot take lora_bias"
             self._problems.append(f"{parameter} is not in the base{hint}")
             return
+
+        # The shape of the result, and what contradicts it.
         spec = self._base.specs[base_name]
         shape = self._result_shape(deltas, spec.shape)
         problem = self._find_shape_problem(parameter, spec.shape, deltas)

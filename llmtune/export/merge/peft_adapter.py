@@ -151,6 +151,8 @@ def read_adapter(folder: Path) -> Adapter:
     except CheckpointError as error:
         raise ExportError(f"cannot be read as an adapter: {error}") from error
     _check_settings(folder, settings)
+
+    # The tensors, by module.
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         raise ExportError(
@@ -167,6 +169,8 @@ def read_adapter(folder: Path) -> Adapter:
             f"{file} holds {len(unknown)} tensors that no adapter has: {some(unknown)}; nothing was"
             " written"
         )
+
+    # Problems of the adapter as a whole: matrices without a partner, NaN, no training.
     adapter = Adapter(
         folder=folder, settings=settings, modules=modules, shapes=shapes, handle=handle
     )

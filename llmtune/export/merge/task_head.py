@@ -84,6 +84,8 @@ def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHe
     task = headed_task(adapter.settings.get("task_type"))
     if task is None or not (folder / "config.json").is_file():
         return None
+
+    # The base may have the head already, for example from an earlier training.
     trained = {name: adapter.shapes[key] for name, key in _trained_whole(adapter).items()}
     if task_of(find_architecture(folder)) is task and all(
         name in base.specs and base.specs[name].shape == shape for name, shape in trained.items()

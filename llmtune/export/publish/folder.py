@@ -76,11 +76,10 @@ def write_export(
 
 
 def check_replaceable(folder: Path, wanted: str) -> None:
-    """Whether what is published at ``folder``, if anything is, has the format ``wanted``: only that
-    is written anew.
+    """Refuse to replace an export of another format than ``wanted``.
 
     Raises:
-        ExportError: It has another format.
+        ExportError: ``folder`` is such an export.
     """
     if not _is_export(folder):
         return
@@ -93,11 +92,12 @@ def check_replaceable(folder: Path, wanted: str) -> None:
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Whether the disk of ``folder`` takes ``needed_bytes``; what a killed start left there counts
-    as room.
+    """Check that the disk of ``folder`` has room for ``needed_bytes``.
+
+    What a killed start left there counts as room.
 
     Raises:
-        ExportError: It does not.
+        ExportError: It has not.
     """
     used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free + used
@@ -137,7 +137,7 @@ def restore_export(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(aside: Path) -> Iterator[None]:
-    """One export at a time; the lock goes with the process that holds it."""
+    """Allow one export at a time; the lock ends with the process that holds it."""
     descriptor = os.open(aside, os.O_RDONLY)
     try:
         if not try_lock(descriptor):
@@ -150,8 +150,9 @@ def _locked(aside: Path) -> Iterator[None]:
 
 
 def _is_export(folder: Path) -> bool:
-    """Only an export's manifest names a format; checkpoints and trained models have manifests
-    too.
+    """Tell whether a folder is an export.
+
+    Only an export's manifest names a format; checkpoints and trained models have manifests too.
     """
     try:
         return is_complete(folder) and "format" in parse_json(

@@ -91,7 +91,7 @@ def resolve_token(url: str) -> str:
 
 
 def is_export_manifest(text: bytes) -> bool:
-    """True for the manifest of an export; those of checkpoints name no format."""
+    """Tell whether a manifest is that of an export; those of checkpoints name no format."""
     with suppress(ValueError, TypeError, KeyError):
         manifest = parse_json(text)
         return isinstance(manifest["files"], dict) and isinstance(manifest["format"], str)
@@ -136,6 +136,8 @@ def _upload(
     api.create_repo(place.repo, private=private, exist_ok=True)
     if place.branch is not None:
         api.create_branch(place.repo, branch=place.branch, exist_ok=True)
+
+    # What the repository lacks, and what an earlier export left in it.
     remote = _read_remote(api, place, private, say)
     files = {
         file.relative_to(folder).as_posix(): file
@@ -157,6 +159,8 @@ def _upload(
             " hashes"
         )
         return
+
+    # Large files first, outside of any commit; then one commit on the state that was read.
     for count, add in enumerate(adds, start=1):
         api.preupload_lfs_files(place.repo, [add], revision=place.branch, free_memory=False)
         size = format_bytes(files[add.path_in_repo].stat().st_size)
@@ -168,6 +172,8 @@ def _upload(
         revision=place.branch,
         parent_commit=remote.commit,
     )
+
+    # Compare what the hub holds now.
     arrived = _list_files(api, place.repo, commit.oid)
     wrong = [name for name, file in files.items() if not _is_same(file, arrived.get(name))]
     if wrong:
@@ -215,7 +221,7 @@ def _read_manifest(api: Any, repo: str, commit: str) -> bytes:
 
 
 def _is_same(file: Path, remote: Any | None) -> bool:
-    """True where the hub has these bytes: it names large files by SHA-256, others as git does."""
+    """Tell whether the hub has these bytes: it names large files by SHA-256, others as git does."""
     if remote is None or remote.size != file.stat().st_size:
         return False
     if remote.lfs is not None:

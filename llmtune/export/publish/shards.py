@@ -1,8 +1,9 @@
-"""Write a stream of tensors as safetensors shards: the next block is computed while the last one is
-written and hashed.
+"""Write a stream of tensors as safetensors shards.
 
-Finished shards are noted in a journal beside them, so that a run that was killed goes on with the
-shard it was in.
+The next block is computed while the last one is written and hashed.
+
+Finished shards are noted in a journal beside them, so that an export that was killed continues with
+the shard it was in.
 """
 
 from __future__ import annotations
@@ -38,16 +39,17 @@ _MOST_SHARDS = 8
 
 
 class Journal:
-    """Which files of an unfinished export are whole; of another job, or an unreadable one, it
-    remembers nothing.
+    """The complete files of an unfinished export.
+
+    A journal of another job, or one that cannot be read, counts as empty.
     """
 
     def __init__(self, folder: Path, job: str) -> None:
         """Read what an earlier start left.
 
         Args:
-            job: Says what is written; a journal of another job, and all that it stands for, is
-                thrown away.
+            job: Says what is written; a journal of another job, and the files beside it,
+                are removed.
         """
         self.path = folder / JOURNAL
         self._lock = threading.Lock()
@@ -66,12 +68,12 @@ class Journal:
                 self.entries[record["file"]] = record["entry"]
 
     def note(self, name: str, entry: dict[str, Any]) -> None:
-        """A file is whole and on the disk."""
+        """Note that a file is complete and on the disk."""
         self.entries[name] = entry
         self._append({"file": name, "entry": entry})
 
     def close(self) -> None:
-        """Remove the journal; what it stood for is about to be published."""
+        """Remove the journal; its files are about to be published."""
         self.path.unlink()
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -89,7 +91,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ProgressCallbacks:
-    """Who is told how far it is."""
+    """Functions that are told the progress of an export."""
 
     total: Callable[[int], None]
     """Bytes that will be written."""
@@ -104,7 +106,7 @@ def write_shards(
     journal: Journal,
     progress: ProgressCallbacks | None = None,
 ) -> None:
-    """All tensors, in files as transformers names them, with the index.
+    """Write all tensors, in files as transformers names them, with the index.
 
     Raises:
         ExportError: From the source; finished shards stay for the next start.
@@ -126,9 +128,10 @@ def write_shards(
                     progress.done(block.nbytes)
         journal.note(name, file.entry)
 
+    # Shards in parallel, each by a thread that computes and one that writes.
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     workers = max(1, min(len(shards), cores // 2, _MOST_SHARDS))
-    # Never more than somebody allowed from outside, with OMP_NUM_THREADS.
+    # Never more than OMP_NUM_THREADS allows.
     torch.set_num_threads(max(1, min(threads, cores // workers)))
     pool = ThreadPoolExecutor(workers)
     try:
@@ -142,14 +145,14 @@ def write_shards(
 
 
 def _blocks(source: TensorSource, specs: list[TensorSpec]) -> Iterator[torch.Tensor]:
-    """The one rounding."""
+    """Yield the blocks in the stored dtype: the only rounding."""
     for spec in specs:
         for block in source.blocks(spec.name):
             yield block.to(spec.dtype)
 
 
 def _ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The same blocks, computed by a thread that is a few of them ahead."""
+    """Yield the same blocks, computed by a thread that is a few of them ahead."""
     ready: queue.Queue[torch.Tensor | BaseException | None] = queue.Queue(_AHEAD)
     wanted = True
 
@@ -172,7 +175,7 @@ def _ahead(blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield block
     finally:
         wanted = False
-        # It may wait for room; with room it sees that nobody wants more.
+        # The thread may wait for room in the queue; with room it sees that no more is wanted.
         while thread.is_alive():
             try:
                 ready.get(timeout=0.05)

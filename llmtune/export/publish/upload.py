@@ -56,8 +56,9 @@ Say = Callable[[str], None]
 
 
 def check_upload(url: str, dry_run: bool = False) -> None:
-    """What can be known without a network, before hours are spent on an export; a dry run needs no
-    token.
+    """Check what can be known without a network, before hours are spent on an export.
+
+    A dry run needs no token.
 
     Raises:
         ExportError: No place has this address.
@@ -97,8 +98,8 @@ def upload_export(folder: Path, url: str, private: bool, dry_run: bool, say: Say
         say: Takes a line for the user.
 
     Raises:
-        ExportError: ``folder`` is damaged, the place holds something else, or was not filled; the
-            same command goes on.
+        ExportError: ``folder`` is damaged, the place holds something else, or was not filled;
+            the same command continues.
         MissingPrerequisiteError: A package or a token is missing.
     """
     check_upload(url, dry_run)
@@ -133,7 +134,7 @@ def _say_plan(folder: Path, url: str, private: bool, say: Say) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What lies at a URL."""
+    """The files at a URL."""
 
     listed: frozenset[str]
     """Files that llmtune put there, finished or not."""
@@ -147,6 +148,8 @@ def _upload_to_store(folder: Path, url: str, say: Say) -> None:
         (folder / layout.MANIFEST).read_bytes(),
     )
     files = list_files(marker, manifest)
+
+    # What is there, read back, and what an earlier export left.
     found = retry(_look, store)
     missing = [name for name, entry in files.items() if not retry(_holds, store, name, entry)]
     stale = found.listed - files.keys()
@@ -160,11 +163,13 @@ def _upload_to_store(folder: Path, url: str, say: Say) -> None:
     ):
         say(f"{redact(url)} holds this export already: {len(files)} files, read back and compared")
         return
-    # From here to the end the place is nobody's export.
+    # From here to the end there is no export at the URL.
     listed = {**{name: {"size": 0, "xxh3_128": ""} for name in found.listed}, **files}
     retry(_write, store, UPLOADING, json.dumps({"format": "upload", "files": listed}).encode())
     for name in (layout.COMPLETE, layout.MANIFEST, layout.SIGNATURE, *sorted(stale)):
         retry(_remove, store, name)
+
+    # The files, then signature and manifest; the marker is last.
     for count, name in enumerate(missing, start=1):
         retry(store.upload, partial(open_source, folder / name), name, files[name])
         say(f"uploaded {name}  {format_bytes(files[name]['size'])}  ({count}/{len(missing)})")
@@ -183,22 +188,21 @@ def _open_store(folder: Path, url: str) -> RemoteFolder:
         place = Path(store.root).resolve()
         if place == folder.resolve() or folder.resolve() in place.parents:
             raise PermanentCopyError(
-                f"lies in {folder}, which is what would be copied; take another place"
+                f"is inside {folder}, which is what would be copied; take another place"
             )
     return store
 
 
 def _look(store: RemoteFolder) -> _Found:
-    """
-    Raises:
-        PermanentCopyError: Something lies there which is no export of llmtune's.
+    """Raises:
+    PermanentCopyError: There are files which are no export of llmtune's.
     """
     try:
         entries = store.system.ls(store.root, detail=True)
     except FileNotFoundError:
         return _Found(frozenset(), False)
     root = store.root.rstrip("/")
-    # Object stores may have an empty object that stands for the folder.
+    # Object stores may have an empty object in the place of the folder.
     others = [entry for entry in entries if entry["name"].rstrip("/") != root or entry["size"]]
     if not others:
         return _Found(frozenset(), False)
@@ -218,7 +222,7 @@ def _look(store: RemoteFolder) -> _Found:
 
 
 def _holds(store: RemoteFolder, name: str, entry: dict[str, Any]) -> bool:
-    """Whether a file lies there with the right size and, read back, the right hash."""
+    """Tell whether a file is there with the right size and, read back, the right hash."""
     path = store.at(name)
     try:
         if store.system.info(path)["size"] != entry["size"]:

@@ -69,6 +69,8 @@ class Bnb4bitSource:
         check_plain_or_4bit(folder)
         self.folder = folder
         self._stored = SafetensorsSource(folder)
+
+        # Packed weight -> the tensor that describes its quantization.
         self._states = {
             match["weight"]: name
             for name in self._stored.specs
@@ -77,6 +79,8 @@ class Bnb4bitSource:
         self._check_statistics()
         columns = quantized_names(folder, self._stored) if self._states else {}
         self._transposed = {name: columns.get(name, False) for name in self._states}
+
+        # The tensors of the plain model: statistics belong to their weight.
         statistics = {
             f"{weight}.{part}" for weight in self._states for part in (*_REQUIRED, *_NESTED)
         }

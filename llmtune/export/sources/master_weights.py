@@ -61,6 +61,8 @@ class MasterWeightsSource:
         self._model = SafetensorsSource(folder)
         self._masters: dict[str, PiecedTensor] = {}
         self.specs = dict(self._model.specs)
+
+        # Trained parameters are read from the slices, all others from the model files.
         masters = map_slices(stored, layout.MASTER_WEIGHT)
         for name, parameter in stored.items():
             if name not in self.specs:

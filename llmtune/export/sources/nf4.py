@@ -87,8 +87,8 @@ def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
         quantized transposed.
 
     Raises:
-        ExportError: The model cannot be built, or a layer is not in the source under a name of its
-            own.
+        ExportError: The model cannot be built, or a layer has no tensor in the source under its
+            name.
     """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer

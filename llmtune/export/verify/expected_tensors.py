@@ -98,12 +98,13 @@ class ExpectedDelta:
     """Shape (outputs, r)."""
     scale: float
     by_input: bool
-    """Whether the stored rows are inputs, as in embeddings and GPT-2's Conv1D."""
+    """True if the stored rows are inputs, as in embeddings and GPT-2's Conv1D."""
     lengths: torch.Tensor | None = None
     """Shape (outputs,)."""
     norms: torch.Tensor | None = None
-    """Norms per output, where they run over all stored rows, and the bound of their relative error
-    in fp32; shape (2, outputs).
+    """Norms per output, where they run over all stored rows, and their bound; shape (2, outputs).
+
+    The bound is that of their relative error in fp32.
     """
 
     def measure(self, rows: Iterator[torch.Tensor]) -> None:
@@ -232,6 +233,7 @@ def _expect_unit(unit: Unit) -> dict[str, ExpectedTensor] | None:
     from peft.tuners.lora.layer import Embedding, Linear
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
+    # Every parameter starts from the base's, or from what the adapter brings whole.
     tensors: dict[str, ExpectedTensor] = {}
     for module_name, module in unit.inner:
         for key, parameter in module._parameters.items():
@@ -247,6 +249,8 @@ def _expect_unit(unit: Unit) -> dict[str, ExpectedTensor] | None:
     if len(unit.inner) != 1:
         return None
     ((name, module),) = unit.inner
+
+    # Rows that were trained one by one.
     if isinstance(outer, TrainableTokensWrapper) and outer.token_adapter.base_layer is module:
         layer = outer.token_adapter
         (adapter,) = layer.token_indices
@@ -257,6 +261,8 @@ def _expect_unit(unit: Unit) -> dict[str, ExpectedTensor] | None:
         )
         tensors[f"{name}.weight"].rows = dict(rows)
         return tensors
+
+    # LoRA of exactly these classes: a subclass may compute something else.
     if type(outer) in (Linear, Embedding) and outer.base_layer is module:
         return tensors if _add_lora(outer, name, tensors) else None
     return None

@@ -79,6 +79,8 @@ def _verify(
     quantized: str | None = None,
 ) -> Parity | None:
     say = export_model.request.say
+
+    # Other programs must be able to load it.
     report = find_serving_problems(folder, source)
     if report.problems:
         raise ExportError(
@@ -91,6 +93,8 @@ def _verify(
     dtype = usual_dtype(source)
     if not config.parity or not export_model.computed or dtype is None:
         return None
+
+    # It must be base and adapter. The logits are compared if both models can be run here.
     tokens = probe_tokens(_tokenizer(folder), _rows(source), _trained_tokens(export_model))
     models = ComparedModels(
         base_folder=export_model.request.base,

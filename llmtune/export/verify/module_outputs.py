@@ -113,7 +113,7 @@ class OutputComparison:
             return
         name = unit.inner[0][0]
         if len(unit.inner) != 1:
-            # It has no weights of its own to replace; only the logits show a difference.
+            # It has no own weights to replace; only the logits show a difference.
             self.errors[unit.name] = math.nan
             return
         merged_output = self._reference.run_unit(self._merged, unit, arguments)

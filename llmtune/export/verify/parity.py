@@ -78,8 +78,9 @@ class Parity:
     """The results of a comparison that was passed."""
 
     logits: float | None
-    """Largest relative difference of a position's logits without their mean; None where only
-    numbers were compared.
+    """Largest relative difference of a position's logits without their mean.
+
+    It is None where only numbers were compared.
     """
     bound: float
     """The largest difference of the logits that would have been accepted."""
@@ -90,7 +91,7 @@ class Parity:
     output_errors: dict[str, float]
     """Module whose numbers could not be recomputed -> relative difference of its outputs."""
     adapted: bool
-    """Whether an adapter was merged; without one, only the rounding was compared."""
+    """True if an adapter was merged; without one, only the rounding was compared."""
     quantized: str | None = None
     """The coarser type that the compared numbers are then stored in; None if there is none."""
 
@@ -165,7 +166,7 @@ class ComparedModels:
     merged_folder: Path
     merged: TensorSource
     base_changes: dict[str, Any] = field(default_factory=dict)
-    """Keys of the base's ``config.json`` that an adapter with a head of its own changes."""
+    """Keys of the base's ``config.json`` that an adapter with its own head changes."""
 
 
 def measure_parity(
@@ -248,6 +249,7 @@ def measure_parity_in_memory(
             logits: torch.Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
         return logits
 
+    # One model at a time: only the logits of each are kept.
     expected = run(models.base_folder, models.adapter)
     difference = relative_error(run(models.merged_folder, None), expected)
 

@@ -238,6 +238,7 @@ def compare_tensor(
     Returns:
         The comparison, or the reason why the two cannot be compared.
     """
+    # Shape and dtype are decided before any row is read.
     spec = merged.specs[name]
     if expected.start is not None:
         shape = tuple(expected.start.shape)
@@ -253,6 +254,8 @@ def compare_tensor(
         and base.specs[start].dtype != spec.dtype
     ):
         return f"it is stored as {spec.dtype}, in the base as {base.specs[start].dtype}"
+
+    # Lengths of DoRA over all rows need one pass before.
     if expected.delta is not None:
         expected.delta.measure(_start_rows(expected, base, start, spec.shape))
     start_rows = _RowReader(_start_rows(expected, base, start, spec.shape))
@@ -260,6 +263,8 @@ def compare_tensor(
     base_rows = start_rows
     if start and expected.start is not None and base.specs[start].shape == shape:
         base_rows = _RowReader(base.blocks(start))
+
+    # Block by block, as the merged file has them.
     total, first = Comparison(), 0
     for block in merged.blocks(name):
         count = len(block) if block.ndim else 1

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import ConfigError, ExportError
-from llmtune.export.architecture import is_renamed
+from llmtune.export.architecture import (
+    TEXT,
+    TEXT_TO_TEXT,
+    find_architecture,
+    is_renamed,
+    task_of,
+)
 from llmtune.export.sources.tensor_source import TensorSource, find_name, is_embedding
 from llmtune.export.writers.model_files import has_tokenizer
 from llmtune.model.skeleton import build_skeleton, tied_aliases
@@ -125,6 +131,8 @@ def _find_tokenizer_problems(folder: Path, vocabulary: int, notes: list[str]) ->
     except (OSError, ValueError, KeyError) as error:
         return [f"the tokenizer cannot be loaded ({str(error).splitlines()[0]})"]
     problems = []
+
+    # Ids and rows of the embedding.
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocabulary:
         problems.append(
@@ -136,6 +144,8 @@ def _find_tokenizer_problems(folder: Path, vocabulary: int, notes: list[str]) ->
             f"{vocabulary - largest - 1} rows behind the tokenizer's {largest + 1} tokens are never"
             " used"
         )
+    if task_of(find_architecture(folder)) not in (TEXT, TEXT_TO_TEXT):
+        return problems
     if tokenizer.eos_token_id is None:
         notes.append(
             "the tokenizer names no end-of-text token: answers end only at their longest length"

@@ -40,8 +40,9 @@ class Unit:
     """The base's modules in it, with their names in the unwrapped model."""
 
     by_rows: bool
-    """Whether only the inner modules' own ``forward`` uses their weights, so that it can compute
-    block by block.
+    """True if only the inner modules' own ``forward`` uses their weights.
+
+    It can then compute block by block.
     """
 
     @property

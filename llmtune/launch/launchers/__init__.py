@@ -1,1 +1,1 @@
-"""Which launcher started this process, and what it says."""
+"""Find the launcher that started this process, and read its variables."""

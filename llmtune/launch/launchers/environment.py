@@ -148,6 +148,8 @@ def interface_towards(host: str, port: int) -> str | None:
         for name, addresses in psutil.net_if_addrs().items()
         for address in addresses
     }
+
+    # The address that the kernel would send from.
     own = "127.0.0.1"
     with contextlib.suppress(OSError):
         found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
@@ -159,6 +161,8 @@ def interface_towards(host: str, port: int) -> str | None:
     loopback = names.get("127.0.0.1")
     if own in names and names[own] != loopback:
         return names[own]
+
+    # The loopback: take the only other interface that is up.
     states = psutil.net_if_stats()
     others = {
         name

@@ -38,6 +38,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
         raise ConfigError(f"launch.hostfile={path}: {reason}") from error
+
+    # Lines as ``_parse_hostfile`` of ``deepspeed/launcher/runner.py`` reads them.
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         text = line.strip()

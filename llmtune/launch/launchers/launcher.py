@@ -70,6 +70,7 @@ def adopt_launcher(
             train together without the variables that they need.
     """
     from_slurm = adopt_slurm(environ)
+    # Without a rank there is no launcher; one that sets other variables is refused.
     if not {"RANK", "WORLD_SIZE"} <= environ.keys():
         _refuse_others(environ)
         for name in ("RANK", "WORLD_SIZE"):
@@ -79,6 +80,7 @@ def adopt_launcher(
                     " starting the ranks here"
                 )
         return None
+    # A single rank needs no launcher, and is none of torchrun's or DeepSpeed's.
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     if not 0 <= rank < world_size:
         raise MissingPrerequisiteError(
@@ -88,6 +90,7 @@ def adopt_launcher(
     if world_size == 1 and name not in (_TORCHRUN, _DEEPSPEED):
         say(f"{_given(environ)}: one rank, which needs no launcher: starting the ranks here")
         return None
+    # Several ranks need a place to meet.
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if missing:
         raise MissingPrerequisiteError(
@@ -107,7 +110,7 @@ def adopt_launcher(
         stays=name in (_TORCHRUN, _DEEPSPEED),
         unattended=_advice_alone(environ, name),
     )
-    # Each pod and each shell has a console of its own; the ranks of the others share one.
+    # Each pod and each shell has its own console; the ranks of the other launchers share one.
     if rank == 0 or name in (_KUBERNETES, _VARIABLES_ALONE):
         say(launcher.describe())
     return launcher

@@ -31,6 +31,7 @@ def await_ranks(launcher: Launcher) -> TCPStore | None:
         return None
     from torch.distributed import TCPStore
 
+    # Rank 0 serves a store, in which every rank counts itself once.
     deadline = time.monotonic() + seconds
     host, _, port = launcher.meeting.rpartition(":")
     try:

@@ -59,11 +59,15 @@ def derive_rank(environ: Mapping[str, str]) -> dict[str, str]:
     in_step = "SLURM_PROCID" in environ and any(name in environ for name in _STEP_VARIABLES)
     if not in_step or _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") < 2:
         return {}
+
+    # This task, and the tasks of every node.
     world_size = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     rank, local_rank = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
     hosts = _hosts(environ)
     counts = _tasks_per_node(environ, len(hosts))
     node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else _node_of(rank, counts)
+
+    # Refuse numbers that contradict each other: ranks would wait for others for ever.
     if len(counts) != len(hosts) or sum(counts) != world_size:
         raise MissingPrerequisiteError(
             f"Slurm says {world_size} tasks, as {counts} on {counted(len(hosts), 'node')};"
@@ -79,6 +83,7 @@ def derive_rank(environ: Mapping[str, str]) -> dict[str, str]:
             f"SLURM_GPUS_PER_TASK={environ['SLURM_GPUS_PER_TASK']}: a rank has one; {_ADVICE}"
         )
     return {
+        # torch's variables; DeepSpeed reads the two that begin with CROSS.
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": "0" if _sees_one_gpu(environ) else str(local_rank),
@@ -193,7 +198,7 @@ def _node_of(rank: int, counts: list[int]) -> int:
 
 
 def _sees_one_gpu(environ: Mapping[str, str]) -> bool:
-    """Whether this task sees its own GPU only, as number 0 (``--gpus-per-task=1``)."""
+    """Tell whether this task sees its own GPU only, as number 0 (``--gpus-per-task=1``)."""
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     return visible != "" and "," not in visible
 

@@ -58,7 +58,7 @@ def needed_ops(accelerator: str, placement: Placement | None) -> list[str]:
 
 
 def has_libaio() -> bool:
-    """Whether the compiler finds the headers of libaio."""
+    """Tell whether the compiler finds the headers of libaio."""
     try:
         probe = subprocess.run(
             ["g++", "-E", "-"],
@@ -73,7 +73,7 @@ def has_libaio() -> bool:
 
 
 def is_built(name: str) -> bool:
-    """Whether the op's module is compiled in this environment."""
+    """Tell whether the op's module is compiled in this environment."""
     return bool(list(extensions_dir().glob(f"**/{MODULES[name]}.so")))
 
 
@@ -166,7 +166,7 @@ def hold_ops(say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
 
 
 def _can_build() -> bool:
-    """Whether the folder of ops can be written; an image may be read-only, or another user's."""
+    """Tell whether the folder of ops is writable; an image may be read-only or another user's."""
     folder = extensions_dir()
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

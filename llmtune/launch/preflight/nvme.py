@@ -107,7 +107,7 @@ def disk_behind(folder: Path) -> str:
     if not device.exists():
         return "no local block device"
     path = device.resolve()
-    # A partition has no queue of its own.
+    # A partition has no queue; its disk has one.
     whole = path if (path / "queue").is_dir() else path.parent
     if whole.name.startswith("nvme"):
         return whole.name

@@ -15,8 +15,8 @@ import psutil
 #: of ``init``.
 _PR_SET_CHILD_SUBREAPER = 36
 
-#: SIGKILL works at once, except on a process that waits for a file system or a driver, for which
-#: nobody waits longer.
+#: SIGKILL works at once, except on a process that waits for a file system or a driver; waiting
+#: longer for that does not help.
 _KILL_SECONDS = 2.0
 
 

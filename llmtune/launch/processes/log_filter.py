@@ -1,9 +1,9 @@
 """Filter secrets out of what a rank and its libraries print, in a process between rank and log.
 
 Libraries write to the file descriptors 1 and 2 past Python, so both are the writing end of a pipe,
-and the filter reads the other one. It is a process of its own, because the last output of a rank
-that aborts or is killed must reach the log. It ends when the pipe has no writer left, or shortly
-after the rank where a child of the rank keeps the pipe open.
+and the filter reads the other one. It is a separate process, because the last output of a rank that
+aborts or is killed must reach the log. It ends when the pipe has no writer left, or shortly after
+the rank where a child of the rank keeps the pipe open.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ _PACKAGE_ROOT = Path(__file__).parents[3]
 def start_filter(log: Path) -> int:
     """Start a filter that appends to ``log``.
 
-    The filter holds a shared lock on the log while it lives, for :func:`wait_for_filters`. It has a
-    process group of its own and blocks the signals that ask for an end (Slurm sends those to every
+    The filter holds a shared lock on the log while it lives, for :func:`wait_for_filters`. It has
+    its own process group and blocks the signals that ask for an end (Slurm sends those to every
     process of a step), so that it outlives the rank, which can print while it saves.
 
     Returns:
         The file descriptor to print to.
     """
+    # The pipe, and the log behind it.
     read_end, write_end = os.pipe()
     target = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     # Taken here and inherited, so that the filter never runs without it.
     with contextlib.suppress(OSError):
         fcntl.flock(target, fcntl.LOCK_SH)
+
+    # The filter's program: this module, whose imports are cheap.
     code = (
         f"import sys; sys.path.insert(0, {str(_PACKAGE_ROOT)!r}); from {__name__} import main;"
         f" main({os.getpid()})"
@@ -59,6 +62,8 @@ def start_filter(log: Path) -> int:
         setpgroup=0,
         setsigmask=STOP_SIGNALS,
     )
+
+    # This process keeps only the writing end, so that the pipe ends with it and its children.
     os.close(read_end)
     os.close(target)
     return write_end

@@ -26,7 +26,7 @@ def follow_launcher() -> None:
 
 
 def may_be_launcher(pid: int) -> bool:
-    """Whether a process can have started a rank.
+    """Tell whether a process can have started a rank.
 
     It is a Python program, or a wrapper between that and the rank, which has the rank's variables.
     Processes that adopt orphans (``init``, ``systemd``, ``tini``, a shell) are neither.

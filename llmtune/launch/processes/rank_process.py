@@ -31,8 +31,7 @@ class RankProcess:
                 :meth:`tell`.
         """
         self.number = number
-        # A session of its own: Ctrl-C reaches the supervisor alone, which then asks the ranks to
-        # save.
+        # Its own session: Ctrl-C reaches the supervisor alone, which then asks the ranks to save.
         self._process = subprocess.Popen(
             [sys.executable, *command],
             env={**environment, SUPERVISOR: str(os.getpid())},

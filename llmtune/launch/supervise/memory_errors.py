@@ -1,7 +1,7 @@
 """Recognize out-of-memory errors, and whether device or host memory ran out.
 
-torch's CUDA allocator raises an exception of its own. All others raise a plain ``RuntimeError`` or
-abort, so that only the message tells; the patterns follow the libraries' sources.
+torch's CUDA allocator raises its own class of exception. All others raise a plain ``RuntimeError``
+or abort, so that only the message tells; the patterns follow the libraries' sources.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def memory_pool(error: BaseException) -> str | None:
 
 
 def memory_pool_of_text(text: str) -> str | None:
-    """The same for what a process printed before it ended."""
+    """Return the same for the text that a process printed before it ended."""
     if _DEVICE.search(text):
         return "host" if _PINNING_WORDS.search(text) else "device"
     return "host" if _HOST.search(text) else None

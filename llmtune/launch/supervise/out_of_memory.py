@@ -17,19 +17,17 @@ class MemoryEvent:
 
     rank: int
     phase: str
-    """``start``, ``load``, ``answer``, ``forward``, ``backward``, ``step``, ``evaluate`` or
-    ``save``.
-    """
+    """The rank's phase: one of ``start load answer forward backward step evaluate save``."""
     step: int
     """The optimizer step under way; 0 before the first."""
     peak_bytes: int
-    """Of the rank's last record: resident on the host, or allocated on the GPU by torch."""
+    """Peak in the rank's last record: resident on the host, or allocated on the GPU by torch."""
     pool: str
     """``device`` or ``host``."""
     message: str
 
     def describe(self) -> str:
-        """One sentence."""
+        """Describe the event in one sentence."""
         where = f"in {self.phase}" + (f" of step {self.step}" if self.step else "")
         return (
             f"out of {self.pool} memory {where} (rank {self.rank}):"
@@ -46,7 +44,7 @@ class RanOutOfMemoryError(DoesNotFitError):
 
 
 def count_kills() -> KernelKills:
-    """Ask the kernel how many processes it has killed for want of memory."""
+    """Ask the kernel how many processes its OOM killer has ended."""
     total = 0
     for path, key in (("/proc/vmstat", "oom_kill"), ("/sys/fs/cgroup/memory.events", "oom_kill")):
         try:
@@ -64,7 +62,7 @@ def find_event(
     folder: Path,
     output: str,
 ) -> MemoryEvent | None:
-    """The event, if memory is what ended the ranks.
+    """Return the event, if memory is what ended the ranks.
 
     Args:
         codes: Exit codes of the ranks.
@@ -93,7 +91,7 @@ def find_event(
 
 
 def event_at_limit(folder: Path, rank: int, message: str) -> MemoryEvent | None:
-    """The event that memory may have been, where a rank ended near its limit in whatever words."""
+    """Return the event that may have ended a rank near its memory limit, whatever it reported."""
     event = _event(folder, rank, "host", message)
     pool = PhaseRecord.read(folder, rank).at_limit
     return replace(event, pool=pool) if pool else None

@@ -30,15 +30,13 @@ class RanksFailedError(LlmtuneError):
     ):
         super().__init__(message)
         self.reason = reason
-        """One line."""
+        """One line on the failure."""
         self.step = step
         """The last optimizer step that was finished."""
         self.rollback = rollback
         """A rank asked to go back to the newest checkpoint."""
         self.at_limit = at_limit
-        """The rank had nearly reached its memory limit; a second time, that is taken for the
-        reason.
-        """
+        """The rank was near its memory limit; the second time, that counts as the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ class AttemptOutcome:
     step: int
     """The last optimizer step that was finished."""
     stacks: str
-    """Where stack traces are, if the ranks were asked for them."""
+    """Location of the stack traces, if the ranks were asked for them."""
     log: Path
 
     def to_error(self, limits: Limits) -> LlmtuneError | None:
@@ -149,7 +147,7 @@ class AttemptOutcome:
 
 
 def _signal_name(number: int) -> str:
-    # Real-time signals have no name of their own.
+    # Real-time signals have no name in Python.
     return signal.Signals(number).name if number in set(signal.Signals) else str(number)
 
 

@@ -18,7 +18,7 @@ _LONGEST_LOOK = 1.0
 
 
 def finished_step(folder: Path, world_size: int) -> int:
-    """The last optimizer step that is known to be done; 0 where none is."""
+    """Return the last optimizer step that is known to be done; 0 where none is."""
     return max(_finished(PhaseRecord.read(folder, rank)) for rank in range(world_size))
 
 
@@ -43,8 +43,7 @@ class HangDetector:
     def is_hung(self) -> bool:
         """Compare the records with those of the last call.
 
-        Time in which nobody called does not count: a run on a machine that was suspended does not
-        hang.
+        Time without a call does not count: a run on a machine that was suspended does not hang.
         """
         now = time.monotonic()
         self._still_seconds += min(now - self._looked, _LONGEST_LOOK)

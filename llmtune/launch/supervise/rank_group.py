@@ -27,8 +27,8 @@ class RankGroup:
         """
         self.ranks: list[RankProcess] = []
         self.waits = ahead
-        # Nobody listens on the port while it is held, and no other run gets it. It also names the
-        # shared memory of DeepSpeed's collectives.
+        # No process listens on the port while it is held, and no other run gets it. It also names
+        # the shared memory of DeepSpeed's collectives.
         self._held = hold_port()
         self._port = int(self._held.getsockname()[1])
         self.folder = Path(tempfile.mkdtemp(prefix="llmtune-"))

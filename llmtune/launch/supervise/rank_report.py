@@ -53,8 +53,10 @@ _DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @contextlib.contextmanager
 def hold_output(file: Path) -> Iterator[None]:
-    """In the block, what this process and its libraries print goes to ``file``: there is no log
-    yet, and the console is the supervisor's."""
+    """In the block, write what this process and its libraries print to ``file``.
+
+    There is no log yet, and the console is the supervisor's.
+    """
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
     target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
@@ -71,8 +73,9 @@ def hold_output(file: Path) -> Iterator[None]:
 
 
 def to_user_error(error: BaseException) -> LlmtuneError | None:
-    """An error with advice for those that have one: ours, memory that ran out, a disk that takes
-    nothing more, and a plug-in that fails.
+    """Turn an error into one with advice; return None for an error without advice.
+
+    There is advice for our own errors, memory that ran out, a full disk, and a plug-in that fails.
     """
     if isinstance(error, LlmtuneError):
         return error
@@ -80,7 +83,7 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
         where = f" ({redact(str(error.filename))})" if error.filename else ""
         return MissingPrerequisiteError(
             f"{error.strerror}{where}: free space, or name another place (output_dir=,"
-            " paths.cache_dir=, TMPDIR). The same command then goes on"
+            " paths.cache_dir=, TMPDIR). Then run the same command again"
         )
     # Before it is cut: half a secret is not recognized.
     text = redact(str(error))
@@ -89,7 +92,7 @@ def to_user_error(error: BaseException) -> LlmtuneError | None:
         return DoesNotFitError(
             f"out of memory: {first[:300]}\nTry: train.per_device_train_batch_size=1"
             " train.gradient_checkpointing=true; zero=3 on several ranks; offload=optimizer_cpu or"
-            " offload=cpu; a smaller data.max_seq_length. The same command then goes on from the"
+            " offload=cpu; a smaller data.max_seq_length. The same command then resumes from the"
             " newest checkpoint."
         )
     if (problem := describe_plugin_error(error)) is not None:
@@ -112,12 +115,13 @@ def limit_memory(limit_bytes: int, accelerator: str, local_rank: int) -> None:
 
 
 def report_failure(error: BaseException, rank: int, console: IO[str], trace: bool) -> int:
-    """Traceback to the log; the message to the supervisor, or to the console where there is none.
+    """Write the traceback to the log, and the message to the supervisor, or else to the console.
 
-    Returns the exit code.
+    Returns:
+        The exit code.
     """
     story = redact("".join(traceback.format_exception(error)))
-    # The log may lie on the disk whose end this is about.
+    # The log may be on the disk that is full.
     with contextlib.suppress(OSError):
         sys.stderr.write(story)
         sys.stderr.flush()
@@ -126,6 +130,8 @@ def report_failure(error: BaseException, rank: int, console: IO[str], trace: boo
     if trace:
         message = story.rstrip()
     code = known.exit_code if known else EXIT_UNEXPECTED
+
+    # llmtune's supervisor reads a report; without one, the user reads the console.
     folder = os.environ.get(FAILURE_DIR)
     if folder:
         FailureReport(

@@ -48,7 +48,7 @@ class RankWatchdog:
 
     @contextmanager
     def watch(self, timeout_seconds: float) -> Iterator[None]:
-        """In the block, end the process after so many seconds without a change.
+        """In the block, end the process after so many seconds without a change of its record.
 
         The limit is ten times as long while the rank starts or answers.
         """
@@ -69,6 +69,7 @@ class RankWatchdog:
                 self._end(timeout_seconds)
 
     def _end(self, timeout_seconds: float) -> None:
+        # The file system may be gone too: the process ends in any case.
         late = threading.Timer(_WRITE_SECONDS, os._exit, (EXIT_UNEXPECTED,))
         late.daemon = True
         late.start()

@@ -22,7 +22,7 @@ END_SECONDS = 5.0
 NOT_BEGUN = "stopped before training began; nothing is lost, the same command starts again"
 #: Message of a stop after the training.
 NOT_EXPORTED = (
-    "stopped during the export; the model is trained, and the same command goes on with the export"
+    "stopped during the export; the model is trained, and the same command continues the export"
 )
 
 
@@ -34,7 +34,7 @@ class StopRequests:
 
     @property
     def at_once(self) -> bool:
-        """Whether Ctrl-C was pressed twice.
+        """Tell whether Ctrl-C was pressed twice.
 
         Other pairs of signals do not count: Slurm sends SIGTERM after SIGUSR1, which must not
         interrupt a save.
@@ -152,6 +152,7 @@ def _watch(read: int) -> None:
         timeout = max(0.0, deadline - time.monotonic()) if received else None
         ready, _, _ = select.select([read], [], [], timeout)
         if ready:
+            # A signal starts the countdown; the second Ctrl-C ends it.
             number = signal.Signals(os.read(read, 1)[0])
             if not isinstance(signal.getsignal(number), Ending):
                 continue

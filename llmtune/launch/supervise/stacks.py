@@ -37,6 +37,8 @@ def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, wh
         if rank.exit_code() is None and stack_file(folder, rank.number).exists():
             rank.send(signal.SIGUSR2)
     time.sleep(_ANSWER_SECONDS)
+
+    # Collect the answers, each with the phase of its rank.
     parts, silent = [why], []
     for rank in ranks:
         record = PhaseRecord.read(folder, rank.number)

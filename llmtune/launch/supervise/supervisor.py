@@ -58,14 +58,14 @@ class WatchResult:
 
     @property
     def stopped(self) -> bool:
-        """Whether a rank ended because it was asked to."""
+        """Tell whether a rank ended because it was asked to."""
         return any(is_stop(code, bool(self.signals)) for code in self.codes)
 
 
 def is_stop(code: int | None, asked: bool) -> bool:
-    """Whether this is the exit code of a rank that stopped because it was asked to.
+    """Tell whether this is the exit code of a rank that stopped because it was asked to.
 
-    A rank that had no handler yet dies of the signal.
+    A rank without a handler yet is killed by the signal.
     """
     return code == EXIT_STOPPED or (asked and code in [-number for number in STOP_SIGNALS])
 

@@ -32,6 +32,7 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
     Raises:
         MissingPrerequisiteError: A file is missing, or is not a complete safetensors file.
     """
+    # Of quantized weights, the names of what they represent are compared.
     stored = read_entries(folder)
     quantized = quantization(folder) is not None
     entries = weight_entries(stored) if quantized else stored
@@ -78,7 +79,7 @@ def compare_weights(model: Any, folder: Path) -> WeightReport:
 
 
 def _targets(conversion: Conversion, state: dict[str, Any]) -> set[str]:
-    """Names of the tensors that a conversion of packed sources makes, without computing it."""
+    """Name the tensors that a conversion of packed sources makes, without computing it."""
     patterns = [re.compile(pattern) for pattern in conversion.converter.target_patterns]
     matches = [pattern.search(conversion.target) for pattern in patterns]
     begin = min((match.start() for match in matches if match), default=0)

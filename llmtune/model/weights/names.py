@@ -73,6 +73,7 @@ def match_names(model: Any, stored: Iterable[str]) -> Matching:
         rename_source_key,
     )
 
+    # The rules of transformers for this architecture: new names, and stacked tensors.
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]

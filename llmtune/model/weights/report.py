@@ -22,7 +22,7 @@ _WRAPPERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightReport:
-    """How a model's files match the model."""
+    """The differences between a model's files and the model."""
 
     missing: tuple[str, ...]
     """Parameters that no file holds."""

@@ -15,9 +15,9 @@ class Card:
     efficiency: float
     """Share of ``flops`` that a training step reaches, recomputation counted (HFU)."""
     link_bandwidth: float
-    """To its neighbors, in one direction, as collectives reach it: NVLink, or PCIe without it."""
+    """Rate to its neighbors, in one direction, as collectives reach it: NVLink, or else PCIe."""
     pcie_bandwidth: float
-    """To the host, in one direction, with all accelerators of a common board at once."""
+    """Rate to the host, in one direction, with all accelerators of a common board at once."""
     fp32_flops: float
     """Plain fp32: torch uses TF32 only where it is told to."""
     compute_capability: int
@@ -201,8 +201,9 @@ _SLICES = {"A30": 4}
 
 
 def find_card(name: str | None, memory_bytes: int | None = None) -> Card | None:
-    """The card whose name ``name`` begins with, maker aside (``NVIDIA A100-SXM4-80GB``); A100s are
-    told apart by memory.
+    """Find the card whose name ``name`` begins with, maker aside (``NVIDIA A100-SXM4-80GB``).
+
+    A100s are told apart by memory.
     """
     if not name:
         return None

@@ -159,7 +159,7 @@ def knows_exact_pins() -> bool:
 
 @functools.cache
 def _torch_version() -> str | None:
-    """Version of the installed torch, cached because it is read from the disk."""
+    """Return the version of the installed torch, cached because it is read from the disk."""
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -205,7 +205,7 @@ def near_cores(index: int) -> set[int]:
 
 
 def _handle(pynvml: Any, visible: str | None, index: int = 0) -> Any:
-    """NVML's handle of a GPU of this process.
+    """Return NVML's handle of a GPU of this process.
 
     NVML ignores ``CUDA_VISIBLE_DEVICES``, which holds indices or names of GPUs and their slices
     (``GPU-...``, ``MIG-...``).

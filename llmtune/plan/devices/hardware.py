@@ -61,7 +61,7 @@ class Hardware:
     nvme_read_bandwidth: float = NVME_READ_BANDWIDTH
     nvme_write_bandwidth: float = NVME_WRITE_BANDWIDTH
     fp32_flops: float = 0.0
-    """Operations per second in fp32 without TF32; 0 stands for half of ``flops``."""
+    """Operations per second in fp32 without TF32; 0 means half of ``flops``."""
     compute_capability: int = 0
     """NVIDIA's (see :class:`llmtune.plan.devices.gpus.Gpu`); 0 if it is not known."""
     notes: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ def resolve_nvme_folder(nvme_path: str) -> Path:
 
 
 def _named(config: HardwareConfig) -> Hardware:
-    """The hardware from the config alone."""
+    """Return the hardware from the config alone."""
     memory = parse_bytes(config.gpu_memory_bytes, "hardware.gpu_memory_bytes")
     card = find_card(config.gpu_name, memory) or UNKNOWN
     host_bytes = probe_host_memory_bytes()
@@ -162,6 +162,8 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
     gpus = visible_gpus()
     accelerator = _accelerator(config.accelerator, len(gpus))
     notes: list[str] = []
+
+    # Host memory, which is also that of a rank on the CPU.
     host_bytes = _within(
         config.host_memory_bytes, "host_memory_bytes", probe_host_memory_bytes(), planning, notes
     )
@@ -186,6 +188,8 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
             f"hardware.gpus_per_node={count}: this machine has {counted(present, 'GPU')}; take"
             " hardware=probe to use what is there"
         )
+
+    # The speeds of the card: the one that is named, if the job is only planned.
     first = gpus[0]
     check_kernels(first)
     device_bytes = _within(
@@ -201,6 +205,8 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
             f"hardware.gpu_name={config.gpu_name}: this machine has {first.name}, which is"
             " planned for"
         )
+
+    # Links between the cards.
     hardware = _with_card(card, name, count, device_bytes, host_bytes)
     hardware = replace(hardware, compute_capability=first.compute_capability, notes=tuple(notes))
     if count > 1 and not has_nvlink():
@@ -209,7 +215,7 @@ def _probed(config: HardwareConfig, planning: bool, ranks_on_node: int | None) -
 
 
 def _within(setting: Any, key: str, probed: int, planning: bool, notes: list[str]) -> int:
-    """Bytes of a memory: those that the config names, at most those that were probed."""
+    """Return the bytes of a memory: those of the config, at most those that were probed."""
     if setting is None:
         return probed
     named = parse_bytes(setting, f"hardware.{key}")
@@ -251,7 +257,7 @@ def _describe_unknown(name: str) -> str:
 
 
 def _stated(config: HardwareConfig) -> dict[str, Any]:
-    """The config's speeds and drives, by the fields of :class:`Hardware`."""
+    """Return the config's speeds and drives, by the fields of :class:`Hardware`."""
     sizes: dict[str, Any] = {
         "nvme_bytes": config.nvme_bytes,
         "link_bandwidth": config.gpu_link_bandwidth,
@@ -317,7 +323,7 @@ def probe_host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _memory_limits(root: Path) -> Iterator[Path]:
-    """Files with the limits of this process's control group and its parents, of both versions."""
+    """List the files with the limits of this process's control groups, of both versions."""
     mounted = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -337,7 +343,7 @@ def _memory_limits(root: Path) -> Iterator[Path]:
 
 
 def _cpu_flops(cores: int) -> float:
-    """Operations per second by the cores' instructions.
+    """Return the operations per second by the cores' instructions.
 
     They are not measured, so that two starts of a run plan the same.
     """

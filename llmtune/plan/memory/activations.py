@@ -16,13 +16,12 @@ from llmtune.config.schema import Precision
 from llmtune.plan.memory.fake_run import TRACED_LAYERS, TraceSettings, trace_layers
 from llmtune.plan.memory.model_shape import (
     ModelShape,
-    find_task,
     load_architecture,
     set_outputs,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.tensors.dtypes import configured_dtype
-from llmtune.task.task import Task
+from llmtune.task.task import Task, find_task
 from llmtune.tuner.tuner import TUNERS
 
 

@@ -43,8 +43,10 @@ class TraceSettings:
     zero3: bool
     """Under ZeRO 3 DeepSpeed's linear function keeps its input, even if the weight is frozen."""
     masked: bool = False
-    """Attention gets a mask, because documents share a row, or tokens attend to later ones: it
-    keeps the mask, and keys and values repeated per head."""
+    """Attention gets a mask, because documents share a row, or tokens attend to later ones.
+
+    It keeps the mask, and keys and values repeated per head.
+    """
     bidirectional: bool = False
     """Tokens attend to later ones, so that the mask tells where padding is."""
     accelerator: str = "cuda"
@@ -56,11 +58,11 @@ class Trace:
     """Bytes that a run of :data:`TRACED_LAYERS` layers allocated."""
 
     held: int
-    """At the end of the forward pass."""
+    """Bytes at the end of the forward pass."""
     layer: int
     """The share of one layer."""
     peak: int
-    """At the peak of forward and backward pass."""
+    """Bytes at the peak of forward and backward pass."""
 
 
 def trace_layers(

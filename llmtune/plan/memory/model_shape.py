@@ -25,7 +25,7 @@ from llmtune.plan.memory.tensor_shapes import (
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.plain_json import parse_json
-from llmtune.task.task import AUTO, TASKS, Task
+from llmtune.task.task import AUTO, Task, find_task
 from llmtune.tuner.adapted_layers import stacked_parameters
 from llmtune.tuner.tuner import TUNERS
 
@@ -45,11 +45,12 @@ class ModelShape:
     """0 for full fine-tuning."""
     tied: bool
     head_parameters: int
-    """Elements of the output projection, tied or not, or of the task's head; 0 if the model has
-    none."""
+    """Elements of the output projection, tied or not, or of the task's head; 0 without one."""
     matrix_parameters: int
-    """Weights that a token is multiplied with: matrices of active experts and other layers, and the
-    head unless it judges rows, without embeddings."""
+    """Weights that a token is multiplied with, without embeddings.
+
+    They are the matrices of active experts and other layers, and the head unless it judges rows.
+    """
     largest_tensor: int
     largest_adapter_tensor: int
     layer_parameters: int
@@ -79,8 +80,10 @@ class ModelShape:
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()
-    """Last parts of the names of linear layers that ``all-linear`` does not reach, such as routers;
-    see :mod:`llmtune.tuner.adapted_layers`."""
+    """Last parts of the names of linear layers that ``all-linear`` does not reach, such as routers.
+
+    See :mod:`llmtune.tuner.adapted_layers`.
+    """
     stacked_parameters: int = 0
     """Elements of experts that are stacked in one tensor, which takes no adapter."""
     kind: str = ""
@@ -96,7 +99,7 @@ class ModelShape:
 
     @property
     def quantized_parameters(self) -> int:
-        """Elements that are stored in 4 bits."""
+        """Return the number of elements that are stored in 4 bits."""
         return sum(tensor.numel for tensor in self.tensors if tensor.quantized)
 
 
@@ -110,6 +113,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    # Settings in ``model.config`` need neither file nor network; a folder's own may be corrected.
     corrected = {} if config.config or config.trust_remote_code else _corrected(config)
     if config.config or corrected:
         settings = dict(config.config or corrected)
@@ -123,6 +128,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
         if not corrected:
             check_spelling(settings, type(architecture))
         return architecture
+
+    # Else a GGUF file, a folder, or the hub.
     name = config.name_or_path
     if name == "random":
         raise ConfigError(
@@ -202,11 +209,6 @@ def build_meta_model(
     raise ConfigError(f"model.config: {reason}")
 
 
-def find_task(name: str) -> Task:
-    """Return the task of ``model.task``; ``auto`` without labels is language modeling."""
-    return TASKS.find("causal_lm" if name == AUTO else name)
-
-
 def set_outputs(architecture: PretrainedConfig, task: Task) -> None:
     """Give a head as many outputs as the configuration names, or as the task has by default.
 
@@ -276,6 +278,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
             f" parameters have names such as {tensors[-1].name}: correct the tuner's trains()"
         )
+
+    # Sizes, under the names that architectures give them.
     text: Any = architecture.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
     layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
@@ -323,6 +327,6 @@ def _relative_products(text: Any) -> list[str]:
 
 
 def _intermediate_size(text: Any) -> int:
-    """That of the widest layer, where they differ; 0 if none is named."""
+    """Return the intermediate size of the widest layer; 0 if none is named."""
     size = getattr(text, "intermediate_size", None) or 0
     return max(size) if isinstance(size, list | tuple) else int(size)

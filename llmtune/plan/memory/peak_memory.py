@@ -1,5 +1,6 @@
-"""Peak memory of a rank, by category, on the accelerator, the host and NVMe; and the size of a
-checkpoint on disk.
+"""Estimate the peak memory per rank by category, and the size of a checkpoint on disk.
+
+Memories are the accelerator's, the host's and NVMe.
 
 The accelerator's peak is the highest of three moments: the loss (all activations, logits), the
 backward pass of a layer (all activations, the layer's working set, gathered weights, gradients
@@ -12,13 +13,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmtune.config.schema import Precision
 from llmtune.plan.devices.gpus import pins_exactly
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.activations import ActivationBytes
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.rank_bytes import StateBytes, element_bytes
+from llmtune.plan.memory.rank_bytes import Arithmetic, StateBytes
 from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
 from llmtune.units import format_bytes
 
@@ -51,12 +51,12 @@ class DeviceBytes:
 
     @property
     def total(self) -> int:
-        """Sum of all fields."""
+        """Return the sum of all fields."""
         return sum(asdict(self).values())
 
     @property
     def persistent(self) -> int:
-        """Bytes that do not depend on the micro-batch."""
+        """Return the bytes that do not depend on the micro-batch."""
         return self.total - self.activations - self.logits - self.working_set
 
 
@@ -81,7 +81,7 @@ class HostBytes:
 
     @property
     def total(self) -> int:
-        """Sum of all fields."""
+        """Return the sum of all fields."""
         return sum(asdict(self).values())
 
 
@@ -118,15 +118,17 @@ def estimate_memory(
     placement: Placement,
     sizes: ZeroSizes,
     states: StateBytes,
-    precision: Precision,
+    arithmetic: Arithmetic,
     world_size: int,
     work: Workload,
 ) -> MemoryPlan:
     """Estimate the peak bytes of one rank."""
-    size = element_bytes(precision)
+    size = arithmetic.element_bytes
     at_loss, at_layer = gathered_bytes(shape, placement, sizes, size)
     unpacked = size * max((tensor.numel for tensor in shape.tensors if tensor.quantized), default=0)
     saved = work.activations.saved
+
+    # Loss, backward pass of a layer, and step: each field adds what exceeds the moment before.
     logits = max(work.activations.logits, work.eval_logits - saved)
     buffers = states.buckets.device + at_loss
     backward = work.activations.working + states.backward + at_layer + unpacked
@@ -150,14 +152,14 @@ def estimate_memory(
         host=_host_bytes(shape, placement, states, size, world_size, work.accelerator),
         nvme=total.nvme,
         nvme_written_per_step=states.nvme_written_per_step,
-        checkpoint=checkpoint_bytes(shape, size),
+        checkpoint=checkpoint_bytes(shape, arithmetic),
     )
 
 
 def gathered_bytes(
     shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int
 ) -> tuple[int, int]:
-    """Bytes of the weights that stage 3 has gathered at the loss, and inside a layer.
+    """Return the bytes of the weights that stage 3 has gathered at the loss, and inside a layer.
 
     At the loss these are the head and the last layer; inside a layer, that layer and what is
     prefetched.
@@ -169,11 +171,12 @@ def gathered_bytes(
     return at_loss, max(at_layer, size * shape.largest_tensor)
 
 
-def checkpoint_bytes(shape: ModelShape, size: int) -> int:
-    """Bytes of the model or adapter in the training dtype, of master weights and of moments."""
+def checkpoint_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
+    """Bytes of the model or adapter in the training dtype, of master weights and of states."""
     # An adapter's file holds the task's head too.
     model = shape.trainable_parameters if shape.adapter_parameters else shape.parameters
-    return size * model + 12 * shape.trainable_parameters
+    master_and_states = arithmetic.optimizer.master_and_state_bytes * shape.trainable_parameters
+    return arithmetic.element_bytes * model + master_and_states
 
 
 def _host_bytes(
@@ -219,7 +222,7 @@ def _host_bytes(
 def _loading_bytes(
     shape: ModelShape, placement: Placement, size: int, world_size: int, accelerator: str
 ) -> int:
-    """Host bytes of the weights while they are read."""
+    """Return the host bytes of the weights while they are read."""
     partitioned = placement.zero_stage == 3
     if accelerator == "cpu":
         # The weights are counted as the accelerator's; stages 1 and 2 hold them a second time while

@@ -23,7 +23,7 @@ class OffloadOption:
 
     @property
     def uses_nvme(self) -> bool:
-        """Whether anything is swapped to a disk."""
+        """Tell whether anything is swapped to a disk."""
         return "nvme" in (self.optimizer, self.param)
 
 
@@ -58,12 +58,12 @@ class Placement:
 
     @property
     def rung(self) -> str:
-        """The rung's name; a small optimizer on the host with weights on NVMe is ``nvme``."""
+        """Return the rung's name: ``nvme`` also with a small optimizer on the host."""
         return find_rung(self.optimizer, self.param)
 
     @property
     def uses_nvme(self) -> bool:
-        """Whether anything is swapped to a disk."""
+        """Tell whether anything is swapped to a disk."""
         return "nvme" in (self.optimizer, self.param)
 
     def describe(self) -> str:

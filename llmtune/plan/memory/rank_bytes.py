@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtune.config.schema import Precision
+from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
 from llmtune.plan.memory.model_shape import ModelShape
 
 #: NF4 with double quantization takes half a byte per element, one byte per block of 64 elements,
@@ -12,11 +13,18 @@ from llmtune.plan.memory.model_shape import ModelShape
 NF4_BYTES = 0.5
 NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 
-#: Bytes per trained element: master weights and the gradients of a step are fp32, and Adam has two
-#: moments.
-FP32_BYTES = 4
-MOMENTS_BYTES = 8
-MASTER_AND_MOMENTS_BYTES = FP32_BYTES + MOMENTS_BYTES
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """The training dtype and the optimizer, which no placement changes."""
+
+    precision: Precision
+    optimizer: Optimizer
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element of weights, activations and gradients."""
+        return element_bytes(self.precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class StateBytes:
     gradients: Split
     """Gradients from the backward pass to the step."""
     optimizer: Split
-    """Master weights and moments, and the fp32 gradient that an optimizer on the host keeps."""
+    """Master weights and states, and the fp32 gradient that an optimizer on the host keeps."""
     buckets: Split = Split()
     """Reduction buckets and the swapper's buffers."""
     backward: int = 0
@@ -54,21 +62,21 @@ class StateBytes:
 
     @property
     def total(self) -> Split:
-        """All that is held between two steps: the sum of the first five fields."""
+        """Return all that is held between two steps: the sum of the first five fields."""
         return self.weights + self.adapters + self.gradients + self.optimizer + self.buckets
 
 
 def element_bytes(precision: Precision) -> int:
-    """Bytes of one element of weights, activations and gradients."""
+    """Return the bytes of one element of weights, activations and gradients."""
     return 4 if precision is Precision.fp32 else 2
 
 
 def largest_trained_numel(shape: ModelShape) -> int:
-    """Elements of the largest trained tensor."""
+    """Return the elements of the largest trained tensor."""
     return max(tensor.numel for tensor in shape.tensors if tensor.trained)
 
 
 def fp32_gradient_bytes(numel: int, size: int) -> int:
-    """Bytes of a step's gradients: flattened in the training dtype, then converted to fp32."""
+    """Return the bytes of a step's gradients: flattened in the training dtype, then fp32."""
     flattened = size * numel if size < FP32_BYTES else 0
     return flattened + FP32_BYTES * numel

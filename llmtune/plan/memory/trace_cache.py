@@ -14,7 +14,7 @@ from llmtune.registry import hash_plugins
 from llmtune.storage.atomic import write_cache_file
 from llmtune.storage.hashing import sha256_bytes, sha256_files
 
-#: What the values depend on beside model and settings: libraries, and the files that compute them.
+#: Dependencies of the values beside model and settings: libraries, and the files that compute them.
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = (
     "activations.py",
@@ -49,7 +49,7 @@ def write_cached(folder: Path | None, kind: str, key: str, values: Any) -> None:
 
 
 def _file(folder: Path, kind: str, key: str) -> Path:
-    # A tuner of the user's own may train something else tomorrow.
+    # A plug-in's tuner may train something else tomorrow.
     digest = sha256_bytes(repr((_versions(), hash_plugins(), key)).encode())[:24]
     return folder / kind / f"{digest}.json"
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
-    FP32_BYTES,
-    MASTER_AND_MOMENTS_BYTES,
     NF4_BYTES,
     NF4_SCALE_BYTES,
+    Arithmetic,
     Split,
     StateBytes,
     fp32_gradient_bytes,
@@ -59,6 +59,7 @@ def partition_states(
     ``grad_partitions_flat_buffer``); ``__add_grad_to_ipg_bucket`` (one unpartitioned gradient).
     ``zero/parameter_offload.py: mark_persistent_parameters`` (small weights that stay gathered).
     """
+    # The sub-groups that are stepped one after the other, and this rank's elements of each.
     trained = [tensor for tensor in shape.tensors if tensor.trained]
     groups = parameter_groups(trained, placement, world_size)
     stepped = sub_groups(groups, world_size, sizes.sub_group)
@@ -86,7 +87,7 @@ def partition_states(
     )
 
 
-def stage_3_on_device(partitions: Partitions, size: int) -> StateBytes:
+def stage_3_on_device(partitions: Partitions, arithmetic: Arithmetic) -> StateBytes:
     """Stage 3 without offload of the optimizer.
 
     ``zero/stage3.py``: ``_create_fp32_partitions``, ``_prepare_fp32_grad_for_sub_group`` (one
@@ -96,26 +97,26 @@ def stage_3_on_device(partitions: Partitions, size: int) -> StateBytes:
         weights=partitions.weights,
         adapters=partitions.adapters,
         gradients=Split(partitions.gradients),
-        optimizer=Split(MASTER_AND_MOMENTS_BYTES * partitions.share),
+        optimizer=Split(arithmetic.optimizer.master_and_state_bytes * partitions.share),
         buckets=partitions.buckets,
         backward=partitions.backward,
-        step=fp32_gradient_bytes(max(partitions.sub_group_numels), size),
+        step=fp32_gradient_bytes(max(partitions.sub_group_numels), arithmetic.element_bytes),
     )
 
 
-def stage_3_on_host(partitions: Partitions) -> StateBytes:
+def stage_3_on_host(partitions: Partitions, optimizer: Optimizer) -> StateBytes:
     """Stage 3 with the optimizer on the host.
 
     ``zero/stage3.py``: ``_create_fp32_partitions``, ``initialize_optimizer_states`` (a pinned fp32
     gradient per sub-group).
     """
     fp32_gradients = tuple(FP32_BYTES * numel for numel in partitions.sub_group_numels)
-    master_and_moments = MASTER_AND_MOMENTS_BYTES * partitions.share
+    master_and_states = optimizer.master_and_state_bytes * partitions.share
     return StateBytes(
         weights=partitions.weights,
         adapters=partitions.adapters,
         gradients=Split(host=partitions.gradients),
-        optimizer=Split(host=master_and_moments + sum(fp32_gradients)),
+        optimizer=Split(host=master_and_states + sum(fp32_gradients)),
         buckets=partitions.buckets,
         backward=partitions.backward,
         pinned=fp32_gradients,
@@ -123,7 +124,11 @@ def stage_3_on_host(partitions: Partitions) -> StateBytes:
 
 
 def stage_3_on_nvme(
-    partitions: Partitions, shape: ModelShape, sizes: ZeroSizes, size: int, world_size: int
+    partitions: Partitions,
+    shape: ModelShape,
+    sizes: ZeroSizes,
+    arithmetic: Arithmetic,
+    world_size: int,
 ) -> StateBytes:
     """Stage 3 with the optimizer on NVMe; sub-groups below one block of the disk stay on the host.
 
@@ -132,19 +137,21 @@ def stage_3_on_nvme(
     ``is_swappable_tensor``, ``_swap_out_gradients``.
     """
     # Sub-groups on the disk and on the host.
+    master_and_state_bytes = arithmetic.optimizer.master_and_state_bytes
     on_disk = on_host = 0
     for numel in partitions.sub_group_numels:
         if FP32_BYTES * numel >= sizes.aio.block_size:
-            on_disk += MASTER_AND_MOMENTS_BYTES * _aligned(numel, sizes, FP32_BYTES)
+            on_disk += master_and_state_bytes * _aligned(numel, sizes, FP32_BYTES)
         else:
-            on_host += (MASTER_AND_MOMENTS_BYTES + FP32_BYTES) * numel
+            on_host += (master_and_state_bytes + FP32_BYTES) * numel
 
     # Gradients that are too small for the disk stay in memory until their sub-group has been
     # stepped. In fp32 they are the gradients of the flat buffer themselves.
     gradients_on_disk, small_gradients = _swapped_gradients(shape, sizes, world_size)
-    if size == FP32_BYTES:
+    if arithmetic.element_bytes == FP32_BYTES:
         small_gradients = 0
 
+    # The swapper's buffers hold the largest sub-group.
     largest = _aligned(max(partitions.sub_group_numels), sizes, FP32_BYTES)
     swap_buffers = sizes.optimizer_buffers * FP32_BYTES * largest
     written = on_disk + gradients_on_disk + partitions.weights.nvme + partitions.adapters.nvme

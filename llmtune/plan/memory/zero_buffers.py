@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.tensor_shapes import TensorShape
@@ -21,8 +22,6 @@ SWAP_ALIGNMENT_BYTES = 1024
 #: A gradient is read back into the middle of a buffer by O_DIRECT, which needs this alignment; else
 #: DeepSpeed silently trains on wrong gradients.
 SECTOR_BYTES = 512
-#: Buffers of the optimizer's swapper: weights, two moments, gradient.
-OPTIMIZER_SWAP_BUFFERS = 4
 #: Weights in flight between NVMe and the accelerator.
 PARAM_SWAP_BUFFERS = 6
 
@@ -37,7 +36,7 @@ class AioSizes:
 
     @property
     def alignment_bytes(self) -> int:
-        """The multiple to which lengths of swapped tensors are padded."""
+        """Return the multiple to which lengths of swapped tensors are padded."""
         return SWAP_ALIGNMENT_BYTES * self.intra_op_parallelism
 
 
@@ -57,7 +56,8 @@ class ZeroSizes:
     max_in_cpu: int
     """Trained weights that stay on the host although weights are on NVMe."""
     aio: AioSizes
-    optimizer_buffers: int = OPTIMIZER_SWAP_BUFFERS
+    optimizer_buffers: int
+    """Swap buffers of a sub-group for weights, states and gradient on NVMe."""
     param_buffers: int = PARAM_SWAP_BUFFERS
 
 
@@ -67,7 +67,7 @@ def partition_numel(numel: int, world_size: int) -> int:
 
 
 def resolve_zero_sizes(
-    shape: ModelShape, placement: Placement, world_size: int, accelerator: str
+    shape: ModelShape, placement: Placement, optimizer: Optimizer, world_size: int, accelerator: str
 ) -> ZeroSizes:
     """Derive the sizes for a model.
 
@@ -79,8 +79,8 @@ def resolve_zero_sizes(
     lengths = aio.alignment_bytes // 2
     sub_group = 100_000_000
     if placement.optimizer == "nvme":
-        # Four buffers of the largest sub-group are held on the host; smaller groups than a quarter
-        # of the largest tensor would not make them smaller.
+        # Three or four buffers of the largest sub-group are held on the host; smaller groups than a
+        # quarter of the largest tensor would not make them smaller.
         sub_group = min(sub_group, max(largest // 4, MIN_SWAP_BYTES))
     if placement.param == "nvme":
         # A layer kept for reuse would occupy a swap buffer, and DeepSpeed's prefetch runs out of
@@ -93,7 +93,7 @@ def resolve_zero_sizes(
     trained = partition_numel(shape.trainable_parameters, world_size)
     return ZeroSizes(
         reduce_bucket=_reduce_bucket(shape, placement),
-        allgather_bucket=min(shape.trainable_parameters, 500_000_000),
+        allgather_bucket=_to_even(min(shape.trainable_parameters, 500_000_000)),
         sub_group=sub_group,
         max_live=2 * shape.layer_parameters + shape.largest_tensor,
         max_reuse_distance=max_reuse_distance,
@@ -103,7 +103,17 @@ def resolve_zero_sizes(
         param_buffer=-(-largest // lengths) * lengths,
         max_in_cpu=trained + shape.adapter_parameters if shape.adapter_parameters else 0,
         aio=aio,
+        optimizer_buffers=optimizer.swap_buffers,
     )
+
+
+def _to_even(numel: int) -> int:
+    """Round up to an even number.
+
+    DeepSpeed takes no odd allgather bucket (``stage_1_and_2.py``: ``nccl_start_alignment_factor``),
+    and a head of three classes makes an odd model.
+    """
+    return numel + numel % 2
 
 
 def _reduce_bucket(shape: ModelShape, placement: Placement) -> int:
@@ -118,7 +128,7 @@ def parameter_groups(
     """Return the optimizer's parameter groups: matrices, then vectors, which have no weight decay.
 
     With the optimizer on NVMe the groups also keep gradients right. A matrix whose slice is not a
-    whole number of sectors has a group of its own, where its offset is 0, and vectors, which shift
+    whole number of sectors has its own group, where its offset is 0, and vectors, which shift
     offsets, are apart.
     """
     matrices = [tensor for tensor in tensors if tensor.trained and not tensor.vector]

@@ -1,5 +1,6 @@
-"""Bytes of ZeRO's states on one rank: weights, gradients, master weights, moments and buffers, by
-the device that holds them.
+"""Bytes of ZeRO's states on one rank, by the device that holds them.
+
+They are weights, gradients, master weights, the optimizer's states and buffers.
 
 There is one function per stage and placement of the optimizer (stage 3 in
 :mod:`llmtune.plan.memory.zero3_states`). Each names the functions of DeepSpeed 0.19.8 that allocate
@@ -9,18 +10,15 @@ compares the result with the tensors of a live engine and with its swap folder.
 
 from __future__ import annotations
 
-from llmtune.config.schema import Precision
+from llmtune.optimizer.optimizer import FP32_BYTES
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
-    FP32_BYTES,
-    MASTER_AND_MOMENTS_BYTES,
-    MOMENTS_BYTES,
     NF4_BYTES,
     NF4_SCALE_BYTES,
+    Arithmetic,
     Split,
     StateBytes,
-    element_bytes,
     fp32_gradient_bytes,
     largest_trained_numel,
 )
@@ -37,37 +35,39 @@ def state_bytes(
     shape: ModelShape,
     placement: Placement,
     sizes: ZeroSizes,
-    precision: Precision,
+    arithmetic: Arithmetic,
     world_size: int,
     accumulation_steps: int = 1,
 ) -> StateBytes:
     """Count the bytes that one rank allocates for the model's states."""
-    size = element_bytes(precision)
+    size = arithmetic.element_bytes
     if placement.zero_stage == 0:
-        return _without_zero(shape, size)
+        return _without_zero(shape, arithmetic)
     if placement.zero_stage < 3:
         if placement.optimizer == "none":
-            return _stages_1_and_2_on_device(shape, sizes, size, world_size)
+            return _stages_1_and_2_on_device(shape, sizes, arithmetic, world_size)
         accumulates_on_host = placement.zero_stage == 2 and accumulation_steps > 1
-        return _stages_1_and_2_on_host(shape, sizes, size, world_size, accumulates_on_host)
+        return _stages_1_and_2_on_host(shape, sizes, arithmetic, world_size, accumulates_on_host)
     partitions = partition_states(shape, placement, sizes, size, world_size)
     if placement.optimizer == "none":
-        return stage_3_on_device(partitions, size)
+        return stage_3_on_device(partitions, arithmetic)
     if placement.optimizer == "cpu":
-        return stage_3_on_host(partitions)
-    return stage_3_on_nvme(partitions, shape, sizes, size, world_size)
+        return stage_3_on_host(partitions, arithmetic.optimizer)
+    return stage_3_on_nvme(partitions, shape, sizes, arithmetic, world_size)
 
 
-def _without_zero(shape: ModelShape, size: int) -> StateBytes:
+def _without_zero(shape: ModelShape, arithmetic: Arithmetic) -> StateBytes:
     """Stage 0: every rank has everything.
 
     fp32 is trained by torch's optimizer alone. In 16 bits ``fp16/unfused_optimizer.py:
     FP16_UnfusedOptimizer.__init__`` makes master weights, and its ``step`` fp32 gradients.
     """
-    trained = shape.trainable_parameters
+    trained, size = shape.trainable_parameters, arithmetic.element_bytes
     has_master_weights = size < FP32_BYTES
     weights, adapters = _unpartitioned_weights(shape, size)
-    optimizer_bytes = MASTER_AND_MOMENTS_BYTES if has_master_weights else MOMENTS_BYTES
+    optimizer_bytes = arithmetic.optimizer.state_bytes
+    if has_master_weights:
+        optimizer_bytes = arithmetic.optimizer.master_and_state_bytes
     return StateBytes(
         weights=weights,
         adapters=adapters,
@@ -78,27 +78,31 @@ def _without_zero(shape: ModelShape, size: int) -> StateBytes:
 
 
 def _stages_1_and_2_on_device(
-    shape: ModelShape, sizes: ZeroSizes, size: int, world_size: int
+    shape: ModelShape, sizes: ZeroSizes, arithmetic: Arithmetic, world_size: int
 ) -> StateBytes:
     """Stages 1 and 2 without offload.
 
     ``zero/stage_1_and_2.py``: ``__init__`` (``single_partition_of_fp32_groups``),
     ``copy_grads_in_partition`` (gradients), ``step`` (flattened and fp32 gradients).
     """
-    share = partition_numel(shape.trainable_parameters, world_size)
+    share, size = partition_numel(shape.trainable_parameters, world_size), arithmetic.element_bytes
     weights, adapters = _unpartitioned_weights(shape, size)
     return StateBytes(
         weights=weights,
         adapters=adapters,
         gradients=Split(size * share),
-        optimizer=Split(MASTER_AND_MOMENTS_BYTES * share),
+        optimizer=Split(arithmetic.optimizer.master_and_state_bytes * share),
         backward=_reduction_bytes(shape, sizes, size),
         step=fp32_gradient_bytes(share, size),
     )
 
 
 def _stages_1_and_2_on_host(
-    shape: ModelShape, sizes: ZeroSizes, size: int, world_size: int, accumulates_on_host: bool
+    shape: ModelShape,
+    sizes: ZeroSizes,
+    arithmetic: Arithmetic,
+    world_size: int,
+    accumulates_on_host: bool,
 ) -> StateBytes:
     """Stages 1 and 2 with the optimizer on the host.
 
@@ -108,13 +112,14 @@ def _stages_1_and_2_on_host(
     ``async_accumulate_grad_in_cpu_via_gpu`` (``accumulated_grads_in_cpu``, in stage 2 only: stage 1
     accumulates in ``param.grad`` on the device, and reduces at the end).
     """
-    share = partition_numel(shape.trainable_parameters, world_size)
+    share, size = partition_numel(shape.trainable_parameters, world_size), arithmetic.element_bytes
     weights, adapters = _unpartitioned_weights(shape, size)
     fp32_gradient = FP32_BYTES * share
     copy_of_weights = size * share
     # One gradient in transfer, on either side.
     transfer = size * largest_trained_numel(shape)
-    on_host = MASTER_AND_MOMENTS_BYTES * share + fp32_gradient + copy_of_weights + transfer
+    master_and_states = arithmetic.optimizer.master_and_state_bytes * share
+    on_host = master_and_states + fp32_gradient + copy_of_weights + transfer
     return StateBytes(
         weights=weights,
         adapters=adapters,

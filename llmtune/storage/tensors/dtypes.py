@@ -1,4 +1,4 @@
-"""Types of numbers: what safetensors, torch and the configuration call them, and their bytes.
+"""Types of numbers: their names in safetensors, torch and the configuration, and their bytes.
 
 torch is imported where a dtype is asked for: planning and reading data do without it.
 """
@@ -18,11 +18,11 @@ class NumberType:
 
     torch_name: str
     nbytes: int
-    """Of one number."""
+    """Bytes of one number."""
 
     @property
     def is_floating(self) -> bool:
-        """Whether it can hold NaN or infinity."""
+        """Tell whether it can hold NaN or infinity."""
         return "float" in self.torch_name
 
 

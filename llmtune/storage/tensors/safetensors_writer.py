@@ -36,7 +36,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size of its data in bytes."""
+        """Return the size of its data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -76,7 +76,7 @@ class TensorFile:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """Size and hash of what was written, as a manifest lists them."""
+        """Return size and hash of what was written, as a manifest lists them."""
         return self._hash.entry
 
     def _append(self, data: bytes | memoryview) -> None:

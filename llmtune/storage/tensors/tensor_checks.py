@@ -1,4 +1,4 @@
-"""Check what hashes cannot tell: that tensors are finite, and that an adapter was trained."""
+"""Check what hashes cannot show: that tensors are finite, and that an adapter was trained."""
 
 from __future__ import annotations
 

@@ -43,23 +43,9 @@ class CausalLanguageModel(Task):
 
     def make_targets(self, rows: Sequence[Any], length: int, labels: Labels) -> Targets:
         """Predict the trained tokens from the positions before them."""
-        import torch
+        from llmtune.task.targets import next_token_targets
 
-        from llmtune.task.targets import Targets
-
-        positions, tokens = [], []
-        for index, row in enumerate(rows):
-            if row is not None:
-                columns = torch.from_numpy(row.mask[1:]).nonzero().flatten()
-                positions.append(columns + index * length)
-                tokens.append(torch.from_numpy(row.ids[1:])[columns])
-        joined = torch.cat(positions) if positions else torch.zeros(0, dtype=torch.long)
-        return Targets(
-            positions=joined,
-            values=torch.cat(tokens).long() if tokens else joined,
-            weight=len(joined),
-            row_length=length,
-        )
+        return next_token_targets(rows, length)
 
     def sum_losses(self, logits: torch.Tensor, targets: Targets, labels: Labels) -> torch.Tensor:
         """Return the summed cross entropy of the tokens."""
@@ -73,7 +59,7 @@ class CausalLanguageModel(Task):
 
         chosen = pick(logits, targets).argmax(-1)
         return {
-            "right": (chosen == targets.values).sum().reshape(1),
+            "correct": (chosen == targets.values).sum().reshape(1),
             "tokens": chosen.new_tensor([len(targets)]),
         }
 
@@ -81,12 +67,11 @@ class CausalLanguageModel(Task):
         self, loss: float, observed: dict[str, torch.Tensor], labels: Labels
     ) -> dict[str, float]:
         """Compute perplexity and token accuracy."""
-        import math
+        from llmtune.metrics.language import language_metrics
 
-        # Perplexity overflows where a model has diverged.
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        right, tokens = int(observed["right"].sum()), int(observed["tokens"].sum())
-        return {"eval_perplexity": perplexity, "eval_token_accuracy": right / max(tokens, 1)}
+        correct, tokens = int(observed["correct"].sum()), int(observed["tokens"].sum())
+        values = language_metrics(loss * tokens, correct, tokens)
+        return {key: value for key, value in values.items() if key != "eval_loss"}
 
 
 TASKS.register(CausalLanguageModel())

@@ -63,5 +63,13 @@ class Regression(Task):
 
         return {"logits": pick(logits, targets), "values": targets.values}
 
+    def metrics(
+        self, loss: float, observed: dict[str, torch.Tensor], labels: Labels
+    ) -> dict[str, float]:
+        """Compute the mean squared error and the correlations."""
+        from llmtune.metrics.regression import regression_metrics
+
+        return regression_metrics(observed["logits"], observed["values"])
+
 
 TASKS.register(Regression())

@@ -11,6 +11,7 @@ from llmtune.task.task import TASKS, Task
 if TYPE_CHECKING:
     import torch
 
+    from llmtune.metrics.confusion import ConfusionTable
     from llmtune.task.targets import Targets
 
 
@@ -76,6 +77,25 @@ class SequenceClassification(Task):
         from llmtune.task.losses import pick
 
         return {"logits": pick(logits, targets), "values": targets.values}
+
+    def metrics(
+        self, loss: float, observed: dict[str, torch.Tensor], labels: Labels
+    ) -> dict[str, float]:
+        """Compute accuracy, F1, precision, recall and more, of one class per row or of several."""
+        from llmtune.metrics.classification import classification_metrics
+        from llmtune.metrics.multilabel import multilabel_metrics
+
+        if labels.kind is LabelKind.names:
+            return multilabel_metrics(observed["logits"], observed["values"])
+        return classification_metrics(observed["logits"], observed["values"])
+
+    def count(self, observed: dict[str, torch.Tensor], labels: Labels) -> ConfusionTable:
+        """Count which classes were taken for which; of several, each by itself."""
+        from llmtune.metrics.confusion import ConfusionTable
+
+        several = labels.kind is LabelKind.names
+        make = ConfusionTable.of_labels if several else ConfusionTable.of_classes
+        return make(observed["logits"], observed["values"], labels.names)
 
 
 TASKS.register(SequenceClassification())

@@ -11,6 +11,7 @@ from llmtune.task.task import TASKS, Task
 if TYPE_CHECKING:
     import torch
 
+    from llmtune.metrics.confusion import ConfusionTable
     from llmtune.task.targets import Targets
 
 
@@ -37,19 +38,20 @@ class TokenClassification(Task):
 
     def make_targets(self, rows: Sequence[Any], length: int, labels: Labels) -> Targets:
         """Judge the logits at the first token of every word."""
+        import numpy as np
         import torch
 
         from llmtune.task.targets import Targets
 
-        positions: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long)]
+        positions = [np.zeros(0, dtype=np.int64)]
         tags: list[int] = []
         for index, row in enumerate(rows):
             if row is not None:
-                positions.append(torch.from_numpy(row.mask).nonzero().flatten() + index * length)
+                positions.append(np.flatnonzero(row.mask) + index * length)
                 tags += labels.encode(row.label)  # type: ignore[arg-type]
         weights = [labels.weights[tag] for tag in tags] if labels.weights else [1.0] * len(tags)
         return Targets(
-            positions=torch.cat(positions),
+            positions=torch.from_numpy(np.concatenate(positions)),
             values=torch.tensor(tags, dtype=torch.long),
             weight=float(sum(weights)),
             row_length=length,
@@ -74,6 +76,32 @@ class TokenClassification(Task):
             "values": targets.values,
             "words": words,
         }
+
+    def metrics(
+        self, loss: float, observed: dict[str, torch.Tensor], labels: Labels
+    ) -> dict[str, float]:
+        """Compute the scores of the entities, and the accuracy of the tags."""
+        from llmtune.metrics.entities import entity_metrics
+
+        return entity_metrics(*_name_tags(observed, labels))
+
+    def count(self, observed: dict[str, torch.Tensor], labels: Labels) -> ConfusionTable:
+        """Count the entities of each type."""
+        from llmtune.metrics.confusion import ConfusionTable
+
+        return ConfusionTable.of_tags(*_name_tags(observed, labels))
+
+
+def _name_tags(
+    observed: dict[str, torch.Tensor], labels: Labels
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Name the tags of the words of every row: those that the model gave, and the row's own."""
+    words = observed["words"].tolist()
+    named = []
+    for key in ("predicted", "values"):
+        rows = observed[key].split(words)
+        named.append([[labels.names[tag] for tag in row.tolist()] for row in rows])
+    return named[0], named[1]
 
 
 TASKS.register(TokenClassification())

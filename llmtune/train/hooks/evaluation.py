@@ -1,34 +1,43 @@
-"""Held-out loss during training."""
+"""Evaluation of the held-out rows during training."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import iterate_eval
 from llmtune.data.store.token_store import Rows
+from llmtune.engine.distributed import gather_rows
 from llmtune.engine.train_module import TrainModule
+from llmtune.storage.atomic import write_atomically
+from llmtune.storage.layout import CONFUSION_TABLE
+from llmtune.task.labels import Labels
+from llmtune.task.task import Task
 from llmtune.track.tracker import Record
 from llmtune.train.training_state import TrainingState
 
+if TYPE_CHECKING:
+    from llmtune.metrics.confusion import ConfusionTable
 
-class HeldOutLoss:
-    """The mean loss over the trained tokens of the eval rows; each rank computes its share."""
 
-    def __init__(
-        self,
-        module: TrainModule,
-        rows: Rows | None,
-        batch_size: int,
-        collator: Collator,
-        max_rows: int | None,
-    ):
-        self.module = module
-        self.rows = rows
-        self.batch_size = batch_size
-        self.collator = collator
-        self.max_rows = max_rows
+@dataclass(slots=True, kw_only=True)
+class Evaluator:
+    """Takes the loss and the metrics of the held-out rows; each rank computes its share."""
+
+    module: TrainModule
+    rows: Rows | None
+    batch_size: int
+    collator: Collator
+    max_rows: int | None
+    """Rows per evaluation; None for all."""
+    task: Task
+    labels: Labels
+    run: Path
+    table: ConfusionTable | None = None
+    """Table of the newest evaluation; None for a task without classes."""
 
     def evaluate(self, progress: TrainingState, interrupted: Callable[[], bool]) -> Record | None:
         """Return an evaluation record; None if there are no eval rows, or if it was interrupted."""
@@ -38,13 +47,15 @@ class HeldOutLoss:
         batches = iterate_eval(
             self.rows, self.batch_size, rank.rank, rank.world_size, self.collator, self.max_rows
         )
-        result = self.module.evaluate(batches, interrupted)
+        result = self.module.evaluate(batches, self.task.observe, interrupted)
         if result is None:
             return None
-        loss, _ = result
-        return {"step": progress.step, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+        observed = {name: gather_rows(rows, rank) for name, rows in result.observed.items()}
+        self.table = self.task.count(observed, self.labels)
+        metrics = self.task.metrics(result.loss, observed, self.labels)
+        return {"step": progress.step, "eval_loss": result.loss, **metrics}
 
-
-def perplexity(loss: float) -> float:
-    """Return ``exp(loss)``, or infinity where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    def write_table(self) -> None:
+        """Write which classes were taken for which by the newest evaluation."""
+        if self.table is not None and self.module.rank.is_first:
+            write_atomically(self.run / CONFUSION_TABLE, self.table.to_json())

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from llmtune.engine.train_module import TrainModule
 
-#: Tokens of the two documents of the small model. The first is longer than any window that is left,
-#: and ends beyond the positions (256) up to which bf16, in which some models hold them, counts
-#: every one.
+#: Tokens of the two documents of the small model. The first is longer than any window of the small
+#: model, and ends beyond the positions (256) up to which bf16, in which some models hold them,
+#: counts every one.
 SMALL_LENGTHS = (300, 40)
 #: Tokens of the two documents of the trained model.
 LENGTHS = (40, 24)
@@ -60,7 +60,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
-    """How much the documents of a row influence each other."""
+    """The influence of the documents of a row on each other."""
 
     largest: float
     """Largest difference of a logit, in units of the logits' spread."""
@@ -82,6 +82,7 @@ def measure_mixing(
             length, vocabulary) for a flattened batch.
         collator: Packs as in training.
     """
+    # Both orders in one batch: each document comes first once, and once behind the other.
     one, other = documents
     batch = collator.pack([_join(one, other), _join(other, one)])
     logits = forward(batch).float()
@@ -117,7 +118,7 @@ def _join(one: Row, other: Row) -> Row:
 
 
 def _as_row(ids: NDArray[np.int32], documents: tuple[int, ...]) -> Row:
-    return Row(ids, np.ones(len(ids), bool), documents)
+    return Row(ids=ids, mask=np.ones(len(ids), bool), documents=documents)
 
 
 def draw_documents(lengths: tuple[int, int], vocabulary: int) -> tuple[Row, Row]:
@@ -136,10 +137,11 @@ def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing
     """
     from transformers import AutoModelForCausalLM
 
-    collator = Collator(0)
+    collator = Collator(pad_token_id=0)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(torch_seed(0, Draw.packing_probe))
         try:
+            # A small model with random weights, the same in every run.
             small = shrink(architecture)
             settings = {
                 "attn_implementation": kernel if kernel == "sdpa" else "eager",
@@ -147,6 +149,8 @@ def find_leak(architecture: Any, kernel: str, trust_remote_code: bool) -> Mixing
             }
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, **settings).eval()
             answer_on_host(model)
+
+            # Two documents that fit into its positions.
             positions = named_positions(small) or sum(SMALL_LENGTHS)
             lengths = (
                 max(2, min(SMALL_LENGTHS[0], positions - SMALL_LENGTHS[1])),
@@ -237,6 +241,8 @@ def check_module(
             NaN.
     """
     mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
+
+    # Sums over ranks, so that all of them raise the same error.
     flags = [float(index in mixing.nan_alone) for index in (0, 1)]
     flags += [float(index in mixing.nan_behind) for index in (0, 1)]
     size, *counts = all_reduce_sum([mixing.mean_square, *flags], module.rank)

@@ -13,7 +13,7 @@ class FullTuner(Tuner):
     name = "full"
     title = "full fine-tuning"
     trains_all = True
-    #: As in the field's recipes.
+    #: As in published recipes.
     learning_rates: ClassVar = [(1e9, 5e-5), (float("inf"), 1e-5)]
 
 

@@ -97,6 +97,8 @@ def open_base_part(source: ZeroSource) -> RenamedSource:
     for name in source.specs:
         if not _PART.search(name) and name not in source.shared:
             names[_WRAPPERS.sub("", name.removeprefix(_PREFIX))] = name
+
+    # Frozen weights may be left out, or quantized: an adapter is not merged onto either.
     weights = [
         name
         for name, own in names.items()

@@ -241,7 +241,7 @@ class _Unpickler(pickle.Unpickler):
             return _KNOWN[module, name]
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
-        # Not getattr, which makes torch import modules of its own.
+        # Not getattr, which makes torch import further modules.
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         path = f"{module}.{name}"
@@ -265,6 +265,8 @@ def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any)
         or min((tensor.offset, *tensor.shape, *tensor.stride)) < 0
     ):
         raise ValueError(f"a tensor of shape {tensor.shape} with strides {tensor.stride}")
+
+    # The file chooses offsets and strides: all elements must be within the storage.
     last = tensor.offset + sum(
         (size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True)
     )

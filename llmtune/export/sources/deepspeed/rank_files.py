@@ -130,6 +130,7 @@ def read_model_states(file: Path) -> Mapping[str, Any]:
 
 def _find_optimizer_files(folder: Path) -> list[Path]:
     """Return one file per rank, in the order of the ranks."""
+    # Other kinds of parallelism are known by the names of their files.
     names = sorted(file.name for file in folder.iterdir())
     for pattern, kind in _UNSUPPORTED:
         other = next((name for name in names if pattern.fullmatch(name)), None)
@@ -138,6 +139,9 @@ def _find_optimizer_files(folder: Path) -> list[Path]:
                 f"{folder} was written with {kind} ({other}), which cannot be read; "
                 "convert it with DeepSpeed's ds_to_universal"
             )
+
+    # One file per rank; ``get_optim_files`` of ``deepspeed/utils/zero_to_fp32.py`` has this
+    # pattern.
     ranks: dict[int, Path] = {}
     for file in sorted(folder.glob(_ANY_OPTIMIZER_FILE)):
         match = _OPTIMIZER_FILE.fullmatch(file.name)
@@ -154,6 +158,8 @@ def _find_optimizer_files(folder: Path) -> list[Path]:
             f"{folder} holds no *_optim_states.pt: a checkpoint of ZeRO stage 0, or only a part of"
             " one; for stage 0 convert mp_rank_00_model_states.pt"
         )
+
+    # A rank in the middle may be missing.
     last = min(max(ranks), len(ranks) + _MOST_MISSING_RANKS)
     missing = [str(rank) for rank in range(last) if rank not in ranks]
     if missing:
@@ -167,6 +173,7 @@ def _check_same_run(
     folder: Path, files: list[Path], states: list[Mapping[str, Any]], key: str
 ) -> None:
     """Check that all files are from as many ranks as there are files, of one stage and model."""
+    # All files tell the same number of ranks, and there are as many files.
     counts = [_count_ranks(state) for state in states]
     for file, count in zip(files, counts, strict=True):
         if count != counts[0]:
@@ -181,6 +188,8 @@ def _check_same_run(
         if missing:
             problem = f"*_optim_states.pt of rank {some(missing)} is missing"
         raise ExportError(f"{folder} was written by {counts[0]} ranks, and {problem}; {COPY_AGAIN}")
+
+    # They are of one ZeRO stage, with the same groups, and without experts.
     for file, state in zip(files, states, strict=True):
         if key not in state or len(state[key]) != len(states[0][key]):
             raise ExportError(

@@ -68,6 +68,9 @@ def _trained_in_stage_1_or_2(
                 f"{states.folder}: group {index} has {len(shapes)} parameters and {len(paddings)}"
                 " paddings"
             )
+
+        # One parameter behind the other, over the borders of ranks
+        # (``_zero2_merge_trainable_params``).
         offset = 0
         for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
             numel = math.prod(shape)
@@ -105,6 +108,8 @@ def _trained_in_stage_3(states: RankStates, shapes: Shapes) -> Iterator[tuple[st
     offset = 0
     for name, shape in shapes.items():
         last = offset + shares[name]
+
+        # The same range of every rank (``_zero3_merge_trainable_params``).
         values: list[torch.Tensor] = []
         for groups in parts:
             values += _cut(groups, offset, last)
@@ -125,6 +130,8 @@ def frozen_parameters(states: RankStates) -> Iterator[tuple[str, PiecedTensor]]:
     shapes = states.model.get("frozen_param_shapes") or {}
     if not shapes:
         return
+
+    # Stages 1 and 2 store them whole, stage 3 a fragment per rank (``_zero3_merge_frozen_params``).
     fragments = [states.model.get("frozen_param_fragments") or {}]
     if states.stage == 3:
         for rank in range(1, len(states.flats)):

@@ -43,6 +43,8 @@ def read_settings(folder: Path) -> tuple[Any, str]:
             f"export=gguf cannot write {name}; it can write {', '.join(ARCHITECTURES)}. "
             "For others, export=safetensors and llama.cpp's own convert_hf_to_gguf.py"
         )
+
+    # What llama.cpp would compute otherwise than transformers.
     if settings.hidden_act not in ("silu", "swish"):
         raise ExportError(
             f"export=gguf: hidden_act={settings.hidden_act!r}; llama.cpp computes {name} with silu"
@@ -82,6 +84,8 @@ def add_settings(writer: GGUFWriter, settings: Any, gguf_type: GgufType) -> None
     writer.add_rope_freq_base(rope["rope_theta"])
     file_type = "ALL_F32" if gguf_type is GgufType.f32 else f"MOSTLY_{gguf_type.name.upper()}"
     writer.add_file_type(LlamaFileType[file_type])
+
+    # Scaled positions; Llama 3.1's are a tensor, see ``rope_factors``.
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -117,6 +121,6 @@ def rope_factors(settings: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _head_size(settings: Any) -> int:
-    """Some of these architectures leave ``head_dim`` out of their configuration."""
+    """Return the head size; some of these architectures leave ``head_dim`` out."""
     own = getattr(settings, "head_dim", None)
     return int(own or settings.hidden_size // settings.num_attention_heads)

@@ -85,6 +85,8 @@ def plan_tensors(
 
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(arch, settings.num_hidden_layers)
+
+    # Name, type and order of rows of each tensor, by llama.cpp's own table.
     tied = bool(settings.tie_word_embeddings)
     tensors: list[GgufTensor] = []
     unknown: list[str] = []
@@ -106,6 +108,8 @@ def plan_tensors(
             f"export=gguf: llama.cpp's {architecture} has no place for {some(unknown)}"
         )
     _check_complete({tensor.name for tensor in tensors}, settings, architecture)
+
+    # Rows that no quantized block divides.
     indivisible = [
         tensor.name
         for tensor in tensors

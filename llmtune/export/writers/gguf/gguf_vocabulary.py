@@ -335,6 +335,8 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[TokenType]) ->
             f"export=gguf: the tokenizer has {byte_tokens} of the 256 byte tokens <0x00> to <0xFF>,"
             " which llama.cpp needs for unknown characters"
         )
+
+    # The score of a token follows from the rank of the merge that makes it.
     ranks: dict[str, int] = {}
     merges = {
         tuple(pair.split(" ") if isinstance(pair, str) else pair)

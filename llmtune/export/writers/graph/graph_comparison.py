@@ -96,6 +96,8 @@ def compare_graph(run: Run, batches: Iterable[ProbeBatch], name: str) -> float:
                 f"{name} gives {tuple(output.shape)} for {rows} rows of {length} tokens,"
                 f" transformers gives {tuple(batch.expected.shape)}; nothing was written"
             )
+
+        # Outputs per token count only where there is no padding.
         difference = (output - batch.expected).abs()
         if difference.ndim == 3:
             difference = difference[batch.inputs[1].bool()]

@@ -177,6 +177,7 @@ def load_graph_model(folder: Path, loader: str, architecture: str) -> GraphModel
             f" {some(missing)}; nothing was written"
         )
 
+    # The inputs that this architecture takes, and its one output.
     accepted = inspect.signature(model.forward).parameters
     type_count = getattr(model.config, "type_vocab_size", 0) or 0
     takes_types = "token_type_ids" in accepted and type_count > 1

@@ -1,5 +1,5 @@
-"""The port of a process group is held until its ranks have ended, and their shared memory has no
-name for long.
+"""What ranks find in their environment: a port that is held until they have ended, shared memory
+whose name is soon gone, and their share of the cores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.launch.launchers.environment import hold_port, remove_shared_buffers
+from llmtune.launch.launchers.environment import (
+    hold_port,
+    remove_shared_buffers,
+    set_thread_default,
+)
 
 
 def test_rank_0_listens_on_a_port_that_is_held_and_nobody_else_gets_it() -> None:
@@ -65,3 +69,39 @@ def test_buffers_are_removed_by_address_and_port() -> None:
     finally:
         for file in files:
             file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "mine", "ranks", "is_rank", "threads"),
+    [
+        # The supervisor shares what it has, also under taskset.
+        (64, 64, 8, False, 8),
+        (64, 16, 8, False, 2),
+        (2, 2, 4, False, 1),
+        # A rank of torchrun has the whole machine before it, and takes its share; one of Slurm has
+        # cores of its own.
+        (64, 64, 8, True, 8),
+        (64, 8, 8, True, 8),
+        (64, 4, 8, True, 4),
+        (2, 2, 4, True, 1),
+    ],
+)
+def test_cores_are_shared_once(
+    machine: int,
+    mine: int,
+    ranks: int,
+    is_rank: bool,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mine)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    if is_rank:
+        monkeypatch.setenv("RANK", "0")
+    set_thread_default(ranks)
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    set_thread_default(ranks)
+    assert os.environ["OMP_NUM_THREADS"] == "3", "what the user set wins"

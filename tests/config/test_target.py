@@ -1,4 +1,4 @@
-"""What a verb works on has a group of its own, and every earlier spelling still means it."""
+"""What a verb works on has its own group, and every earlier name still means it."""
 
 from __future__ import annotations
 

@@ -6,22 +6,18 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llmtune.errors import CheckpointError
 from llmtune.plan.run_record import RunRecord
 from llmtune.storage import layout
-from llmtune.storage.atomic import read_json, write_atomically
 from llmtune.storage.lock import hold_lock
-from llmtune.track.metrics import cut_metrics
-from llmtune.train.divergence import _read
+from llmtune.storage.rank_files import SkippedSteps
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from tests.faults.harness import can_mount, fill, small_disk
@@ -46,27 +42,6 @@ def describing(run: Path) -> dict[str, bytes]:
         name: (run / name).read_bytes()
         for name in (layout.CONFIG, layout.OVERRIDES, layout.PLAN, layout.ENVIRONMENT)
     }
-
-
-@pytest.mark.parametrize("last", ["write", "flush", "replace"])
-def test_a_file_that_cannot_be_written_stays_what_it_was(
-    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "plan.json"
-    write_atomically(file, "old")
-
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        if last == "write":
-            patch.setattr(Path, "open", refuse)
-        else:
-            patch.setattr(os, {"flush": "fsync", "replace": "replace"}[last], refuse)
-        with pytest.raises(OSError, match="No space"):
-            write_atomically(file, "new")
-    assert file.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 @pytest.mark.process
@@ -103,7 +78,7 @@ def test_what_a_crash_of_the_machine_cut_off_is_passed_over(tmp_path: Path) -> N
             (tmp_path / name).write_text(text)
         assert folder.finished_step is None
         assert folder.read_record() == RunRecord()
-        assert _read(tmp_path / layout.SKIPPED_STEPS) == frozenset()
+        assert SkippedSteps.read(tmp_path) == SkippedSteps()
         start(tmp_path)
         assert folder.read_record().run_id == "a"
 
@@ -113,7 +88,7 @@ def test_what_a_crash_of_the_machine_cut_off_is_passed_over(tmp_path: Path) -> N
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.train.test_run_folder_files import start
+from tests.train.test_run_folder import start
 at, calls = int(sys.argv[2]), 0
 fsync, replace = os.fsync, os.replace
 def counted(act):
@@ -160,30 +135,6 @@ def test_anything_else_does(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=f"not a run folder .it holds {name}"):
         RunFolder(tmp_path).find_changes(config_of())
-
-
-def test_metrics_are_cut_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "metrics.jsonl"
-    text = "".join(f'{{"step": {step}}}\n' for step in range(1, 5))
-    file.write_text(text + '{"step": 5')
-
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", refuse)
-        with pytest.raises(OSError, match="No space"):
-            cut_metrics(file, 2)
-    assert file.read_text() == text + '{"step": 5'
-    cut_metrics(file, 2)
-    assert file.read_text() == text[: len(text) // 2]
-
-
-def test_a_file_that_is_no_json_is_none(tmp_path: Path) -> None:
-    assert read_json(tmp_path / "missing") is None
-    for data, found in ((b"", None), (b"\xff", None), (b"{", None), (b"[1]", [1]), (b"0", 0)):
-        (tmp_path / "file").write_bytes(data)
-        assert read_json(tmp_path / "file") == found
 
 
 def test_nothing_in_a_run_folder_is_written_in_place() -> None:

@@ -1,0 +1,124 @@
+"""Find out what the model is trained to do, and the classes or numbers that it must tell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmtune.config.compose import Composed
+from llmtune.config.groups.data import name_data
+from llmtune.config.schema import Config
+from llmtune.data.label_kind import peek_label_kind
+from llmtune.errors import ConfigError
+from llmtune.model.task_folder import order_names
+from llmtune.plan.prepared_data import PreparedData
+from llmtune.storage.plain_json import parse_json
+from llmtune.task.labels import LabelKind, Labels
+from llmtune.task.task import AUTO, TASKS, Task, find_task
+
+
+def adopt_task(composed: Composed) -> Composed:
+    """Take the task from the labels of the first rows, where ``model.task`` is ``auto``.
+
+    Rows without labels leave it so, which stands for language modeling.
+
+    Raises:
+        ConfigError: No task has the name.
+    """
+    model = composed.config.model
+    if model.task != AUTO:
+        find_task(model.task)
+        return composed
+    kind = peek_label_kind(composed.config.data)
+    if kind is None:
+        return composed
+    task = next(task for task in TASKS.list().values() if kind in task.label_kinds)
+    return replace(composed, config=replace(composed.config, model=replace(model, task=task.name)))
+
+
+def resolve_labels(config: Config, data: PreparedData, model_folder: Path) -> Labels:
+    """Number the classes of the rows; no labels for language modeling.
+
+    They are numbered as the model has them, if it knows the same ones, and in order otherwise.
+
+    Raises:
+        ConfigError: The rows are not those of ``model.task``, or ``data.class_weights`` does not
+            fit the classes.
+    """
+    task = find_task(config.model.task)
+    kind = LabelKind(data.label_kind) if data.label_kind else None
+    if kind not in task.label_kinds:
+        kind = _convert_kind(task, kind, config, data)
+    if kind is None:
+        return Labels()
+    if kind is LabelKind.value:
+        count = max(data.outputs if data.label_kind == LabelKind.value.value else 1, 1)
+        names = ("value",) if count == 1 else tuple(f"value_{index}" for index in range(count))
+        return Labels(kind=kind, names=names)
+    stored: dict[str, Any] = parse_json((model_folder / "config.json").read_text())
+    names = order_names(stored, tuple(map(str, data.classes)))
+    return Labels(kind=kind, names=names, weights=_resolve_weights(config, data, kind, names))
+
+
+def _convert_kind(
+    task: Task, kind: LabelKind | None, config: Config, data: PreparedData
+) -> LabelKind | None:
+    """Return the kind of labels that a task learns from labels of another kind.
+
+    Raises:
+        ConfigError: It cannot learn from them.
+    """
+    are_numbers = kind is LabelKind.name and all(map(_is_number, data.classes))
+    if are_numbers and LabelKind.value in task.label_kinds:
+        return LabelKind.value
+    described = {
+        None: "no labels",
+        LabelKind.name: "classes as labels",
+        LabelKind.names: "lists of classes as labels",
+        LabelKind.value: "real numbers as labels",
+        LabelKind.tags: "a tag for every word",
+    }[kind]
+    fitting = [one.name for one in TASKS.list().values() if kind in one.label_kinds]
+    raise ConfigError(
+        f"model.task={task.name}: the rows of data.train={name_data(config.data.train)} have"
+        f" {described}; take model.task={' or '.join(fitting)}, or other rows"
+    )
+
+
+def _is_number(name: str | float) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _resolve_weights(
+    config: Config, data: PreparedData, kind: LabelKind, names: tuple[str, ...]
+) -> tuple[float, ...]:
+    """Return the weight of each class in the loss; empty where all weigh the same.
+
+    Raises:
+        ConfigError: ``data.class_weights`` is none of its values, or has another length.
+    """
+    wanted = config.data.class_weights
+    if wanted is None or wanted == "none":
+        return ()
+    if wanted == "balanced":
+        counts = dict(zip(map(str, data.classes), data.class_counts, strict=True))
+        if kind is LabelKind.names:
+            # The weight of the rows that have a class, against those that have it not.
+            return tuple((data.train.rows - counts[name]) / counts[name] or 1.0 for name in names)
+        total = sum(counts.values())
+        return tuple(total / (len(names) * counts[name]) for name in names)
+    is_list = isinstance(wanted, list) and all(
+        isinstance(one, int | float) and not isinstance(one, bool) and one > 0 for one in wanted
+    )
+    if not is_list or len(wanted) != len(names):
+        raise ConfigError(
+            f"data.class_weights={json.dumps(wanted)}: take none, balanced, or a list of"
+            f" {len(names)} numbers above 0, for {', '.join(names[:8])}"
+        )
+    return tuple(map(float, wanted))

@@ -1,0 +1,76 @@
+"""An optimizer that llmtune brings itself, in DeepSpeed's wrappers.
+
+It gives the same curve on every rung, and is resumed to the last digit.
+
+That its memory is as planned: ``tests/engine/test_states.py``; that its losses are those of plain
+PyTorch: ``tests/train/test_plain_loop.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.test_resume_matrix import BASE, FIRST, LAST, PLACES, TOLERANCE
+from tests.support import largest_difference, train_engines
+
+LION = [*BASE, "optim=lion", "optim.learning_rate=2e-4", "optim.weight_decay=0.1"]
+
+
+def tasks(folder: Path, precisions: list[str], **more: Any) -> list[dict[str, Any]]:
+    """An engine on each rung."""
+    return [
+        {
+            "overrides": [
+                *LION,
+                "tuner=full",
+                f"precision={precision}",
+                *(f"zero={stage}", f"offload={rung}", f"offload.nvme_path={folder}/nvme"),
+            ],
+            "last": LAST,
+            **more,
+        }
+        for (stage, rung), precision in zip(PLACES, precisions, strict=True)
+    ]
+
+
+@pytest.mark.process
+def test_lion_is_the_same_on_every_rung_and_resumes_to_the_last_digit(tmp_path: Path) -> None:
+    precisions = [("fp32", "bf16")[index // 2 % 2] for index in range(len(PLACES))]
+    folders = [str(tmp_path / f"{stage}-{rung}/checkpoint-{FIRST}") for stage, rung in PLACES]
+    saving = [
+        {**task, "save": folder}
+        for task, folder in zip(
+            tasks(tmp_path, precisions, first=0, save_at=FIRST, background=True),
+            folders,
+            strict=True,
+        )
+    ]
+    whole = [result["losses"] for result in train_engines(saving, 2, tmp_path, timeout=900)]
+    first: dict[str, list[float]] = {}
+    for place, precision, losses in zip(PLACES, precisions, whole, strict=True):
+        reference = first.setdefault(precision, losses)
+        assert losses[-1] < losses[0] - 0.5, "the model must learn"
+        assert largest_difference(losses, reference) < TOLERANCE[precision], place
+
+    loading = [
+        {**task, "load": folder}
+        for task, folder in zip(tasks(tmp_path, precisions, first=FIRST), folders, strict=True)
+    ]
+    resumed = [result["losses"] for result in train_engines(loading, 2, tmp_path, timeout=900)]
+    for place, losses, rest in zip(PLACES, whole, resumed, strict=True):
+        assert rest == losses[FIRST:], place
+    # And on one rank, from what the rung before it of that precision wrote.
+    before = [
+        max((other for other in range(index) if precisions[other] == precision), default=index)
+        for index, precision in enumerate(precisions)
+    ]
+    moved = [
+        {**task, "load": folders[origin]}
+        for task, origin in zip(tasks(tmp_path, precisions, first=FIRST), before, strict=True)
+    ]
+    elsewhere = [result["losses"] for result in train_engines(moved, 1, tmp_path, timeout=900)]
+    for precision, origin, rest in zip(precisions, before, elsewhere, strict=True):
+        assert largest_difference(rest, whole[origin][FIRST:]) < TOLERANCE[precision]

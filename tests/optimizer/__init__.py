@@ -1,0 +1,1 @@
+"""What is trained, and how adapters are attached, named and stored."""
