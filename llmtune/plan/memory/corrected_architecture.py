@@ -61,6 +61,14 @@ def correct_architecture(folder: Path) -> dict[str, Any]:
     return changes
 
 
+def corrected_settings(folder: Path) -> dict[str, Any]:
+    """Return all settings of a folder's model where its ``config.json`` is wrong, or none."""
+    changes = correct_architecture(folder)
+    if not changes:
+        return {}
+    return {**parse_json((folder / "config.json").read_text()), **changes}
+
+
 def describe_correction(folder: Path) -> str | None:
     """Say as what a folder's model is read where its ``config.json`` says something else."""
     changes = correct_architecture(folder)

@@ -2,7 +2,7 @@
 
 ``FakeTensorMode`` runs every operation without memory or arithmetic; ``MemTracker`` records what
 would be allocated. Parameters' gradients are dropped as soon as they are made, because they are
-counted with ZeRO's states. The fake tensors are those of a CPU; ``_gpu_dropout`` replaces the
+counted with ZeRO's states. The fake tensors are those of a CPU; ``gpu_dropout`` replaces the
 operations of which a GPU keeps less.
 """
 
@@ -91,7 +91,7 @@ def trace_layers(
     dtype = configured_dtype(settings.precision.value)
     model = _build(architecture, tuner, settings, dtype, task)
     after: list[int] = []
-    kernels = _gpu_dropout() if settings.accelerator == "cuda" else contextlib.nullcontext()
+    kernels = gpu_dropout() if settings.accelerator == "cuda" else contextlib.nullcontext()
     with hold_interruptions(), FakeTensorMode(allow_non_fake_inputs=True), kernels:
         _to_fake(model)
         text = architecture.get_text_config()
@@ -179,7 +179,7 @@ def _build(
     return model
 
 
-def _gpu_dropout() -> Any:
+def gpu_dropout() -> Any:
     """Make a context in which dropout keeps what it keeps on a GPU.
 
     On a CPU dropout keeps a mask in the dtype of its input, on a GPU one byte per element

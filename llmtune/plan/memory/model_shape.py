@@ -13,7 +13,7 @@ from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_positions
 from llmtune.plan.memory.architecture_settings import check_spelling
-from llmtune.plan.memory.corrected_architecture import correct_architecture
+from llmtune.plan.memory.corrected_architecture import correct_architecture, corrected_settings
 from llmtune.plan.memory.tensor_shapes import (
     TensorShape,
     adapter_sizes,
@@ -24,7 +24,6 @@ from llmtune.plan.memory.tensor_shapes import (
     matrix_parameters,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
-from llmtune.storage.plain_json import parse_json
 from llmtune.task.task import AUTO, Task, find_task
 from llmtune.tuner.adapted_layers import stacked_parameters
 from llmtune.tuner.tuner import TUNERS
@@ -115,7 +114,9 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     # Settings in ``model.config`` need neither file nor network; a folder's own may be corrected.
-    corrected = {} if config.config or config.trust_remote_code else _corrected(config)
+    corrected = {}
+    if not config.config and not config.trust_remote_code:
+        corrected = corrected_settings(Path(config.name_or_path).expanduser())
     if config.config or corrected:
         settings = dict(config.config or corrected)
         kind = settings.pop("model_type", None)
@@ -151,13 +152,6 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise MissingPrerequisiteError(unreachable_model(name, error)) from error
     return found
-
-
-def _corrected(config: ModelConfig) -> dict[str, Any]:
-    """The settings of a folder whose ``config.json`` names the wrong architecture, or none."""
-    folder = Path(config.name_or_path).expanduser()
-    changes = correct_architecture(folder)
-    return {**parse_json((folder / "config.json").read_text()), **changes} if changes else {}
 
 
 def unreachable_model(name: str, error: BaseException) -> str:
