@@ -1,8 +1,9 @@
-"""Train a small tokenizer on Python's docstrings, of the kind that an architecture is used with."""
+"""Make a small tokenizer of Python's docstrings, of the kind that an architecture is used with."""
 
 from __future__ import annotations
 
 import builtins
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -54,24 +55,26 @@ def _train_byte_level(vocab_size: int, special: list[str]) -> Any:
 
 
 def build_bert_tokenizer(vocab_size: int, max_length: int, tells_sentences: bool = True) -> Any:
-    """Train a WordPiece tokenizer: ``[CLS] a [SEP] b [SEP]``.
+    """Build a WordPiece tokenizer: ``[CLS] a [SEP] b [SEP]``.
 
     Args:
         max_length: Positions of the model.
         tells_sentences: The model is told of each token to which of a pair it belongs.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import WordPieceTrainer
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for text in _corpus():
+        pieces = splitter.pre_tokenize_str(normalizer.normalize_str(text))
+        words.update(word for word, _ in pieces)
+    tokens = _choose_pieces(words)[: min(vocab_size, MAX_TOKENS)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
     backend.decoder = decoders.WordPiece()
-    trainer = WordPieceTrainer(
-        vocab_size=min(vocab_size, MAX_TOKENS), special_tokens=BERT_TOKENS, show_progress=False
-    )
-    backend.train_from_iterator(_corpus(), trainer)
     first, end = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -91,6 +94,17 @@ def build_bert_tokenizer(vocab_size: int, max_length: int, tells_sentences: bool
         model_max_length=max_length,
         model_input_names=inputs,
     )
+
+
+def _choose_pieces(words: Counter[str]) -> list[str]:
+    """List special tokens, letters, letters within words, and words, most frequent first.
+
+    The library's trainer numbers the pieces in another order each time.
+    """
+    letters = sorted(set("".join(words)))
+    frequent = sorted(words, key=lambda word: (-words[word], word))
+    within = [f"##{letter}" for letter in letters]
+    return [*BERT_TOKENS, *letters, *within, *(word for word in frequent if len(word) > 1)]
 
 
 def build_roberta_tokenizer(vocab_size: int, max_length: int) -> Any:
