@@ -43,7 +43,8 @@ def save(folder: Path, kind: str, bare: bool = False, padding: int = 0, **change
         changes: Keys of ``config.json``; None removes one.
     """
     config = AutoConfig.for_model(kind, **NUMBERS, **OF_KIND[kind])
-    (AutoModel if bare else AutoModelForMaskedLM).from_config(config).save_pretrained(folder)
+    model_class: Any = AutoModel if bare else AutoModelForMaskedLM
+    model_class.from_config(config).save_pretrained(folder)
     words = [f"w{number}" for number in range(64)]
     words[padding] = "[PAD]"
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")

@@ -158,7 +158,10 @@ def test_kept_activations_of_a_model_with_a_head_are_within_five_percent(cells: 
 
 def test_dropout_keeps_a_byte_an_element_on_a_gpu_and_the_products_of_sdpa_on_a_cpu() -> None:
     def saved(accelerator: str, **changes: Any) -> int:
-        config, tuner = small("bert", "sequence_classification", **changes), TunerConfig()
+        config, tuner = (
+            small("bert", "sequence_classification", **changes),
+            TunerConfig(kind="lora"),
+        )
         shape = resolve_shape(config, tuner)
         settings = TraceSettings(
             rows=1,
@@ -182,6 +185,27 @@ def test_dropout_keeps_a_byte_an_element_on_a_gpu_and_the_products_of_sdpa_on_a_
     assert dropped == pytest.approx(elements, rel=0.15)
     assert saved("cuda") == saved("cuda", **only_hidden)
     assert saved("cpu") > saved("cpu", **only_hidden) + 5 * 4 * 128 * 128 * 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OF_KIND if kind != "electra"])
+def test_recomputed_layers_keep_their_inputs(kind: str) -> None:
+    config, tuner = small(kind, "sequence_classification"), TunerConfig(kind="full")
+    shape = resolve_shape(config, tuner)
+    settings = TraceSettings(
+        rows=4,
+        length=96,
+        gradient_checkpointing=True,
+        attn_implementation=shape.kernels[-1] if kind == "deberta-v2" else "sdpa",
+        precision=Precision.bf16,
+        zero3=False,
+        masked=shape.bidirectional,
+        bidirectional=shape.bidirectional,
+    )
+    found = ActivationModel(config, tuner, shape)(settings)
+    assert found.origin == "traced"
+    inputs = 5 * 4 * 96 * 64 * 2
+    assert inputs < found.saved < 3 * inputs
+    assert found.working > inputs / 5
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -230,18 +254,20 @@ def test_a_named_target_that_the_head_has_too_is_adapted_in_the_layers_alone() -
 
 def test_outputs_are_those_that_the_configuration_names() -> None:
     def outputs(task: str, **changes: Any) -> int:
-        return resolve_shape(small("bert", task, **changes), TunerConfig()).outputs
+        return resolve_shape(small("bert", task, **changes), TunerConfig(kind="lora")).outputs
 
     assert [outputs(task) for task in TASKS] == [2, 3, 1]
     assert outputs("sequence_classification", num_labels=8) == 8
     assert outputs("regression", id2label={0: "a", 1: "b", 2: "c"}) == 3
-    assert resolve_shape(small("llama", "auto"), TunerConfig()).outputs == 200
+    assert resolve_shape(small("llama", "auto"), TunerConfig(kind="lora")).outputs == 200
 
 
 def test_every_token_of_an_encoder_meets_the_whole_row() -> None:
     bert = resolve_shape(small("bert", "sequence_classification"), TunerConfig(kind="full"))
     llama = resolve_shape(small("llama", "sequence_classification"), TunerConfig(kind="full"))
-    deberta = resolve_shape(small("deberta-v2", "sequence_classification"), TunerConfig())
+    deberta = resolve_shape(
+        small("deberta-v2", "sequence_classification"), TunerConfig(kind="lora")
+    )
 
     def attention(shape: ModelShape) -> float:
         return forward_flops(shape, 100) - 2.0 * shape.matrix_parameters
