@@ -20,7 +20,7 @@ from llmtune.errors import CheckpointError
 from llmtune.plan.batch_sizes import BatchPlan
 from tests.data.stores import make_rows
 from tests.labels import IGNORE, labels_of
-from tests.model.test_loss import loss_of
+from tests.task.test_losses import loss_of
 
 PAD = 0
 

@@ -28,7 +28,7 @@ from llmtune.data.store.packing import pack_rows, packing_efficiency
 from llmtune.data.store.token_store import Row
 from llmtune.errors import ConfigError
 from tests.labels import labels_of
-from tests.model.test_loss import loss_of
+from tests.task.test_losses import loss_of
 
 CAPACITY = 4096
 

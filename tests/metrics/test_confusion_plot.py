@@ -52,7 +52,8 @@ def test_any_number_of_classes_is_drawn_within_bounds(
     [
         ["体育", "财经"],
         ["体育", "sports"],
-        ["$x^2$", r"$\frac"],
+        # One is a formula, and the other a wrong one.
+        ["$x^2$", r"$\frac$"],
         ["", " "],
         ["a\nb", "\x00\x1b[31m"],
         ["\ud800", "😀"],
