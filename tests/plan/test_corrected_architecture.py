@@ -9,17 +9,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError
 from llmtune.model.source import resolve_model_folder
+from llmtune.model.task_folder import resolve_task_folder
+from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.weights.files import read_entries
 from llmtune.model.weights.names import find_missing, match_names
 from llmtune.plan.memory.corrected_architecture import correct_architecture, describe_correction
 from llmtune.plan.memory.model_shape import build_meta_model, load_architecture
 from llmtune.plan.plan import resolve_ladder
+from llmtune.task.labels import LabelKind, Labels
 
 NUMBERS: dict[str, Any] = {
     "vocab_size": 64,
@@ -47,6 +55,7 @@ def save(folder: Path, kind: str, bare: bool = False, padding: int = 0, **change
     model_class.from_config(config).save_pretrained(folder)
     words = [f"w{number}" for number in range(64)]
     words[padding] = "[PAD]"
+    words[-4:] = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     stored = {**json.loads((folder / "config.json").read_text()), **changes}
     stored = {key: value for key, value in stored.items() if value is not None}
@@ -167,6 +176,27 @@ def test_the_plan_says_it_and_a_named_architecture_is_compared_with_the_right_on
     named = ModelConfig(name_or_path=str(folder), config={"model_type": "roberta", **NUMBERS})
     with pytest.raises(ConfigError, match="model_type: model.config says roberta"):
         resolve_model_folder(named, tmp_path / "cache")
+
+
+def test_a_task_folder_has_the_right_architecture(tmp_path: Path) -> None:
+    base = save(tmp_path / "roberta", "bert", model_type="roberta", pad_token_id=1)
+    tokenizer = load_tokenizer(base, ModelConfig(name_or_path=str(base)))
+    assert tokenizer.pad_token_id == 0
+    folder = resolve_task_folder(
+        base,
+        ModelConfig(name_or_path=str(base), task="sequence_classification"),
+        Labels(kind=LabelKind.name, names=("a", "b", "c")),
+        tokenizer,
+        0,
+        tmp_path / "cache",
+        lambda _: None,
+    )
+    assert correct_architecture(folder) == {}
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert type(model).__name__ == "BertForSequenceClassification"
+    stored = load_file(base / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert torch.equal(model.state_dict()[name], stored[name])
 
 
 def test_the_model_of_a_corrected_folder_is_the_one_that_was_saved(tmp_path: Path) -> None:
