@@ -699,7 +699,7 @@ SUBJECTS = {
     "engine": {"bad_gradients", "optimizers", "parity", "placements", "states"},
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "slurm_script"},
-    "plan": {"by_hand"},
+    "plan": {"by_hand", "encoders"},
     "run": {"adapter_path", "restarts"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError
+from llmtune.plan.memory.corrected_architecture import corrected_settings
 from llmtune.process import no_collection
 from llmtune.template_bounds import bounded_template, refuse_powers
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
@@ -32,7 +33,7 @@ def load_tokenizer(
             implementation.
     """
     with no_collection():
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
     # The class of an adapter's tokenizer is the base's, so that no code of the adapter runs.
     tokenizer: PreTrainedTokenizerBase
@@ -40,8 +41,11 @@ def load_tokenizer(
         kind = type(AutoTokenizer.from_pretrained(str(code_of), trust_remote_code=True))
         tokenizer = kind.from_pretrained(str(folder))
     else:
+        # Without a class of its own in the folder, the tokenizer is that of the architecture.
+        settings = corrected_settings(folder)
+        architecture = AutoConfig.for_model(**settings) if settings else None
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=config.trust_remote_code
+            str(folder), trust_remote_code=config.trust_remote_code, config=architecture
         )
     if not tokenizer.is_fast:
         raise ConfigError(

@@ -98,6 +98,8 @@ class Ladder:
     activations_origin: str
     refusals: tuple[str, ...] = ()
     """Reasons why a job that is only planned could not be trained here."""
+    notes: tuple[str, ...] = ()
+    """Lines about hardware and model for the page before step 1."""
 
     @property
     def cluster(self) -> Cluster:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llmtune.config.cache_folder import find_cache
@@ -24,6 +25,7 @@ from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 from llmtune.plan.devices.hardware import Hardware, fp16_supported, resolve_hardware
 from llmtune.plan.ladder import Candidate, Ladder, build_ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
+from llmtune.plan.memory.corrected_architecture import describe_correction
 from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.peak_memory import MemoryPlan
 from llmtune.plan.memory.placement import Placement
@@ -146,7 +148,9 @@ def resolve_ladder(
         require(
             check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path
         )
-    return replace(ladder, refusals=tuple(refusals))
+    correction = describe_correction(Path(config.model.name_or_path).expanduser())
+    notes = (*hardware.notes, *([correction] if correction else ()))
+    return replace(ladder, refusals=tuple(refusals), notes=notes)
 
 
 def plan_candidate(
@@ -158,7 +162,7 @@ def plan_candidate(
         launched: The ranks were started by a foreign launcher.
     """
     notes = [
-        *ladder.hardware.notes,
+        *ladder.notes,
         f"ranks: {ladder.world_size} ({_world_origin(config, launched)})",
     ]
     tuner, optimizer = TUNERS.find(config.tuner.kind), OPTIMIZERS.find(config.optim.kind)

@@ -13,6 +13,7 @@ from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_positions
 from llmtune.plan.memory.architecture_settings import check_spelling
+from llmtune.plan.memory.corrected_architecture import correct_architecture, corrected_settings
 from llmtune.plan.memory.tensor_shapes import (
     TensorShape,
     adapter_sizes,
@@ -112,9 +113,12 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
-    # Settings in ``model.config`` need neither file nor network.
-    if config.config:
-        settings = dict(config.config)
+    # Settings in ``model.config`` need neither file nor network; a folder's own may be corrected.
+    corrected = {}
+    if not config.config and not config.trust_remote_code:
+        corrected = corrected_settings(Path(config.name_or_path).expanduser())
+    if config.config or corrected:
+        settings = dict(config.config or corrected)
         kind = settings.pop("model_type", None)
         try:
             architecture = AutoConfig.for_model(str(kind), **settings)
@@ -122,7 +126,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             raise ConfigError(
                 f"model.config.model_type={kind}: transformers knows no such architecture"
             ) from error
-        check_spelling(settings, type(architecture))
+        if not corrected:
+            check_spelling(settings, type(architecture))
         return architecture
 
     # Else a GGUF file, a folder, or the hub.
@@ -248,7 +253,7 @@ def _identify(config: ModelConfig) -> str | None:
         if file.suffix == ".gguf":
             status = file.stat()
             return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-        return (file / "config.json").read_text()
+        return f"{(file / 'config.json').read_text()} {correct_architecture(file)}"
     except (OSError, UnicodeDecodeError):
         return None
 
