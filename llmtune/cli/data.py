@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: Rows that are printed.
 SHOWN_ROWS = 3
 
+#: Classes whose counts are shown.
+SHOWN_CLASSES = 10
+
 #: Characters of a row on the terminal; the page shows all.
 SHOWN_CHARACTERS = 1500
 
@@ -193,6 +196,9 @@ def _numbers(
 
     train, held_out = data.train, data.eval
     share = train.supervised_tokens / max(1, train.tokens)
+    supervised = f"{counted(train.supervised_tokens, 'token')} ({share:.1%})"
+    if data.label_kind is not None:
+        supervised = counted(train.supervised_tokens, "label")
     numbers = {
         "rows": (
             f"{train.documents:,}"
@@ -204,7 +210,7 @@ def _numbers(
             else "none"
         ),
         "tokens": f"{train.tokens:,}",
-        "supervised": f"{counted(train.supervised_tokens, 'token')} ({share:.1%})",
+        "supervised": supervised,
         "dropped": (
             f"{train.dropped:,} longer than data.max_seq_length={config.data.max_seq_length}"
         ),
@@ -227,9 +233,20 @@ def _numbers(
         )
     if data.unknown_fields:
         numbers["not read"] = describe_unknown_fields(data.unknown_fields)
-    if data.classes:
-        numbers["labels"] = f"{len(data.classes)}: " + ", ".join(map(str, data.classes[:10]))
+    if data.label_kind is not None:
+        numbers["labels"] = _describe_labels(data)
     return numbers
+
+
+def _describe_labels(data: PreparedData) -> str:
+    """Describe the classes with their counts in the training rows, the largest first."""
+    if not data.classes:
+        return f"{counted(data.outputs, 'number')} per row"
+    counts = sorted(zip(data.classes, data.class_counts, strict=True), key=lambda entry: -entry[1])
+    shown = ", ".join(f"{name} ({count:,})" for name, count in counts[:SHOWN_CLASSES])
+    more = f" and {len(counts) - SHOWN_CLASSES} more" if len(counts) > SHOWN_CLASSES else ""
+    noun = "class" if len(counts) == 1 else "classes"
+    return f"{len(counts):,} {noun}: {shown}{more}"
 
 
 def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dict[str, Any]:
@@ -256,6 +273,7 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
         "untrained_tokens": untrained,
         "lengths": report.lengths.to_dict() if report.lengths else None,
         "labels": data.classes,
+        "label_counts": data.class_counts,
         "eval": {"rows": data.eval.rows, "tokens": data.eval.tokens} if data.eval else None,
         "fingerprint": data.fingerprint,
     }

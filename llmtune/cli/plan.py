@@ -151,7 +151,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
             f"{hardware.describe()}; {counted(ladder.world_size, 'rank')}; a plan fills"
             f" {USABLE_SHARE:.0%} of a memory at the most"
         ),
-        *hardware.notes,
+        *ladder.notes,
         "",
         rungs,
         "",

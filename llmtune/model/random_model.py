@@ -2,68 +2,70 @@
 
 from __future__ import annotations
 
-import builtins
-from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-#: Size of the tokenizer; a larger ``vocab_size`` of the model leaves rows that no token uses.
-MAX_TOKENS = 512
+from llmtune.model.random_tokenizer import (
+    MAX_TOKENS,
+    build_bert_tokenizer,
+    build_roberta_tokenizer,
+    build_tokenizer,
+)
+from llmtune.plan.abilities import is_encoder
 
 
 def write_random_model(architecture: dict[str, Any], folder: Path) -> None:
     """Write the config, bf16 weights (seed 0) and tokenizer of an architecture.
 
+    Encoders predict masked tokens, and have a tokenizer of BERT's kind or of RoBERTa's. All others
+    are causal language models.
+
     Args:
         architecture: Its settings, as in ``config.json``.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    tokenizer = build_tokenizer(int(architecture.get("vocab_size", MAX_TOKENS)))
     settings = dict(architecture)
-    config = AutoConfig.for_model(
-        str(settings.pop("model_type")),
-        **settings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    kind = str(settings.pop("model_type"))
+    encodes = makes_encoder(architecture)
+    if encodes:
+        tokenizer = _build_encoder_tokenizer(kind, settings)
+    else:
+        tokenizer = build_tokenizer(int(settings.get("vocab_size", MAX_TOKENS)))
+    named = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if encodes:
+        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        named |= {"bos_token_id": first, "eos_token_id": last}
+        named |= {"cls_token_id": first, "sep_token_id": last}
+    config = AutoConfig.for_model(kind, **{**settings, **named})
+    model_class: Any = AutoModelForMaskedLM if encodes else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(torch.bfloat16)
+        model = model_class.from_config(config, trust_remote_code=False).to(torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def build_tokenizer(vocab_size: int) -> Any:
-    """Train a byte-level BPE tokenizer with the ChatML template on Python's docstrings."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def makes_encoder(architecture: dict[str, Any]) -> bool:
+    """Tell whether :func:`write_random_model` makes an encoder of these settings."""
+    from transformers import CONFIG_MAPPING
 
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=min(vocab_size, MAX_TOKENS),
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    corpus = [
-        str(getattr(builtins, name).__doc__)
-        for name in ("str", "int", "dict", "list", "open", "print", "zip")
-    ]
-    backend.train_from_iterator(corpus, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
-    tokenizer.chat_template = (
-        Path(str(resources.files("llmtune.conf"))) / "chat_template" / "chatml.jinja"
-    ).read_text()
-    return tokenizer
+    defaults = CONFIG_MAPPING[str(architecture["model_type"])]
+    two_sided = getattr(defaults, "is_encoder_decoder", False)
+    return is_encoder(SimpleNamespace(**{"is_encoder_decoder": two_sided, **architecture}))
+
+
+def _build_encoder_tokenizer(kind: str, settings: dict[str, Any]) -> Any:
+    vocab_size = int(settings.get("vocab_size", MAX_TOKENS))
+    positions = int(settings.get("max_position_embeddings", 512))
+    sentences = settings.get("type_vocab_size", 2 if kind == "bert" else 0)
+    if "roberta" in kind or sentences == 1:
+        # The positions of tokens begin after that of the padding token, which is number 1.
+        return build_roberta_tokenizer(vocab_size, positions - 2)
+    return build_bert_tokenizer(vocab_size, positions, sentences > 1)

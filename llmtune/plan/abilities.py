@@ -43,23 +43,33 @@ def check_kernel(kernel: str, kernels: tuple[str, ...], name: str) -> None:
         )
 
 
-def is_bidirectional(model: Any) -> bool:
-    """Tell whether tokens attend to later ones.
+def is_encoder(architecture: Any) -> bool:
+    """Tell whether models of a configuration predict masked tokens, as BERT and its kin do.
 
-    Some configurations say so. For BERT and its kin, which attend to later tokens unless they are
-    configured as decoders, the layers do. DeBERTa's say nothing, but it predicts masked tokens.
+    As decoders they are causal.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+    return (
+        architecture.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(architecture, "is_decoder", False)
+        and not getattr(architecture, "is_encoder_decoder", False)
+    )
+
+
+def is_bidirectional(model: Any) -> bool:
+    """Tell whether tokens attend to later ones.
+
+    Some configurations say so, of others the layers do. DeBERTa's say nothing, but it predicts
+    masked tokens.
+    """
     text = model.config.get_text_config()
     if getattr(text, "is_causal", True) is False:
         return True
     if getattr(text, "use_bidirectional_attention", False):
         return True
-    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
-        return True
-    is_encoder = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return is_encoder and not getattr(text, "is_decoder", False)
+    layers = any(getattr(module, "is_causal", True) is False for module in model.modules())
+    return layers or is_encoder(text)
 
 
 def max_positions(model: nn.Module, architecture: Any) -> int | None:

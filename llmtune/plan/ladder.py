@@ -85,6 +85,8 @@ class Ladder:
     """Evaluates the same job with a changed config on other hardware."""
     refusals: tuple[str, ...] = ()
     """Reasons why a job that is only planned could not be trained here."""
+    notes: tuple[str, ...] = ()
+    """Lines about hardware and model for the page before step 1."""
 
     @property
     def cluster(self) -> Cluster:

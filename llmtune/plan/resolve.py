@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llmtune.config.byte_sizes import parse_bytes
@@ -15,6 +16,7 @@ from llmtune.errors import ConfigError, LlmtuneError, MissingPrerequisiteError
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.abilities import check_row_length, check_stage
 from llmtune.plan.advice import check_fits
+from llmtune.plan.architecture.corrected_architecture import describe_correction
 from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
@@ -105,7 +107,9 @@ def resolve_ladder(
         require(
             check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path
         )
-    return replace(ladder, refusals=tuple(refusals))
+    correction = describe_correction(Path(config.model.name_or_path).expanduser())
+    notes = (*hardware.notes, *([correction] if correction else ()))
+    return replace(ladder, refusals=tuple(refusals), notes=notes)
 
 
 def plan_candidate(
@@ -117,7 +121,7 @@ def plan_candidate(
         launched: The ranks were started by a foreign launcher.
     """
     notes = [
-        *ladder.hardware.notes,
+        *ladder.notes,
         f"ranks: {ladder.world_size} ({_world_origin(config, launched)})",
     ]
     tuner, optimizer = TUNERS.find(config.tuner.kind), OPTIMIZERS.find(config.optim.kind)

@@ -103,7 +103,7 @@ def _find_weight_notes(
     values = None if trusted else read_cached(cache_dir, "weights", key)
     if values is None:
         from llmtune.model.weights.check import compare_weights
-        from llmtune.plan.memory.architecture import build_meta_model
+        from llmtune.plan.architecture.meta_model import build_meta_model
 
         model_class = find_task(task).model_class
         model, _ = build_meta_model(_architecture(folder, trusted), trusted, model_class)

@@ -282,6 +282,7 @@ def run_request(request: RunRequest, console: Console, ahead: RankGroup | None =
         tempfile.TemporaryDirectory(prefix="llmtune-") as folder,
         hold_nvme(request.config, plan, request.run_folder, console),
     ):
+        # Variables and compiled ops before the ranks, which inherit or load them.
         Surroundings.of(plan).set_variables()
         ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
         path = Path(folder) / "request.json"

@@ -105,6 +105,11 @@ def prepare_run(
     )
     if not has_head:
         _check_files(config, plan, model_folder, cache, console)
+        if find_task(config.model.task).judges_rows and not plan.shape.bidirectional:
+            console.say(
+                f"rows are padded on the right with {tokenizer.pad_token}, and judged by their last"
+                " token before it"
+            )
 
     # The steps that the rows make.
     epoch_rows = None if config.data.streaming else data.train.rows

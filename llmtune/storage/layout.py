@@ -62,6 +62,11 @@ def result_folder(run: Path, has_adapter: bool) -> Path:
     return run / (ADAPTER if has_adapter else MODEL)
 
 
+def is_result_folder(folder: Path, run: Path) -> bool:
+    """Tell whether a folder is what a run trained, and not one of its checkpoints."""
+    return folder.name in (ADAPTER, MODEL) and folder.resolve().parent == run.resolve()
+
+
 def export_folder(run: Path, export_format: str) -> Path:
     """Return the folder of an export: ``merged`` for safetensors, else ``export-<format>``."""
     return run / (MERGED if export_format == _MERGED_FORMAT else f"{_EXPORT}-{export_format}")

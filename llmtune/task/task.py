@@ -9,7 +9,6 @@ from llmtune.registry import Registry
 from llmtune.task.labels import LabelKind, Labels
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from llmtune.metrics.confusion import ConfusionTable
@@ -73,7 +72,7 @@ class Task:
             if name != base and any(True for _ in module.parameters())
         ]
 
-    def row_weights(self, counts: np.ndarray[Any, Any], labels: Sequence[Any], of: Labels) -> Any:
+    def row_weights(self, counts: Any, labels: Sequence[Any], of: Labels) -> Any:
         """Return the share of each row in the divisor of a step's summed loss. Shape (rows,).
 
         Args:

@@ -6,12 +6,14 @@ a value. They have no values, and no backward pass without a driver.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorDeviceMismatchError,
@@ -22,8 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmtune.data.load.collate import Batch, Collator, VarlenIndex
 from llmtune.data.store.token_store import Row
 from llmtune.engine.deepspeed_fixes import norms_of
+from llmtune.model.attention import answer_on_host
+from llmtune.task.labels import LabelKind, Labels, Tags
 from llmtune.task.losses import sum_cross_entropy
 from llmtune.task.targets import Targets
+from llmtune.task.task import find_task
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch without CUDA: it knows no such device"
@@ -44,6 +49,16 @@ def row(*lengths: int) -> Row:
     tokens = sum(lengths)
     ids = np.arange(tokens, dtype=np.int32)
     return Row(ids=ids % 60, mask=ids % 3 == 0, documents=lengths)
+
+
+def labelled_row(tokens: int, labels: Labels) -> Row:
+    ids, mask = np.arange(tokens, dtype=np.int32) + 1, np.arange(tokens) % 3 == 1
+    kinds: dict[Any, Any] = {
+        LabelKind.name: labels.names[0],
+        LabelKind.value: 1.5,
+        LabelKind.tags: Tags([labels.names[0]] * int(mask.sum())),
+    }
+    return Row(ids=ids, mask=mask, documents=(tokens,), label=kinds[labels.kind])
 
 
 def fake(batch: Batch, mode: FakeTensorMode) -> Batch:
@@ -78,6 +93,39 @@ def test_a_forward_pass_and_its_loss_stay_on_the_device(
             total += loss
         assert logits.device.type == loss.device.type == total.device.type == "cuda"
         assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
+
+
+ENCODERS = {"bert": {}, "roberta": {"pad_token_id": 0}, "llama": {**GROUPED, "pad_token_id": 0}}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("name", ["sequence_classification", "token_classification", "regression"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_classifier_with_its_loss_and_what_metrics_need_stays_on_the_device(
+    kind: str, name: str, attention: str
+) -> None:
+    task = find_task(name)
+    labels = replace(task.default_labels, weights=tuple(0.5 for _ in task.default_labels.names))
+    collator = Collator(
+        pad_token_id=0,
+        masked=True,
+        token_types=kind == "bert",
+        find_targets=partial(task.make_targets, labels=labels),
+    )
+    given = [labelled_row(9, labels), labelled_row(4, labels), None]
+    config = AutoConfig.for_model(kind, **SHAPE, **ENCODERS[kind], num_labels=len(labels.names))
+    with FakeTensorMode() as mode, torch.no_grad():
+        with torch.device("cuda"):
+            model: Any = getattr(transformers, task.model_class).from_config(
+                config, dtype=torch.bfloat16, attn_implementation=attention
+            )
+        answer_on_host(model)
+        there = fake(collator.pad(given), mode).to("cuda")
+        logits = model(**there.inputs, use_cache=False).logits
+        loss = task.sum_losses(logits, there.targets, labels)
+        observed = task.observe(logits, there.targets)
+    assert loss.dtype == torch.float32
+    assert {tensor.device.type for tensor in (loss, *observed.values())} == {"cuda"}
 
 
 def test_fake_tensors_tell_what_a_gpu_would() -> None:

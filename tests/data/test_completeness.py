@@ -26,7 +26,7 @@ from llmtune.data.tokenize.chat_template import (
     load_chat_template,
 )
 from llmtune.errors import ConfigError
-from llmtune.model.random_model import build_tokenizer
+from llmtune.model.random_tokenizer import build_tokenizer
 
 PROMPT = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 

@@ -20,7 +20,7 @@ from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import Overflow, TokenRow
 from llmtune.data.tokenize.workers import make_encoder
 from llmtune.errors import ConfigError
-from llmtune.model.random_model import build_tokenizer
+from llmtune.model.random_tokenizer import build_tokenizer
 from tests.data.tokenizers import FAMILIES, load_smollm2, with_template
 
 #: ChatML with the marks of the field around what the assistant says and its end of turn.

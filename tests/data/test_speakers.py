@@ -12,7 +12,7 @@ from llmtune.data.formats.recipe import Recipe
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import ChatTemplate, load_chat_template
-from llmtune.model.random_model import build_tokenizer
+from llmtune.model.random_tokenizer import build_tokenizer
 from tests.data.test_completeness import (
     ASKED,
     JSON_CALL,

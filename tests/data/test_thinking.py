@@ -15,7 +15,7 @@ from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import TokenRow
 from llmtune.data.tokenize.workers import make_encoder
-from llmtune.model.random_model import build_tokenizer
+from llmtune.model.random_tokenizer import build_tokenizer
 
 #: Opens thinking in the prompt, and keeps none of it in the text: DeepSeek-R1.
 OPENS = (

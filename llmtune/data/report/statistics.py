@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.data.store.token_store import Rows
+from llmtune.data.store.token_store import Row, Rows
 from llmtune.draws import Draw, draw_rows
 from llmtune.security.redaction import redact_pieces
+from llmtune.task.labels import Tags
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,8 +136,14 @@ def _padding(lengths: NDArray[Any], micro_batch: int) -> float:
 
 
 def show_row(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> list[TextSpan]:
-    """Decode a row into spans of text that are trained or not."""
+    """Decode a row into spans of text that are trained or not.
+
+    What is trained of a row with a label is the label, behind the text; tags stand behind their
+    words.
+    """
     row = rows.row(index)
+    if row.label is not None:
+        return _show_labeled(row, tokenizer)
     ids, mask = row.ids, row.mask
     borders = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
     return [
@@ -143,6 +151,26 @@ def show_row(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> list
         for begin, end in itertools.pairwise(borders)
         if end > begin
     ]
+
+
+def _show_labeled(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[TextSpan]:
+    borders, tags = [0, len(row.ids)], [describe_label(row.label)]
+    if isinstance(row.label, Tags):
+        starts = np.flatnonzero(row.mask).tolist()
+        borders, tags = [0, *starts, len(row.ids)], ["", *map(str, row.label)]
+    spans = []
+    for (begin, end), tag in zip(itertools.pairwise(borders), tags, strict=True):
+        spans.append(TextSpan(str(tokenizer.decode(row.ids[begin:end].tolist())), False))
+        if tag:
+            spans.append(TextSpan(tag, True))
+    return spans
+
+
+def describe_label(label: Any) -> str:
+    """Write a label as text: a class, or several in a list."""
+    if isinstance(label, tuple):
+        return json.dumps(list(label), ensure_ascii=False)
+    return str(label)
 
 
 def redact_texts(spans: list[TextSpan]) -> list[TextSpan]:

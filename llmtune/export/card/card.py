@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from llmtune import __version__
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
+from llmtune.errors import ExportError
 from llmtune.export.architecture import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.export.card.curves import draw_curves
 from llmtune.export.card.facts import Facts, read_facts, read_json
@@ -29,11 +30,19 @@ from llmtune.export.card.tables import (
 )
 from llmtune.export.formats.format import find_format
 from llmtune.export.identity import find_repo
-from llmtune.export.markdown import render
+from llmtune.export.markdown import escape, render
 from llmtune.export.request import ExportRequest, is_hub_id
 from llmtune.export.usage import Usage
+from llmtune.metrics.confusion import ConfusionTable
+from llmtune.metrics.report import format_scores, write_confusion
 from llmtune.security.redaction import redact
-from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llmtune.security.trust import read_foreign
+from llmtune.storage.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFUSION_TABLE,
+    is_result_folder,
+)
 from llmtune.tuner.tuner import TUNERS
 
 CARD, CURVES = "README.md", "loss.png"
@@ -75,6 +84,7 @@ def write_model_card(
         commands=Markup(kind.describe_usage(usage).rstrip()),
         results=describe_metrics(facts),
         curves=CURVES if has_curves else None,
+        classes=_add_classes(folder, request),
         data=describe_data(facts),
         settings=describe_settings(facts),
         plan=describe_plan(facts),
@@ -87,6 +97,26 @@ def write_model_card(
     )
     header = render_front_matter(request, config, facts, base_license, usage)
     (folder / CARD).write_text(f"---\n{header}---\n\n{redact(body)}", encoding="utf-8")
+
+
+def _add_classes(folder: Path, request: ExportRequest) -> Markup | None:
+    """Add which classes the run's result took for which, as a file, a picture and a table.
+
+    Returns:
+        The table; None for a task without classes, and for what is not the result of a run.
+    """
+    trained = request.adapter or request.base
+    if request.run is None or not is_result_folder(trained, request.run):
+        return None
+    file = request.run / CONFUSION_TABLE
+    if not file.is_file():
+        return None
+    try:
+        table = ConfusionTable.from_json(read_foreign(file, ExportError))
+    except ValueError:
+        return None
+    write_confusion(table, folder)
+    return Markup(format_scores(table, escape))
 
 
 def _find_name(request: ExportRequest, config: ExportConfig, facts: Facts) -> str:

@@ -111,6 +111,7 @@ class Bnb4bitSource:
 
     def _check_statistics(self) -> None:
         """Check that every packed weight has its statistics, and the other way round."""
+        # What each packed weight needs.
         required: list[str] = []
         for weight in self._states:
             required += [weight, *(f"{weight}.{part}" for part in _REQUIRED)]
@@ -120,6 +121,8 @@ class Bnb4bitSource:
                 f"{self.folder}: 4-bit weights are incomplete without {some(missing)}; fetch or"
                 " copy it again"
             )
+
+        # What looks packed, and is not described.
         without_state = [
             name
             for name, spec in self._stored.specs.items()

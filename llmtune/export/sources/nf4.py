@@ -17,7 +17,7 @@ import torch
 
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole
-from llmtune.plan.memory.architecture import build_meta_model
+from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.storage.tensors.row_blocks import row_ranges
 from llmtune.units import some
 
@@ -96,6 +96,8 @@ def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skeleton = _build_skeleton(model)
+
+    # Layers that transformers keeps in full precision.
     kept = HfQuantizer.get_modules_to_not_convert(skeleton, None, skeleton._keep_in_fp32_modules)
     transposed: dict[str, bool] = {}
     missing = []

@@ -86,6 +86,7 @@ def runner_command(path: Path, arguments: Sequence[str]) -> list[str]:
     Raises:
         As :func:`exec_runner`.
     """
+    # One machine needs neither pdsh nor ssh.
     several = len(read_hostfile(path)) > 1
     missing = [program for program in ("pdsh", "ssh") if several and shutil.which(program) is None]
     if missing:

@@ -13,7 +13,8 @@ from typing import Any
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
-from llmtune.plan.memory.architecture import load_architecture, set_outputs
+from llmtune.plan.architecture.load import load_architecture
+from llmtune.plan.architecture.meta_model import set_outputs
 from llmtune.plan.memory.fake_run import TRACED_LAYERS, TraceSettings, trace_layers
 from llmtune.plan.memory.rank_bytes import ActivationBytes
 from llmtune.plan.memory.shapes import ModelShape

@@ -2,7 +2,7 @@
 
 ``FakeTensorMode`` runs every operation without memory or arithmetic; ``MemTracker`` records what
 would be allocated. Parameters' gradients are dropped as soon as they are made, because they are
-counted with ZeRO's states. The fake tensors are those of a CPU; ``_gpu_dropout`` replaces the
+counted with ZeRO's states. The fake tensors are those of a CPU; ``gpu_dropout`` replaces the
 operations of which a GPU keeps less.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,8 @@ def trace_layers(
     dtype = configured_dtype(settings.precision.value)
     model = _build(architecture, tuner, settings, dtype, task)
     after: list[int] = []
-    kernels = _gpu_dropout() if settings.accelerator == "cuda" else contextlib.nullcontext()
+    on_gpu = settings.accelerator == "cuda"
+    kernels = gpu_dropout() if on_gpu else contextlib.nullcontext()
     with hold_interruptions(), FakeTensorMode(allow_non_fake_inputs=True), kernels:
         _to_fake(model)
         text = architecture.get_text_config()
@@ -179,35 +181,33 @@ def _build(
     return model
 
 
-def _gpu_dropout() -> Any:
-    """Make a context in which dropout keeps what it keeps on a GPU.
+@contextlib.contextmanager
+def gpu_dropout() -> Iterator[None]:
+    """Let dropout keep what it keeps on a GPU.
 
     On a CPU dropout keeps a mask in the dtype of its input, on a GPU one byte per element
     (``aten/src/ATen/native/Dropout.cpp``). SDPA with dropout keeps all products of two tokens on a
     CPU, and the state of the random numbers in the kernels of a GPU.
+
+    The functions are replaced, because a mode of torch ends before layers are recomputed.
     """
     import torch
     from torch.nn import functional
-    from torch.overrides import TorchFunctionMode
 
-    class GpuDropout(TorchFunctionMode):
-        """Replaces both by operations that keep the same bytes as a GPU's."""
+    attend, drop = functional.scaled_dot_product_attention, functional.dropout
 
-        def __torch_function__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            named = dict(kwargs or {})
-            if function is functional.scaled_dot_product_attention:
-                return function(*args, **{**named, "dropout_p": 0.0})
-            if function is functional.dropout:
-                named.pop("inplace", None)
-                return _dropout(*args, **named)
-            return function(*args, **named)
+    def attend_without_dropout(*args: Any, **named: Any) -> Any:
+        return attend(*args, **{**named, "dropout_p": 0.0})
 
-    def _dropout(inputs: Any, p: float = 0.5, training: bool = True, _: bool = False) -> Any:
+    def keep_bytes(inputs: Any, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
         return torch.native_dropout(inputs, p, True)[0] if training and p > 0 else inputs
 
-    return GpuDropout()
+    replaced: Any = functional
+    replaced.scaled_dot_product_attention, replaced.dropout = attend_without_dropout, keep_bytes
+    try:
+        yield
+    finally:
+        replaced.scaled_dot_product_attention, replaced.dropout = attend, drop
 
 
 def _unmasked() -> str:

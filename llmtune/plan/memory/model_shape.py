@@ -10,7 +10,9 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError
 from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_positions
-from llmtune.plan.memory.architecture import build_meta_model, load_architecture, set_outputs
+from llmtune.plan.architecture.corrected_architecture import correct_architecture
+from llmtune.plan.architecture.load import load_architecture
+from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.tensor_shapes import (
     adapter_sizes,
@@ -65,7 +67,7 @@ def _identify(config: ModelConfig) -> str | None:
         if file.suffix == ".gguf":
             status = file.stat()
             return f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-        return (file / "config.json").read_text()
+        return f"{(file / 'config.json').read_text()} {correct_architecture(file)}"
     except (OSError, UnicodeDecodeError):
         return None
 

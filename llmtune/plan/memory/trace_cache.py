@@ -18,7 +18,6 @@ from llmtune.storage.hashing import sha256_bytes, sha256_files
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = (
     "activations.py",
-    "architecture.py",
     "fake_run.py",
     "model_shape.py",
     "rank_bytes.py",
@@ -26,7 +25,7 @@ _SOURCES = (
     "tensor_shapes.py",
     "../abilities.py",
 )
-_ROOMS = ("../../task", "../../tuner")
+_ROOMS = ("../architecture", "../../task", "../../tuner")
 
 
 def read_cached(folder: Path | None, kind: str, key: str) -> Any:

