@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint.trainer_state import read_trainer_state
+from llmtune.config.best_model import resolve_best_model
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import Composed
 from llmtune.config.schema import Config
@@ -31,7 +33,7 @@ from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.run_record import MemoryFailure, RunRecord
-from llmtune.plan.steps import StepsPlan, resolve_steps
+from llmtune.plan.steps import StepsPlan, evaluation_interval, resolve_steps
 from llmtune.run.check_model import check_model, check_quantized
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
@@ -40,7 +42,7 @@ from llmtune.train.mirror_owner import resolve_run_id, withdraw_left_copies
 from llmtune.train.request import RunRequest
 from llmtune.train.resume import began_from, resume_point
 from llmtune.train.run_folder import RunFolder
-from llmtune.units import format_count
+from llmtune.units import counted, format_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def prepare_run(
     _check_data(config, data, tokenizer, model_folder, console)
     epoch_rows = None if config.data.streaming else data.train.rows
     steps = resolve_steps(config.train, config.schedule, epoch_rows, step_rows)
+    check_evaluations(config, data, steps, console.say)
     longer = folder.find_extension(steps, data.fingerprint)
     if longer:
         console.say(longer)
@@ -158,6 +161,39 @@ def prepare_run(
         steps=steps,
         resume_from=resume_from,
     )
+
+
+def check_evaluations(
+    config: Config, data: PreparedData, steps: StepsPlan, say: Callable[[str], None]
+) -> None:
+    """Check that there are evaluations to choose the best model by, and to stop early after.
+
+    Raises:
+        ConfigError: No row is held out, or no evaluation comes before the end.
+    """
+    best = resolve_best_model(config)
+    if best is None:
+        return
+    if data.eval is None or data.eval.rows == 0:
+        raise ConfigError(
+            f"{best.metric} is to choose the best model, and no row is held out: add"
+            " data.eval=FILE, or a larger data.val_set_size"
+        )
+    if best.patience is None:
+        return
+    # The first evaluation has nothing to improve on.
+    possible = evaluation_interval(config.train, steps).count()
+    patience = f"train.early_stopping_patience={best.patience}"
+    if possible == 0:
+        raise ConfigError(
+            f"{patience}: no evaluation comes before the end of the"
+            f" {counted(steps.total_steps, 'step')}; take a smaller train.eval_steps, or more steps"
+        )
+    if possible <= best.patience:
+        say(
+            f"warning: {patience} cannot stop this run early: it needs {best.patience + 1}"
+            f" evaluations before the end, and there are {possible}"
+        )
 
 
 def attempt(
@@ -178,7 +214,7 @@ def attempt(
     """
     config, folder, steps, data = inputs.config, inputs.folder, inputs.steps, inputs.data
     check_quantized(config, plan.placement.zero_stage, inputs.model_folder)
-    if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
+    if folder.is_finished(steps.total_steps, resolve_best_model(config)):
         return None
     step = _resolve_resume_step(resume_from, steps.total_steps, data.fingerprint)
     record = RunRecord.of_plan(

@@ -6,11 +6,13 @@ import gc
 from pathlib import Path
 from typing import Any
 
+from llmtune.checkpoint.best import resume_best
 from llmtune.checkpoint.mirror import Mirror
-from llmtune.checkpoint.retention import Retention
+from llmtune.checkpoint.retention import Retention, list_checkpoints
 from llmtune.checkpoint.save import load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
+from llmtune.config.best_model import NO, BestModel, resolve_best_model, strategy_name
 from llmtune.config.stored import to_plain
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
@@ -23,6 +25,7 @@ from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.loss import sum_token_losses
 from llmtune.model.tokenizer import load_tokenizer
+from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
@@ -88,19 +91,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     pad_token_id: Any = tokenizer.pad_token_id
 
     module = build_module(request, rank)
+    best = resolve_best_model(config)
     state: TrainerState | None = None
-    start = TrainingState()
     if request.resume_from is not None:
         state = load_checkpoint(module, request.resume_from)
-        line = LineSums.from_dict(state.line)
-        start = TrainingState(
-            step=state.step,
-            tokens=state.tokens,
-            skipped=state.skipped,
-            data_position=state.data_position,
-            evaluation_due=state.evaluation_due,
-            line=line,
-        )
+    start = resume_at(state, best, request.run_folder) if state else TrainingState()
 
     collator = Collator(
         pad_token_id, plan.attn_implementation.startswith("flash"), sees_padding(module.model)
@@ -110,7 +105,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
     evaluator = HeldOutLoss(
         module=module,
-        rows=open_rows(request.data, "eval") if request.data.eval else None,
+        rows=open_rows(request.data, "eval") if has_evaluations(request) else None,
         batch_size=eval_batch_size(request),
         collator=collator,
         max_rows=config.train.eval_max_rows,
@@ -125,6 +120,9 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         learning_rate=plan.learning_rate,
         schedule=config.schedule,
         seed=config.seed,
+        evaluations=evaluation_interval(config.train, request.steps),
+        saves=save_interval(config.train, request.steps),
+        best=best,
         evaluator=evaluator,
         saver=build_saver(request, module, tokenizer, state, console),
         divergence=DivergenceMonitor(
@@ -138,6 +136,23 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
+    )
+
+
+def resume_at(state: TrainerState, best: BestModel | None, run: Path) -> TrainingState:
+    """Return the loop's state at a checkpoint.
+
+    Args:
+        run: The run folder, whose checkpoints count where the best is chosen by a new rule.
+    """
+    return TrainingState(
+        step=state.step,
+        tokens=state.tokens,
+        skipped=state.skipped,
+        data_position=state.data_position,
+        evaluation_due=state.evaluation_due,
+        best=resume_best(best, state, list_checkpoints(run)),
+        line=LineSums.from_dict(state.line),
     )
 
 
@@ -183,7 +198,7 @@ def build_saver(
 def build_save_settings(request: RunRequest, rank: Rank, weights: WeightFiles) -> SaveSettings:
     """Collect what decides when checkpoints are saved, and what their manifests say."""
     config, plan, run = request.config, request.plan, request.run_folder
-    checkpoint = config.checkpoint
+    checkpoint, best = config.checkpoint, resolve_best_model(config)
     planned_host_bytes = plan.memory.host.total
     if plan.hardware.accelerator == "cpu":
         planned_host_bytes += plan.memory.device.total
@@ -193,12 +208,13 @@ def build_save_settings(request: RunRequest, rank: Rank, weights: WeightFiles) -
         retention=Retention(
             limit=config.train.save_total_limit,
             every=checkpoint.keep_every,
-            metric=checkpoint.metric_for_best_model,
-            greater_is_better=checkpoint.greater_is_better,
+            best=best,
         ),
-        save_steps=config.train.save_steps,
+        saves=save_interval(config.train, request.steps),
+        evaluations=evaluation_interval(config.train, request.steps),
         background=checkpoint.background,
         on_disk_low=checkpoint.on_disk_low,
+        best=best,
         data_fingerprint=request.data.fingerprint,
         planned_host_bytes=planned_host_bytes,
         about={
@@ -244,6 +260,11 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
         last_row=request.steps.total_rows,
         settings=settings,
     )
+
+
+def has_evaluations(request: RunRequest) -> bool:
+    """Tell whether the run evaluates: there are rows, and ``train.eval_strategy`` is not ``no``."""
+    return request.data.eval is not None and strategy_name(request.config.train.eval_strategy) != NO
 
 
 def eval_batch_size(request: RunRequest) -> int:

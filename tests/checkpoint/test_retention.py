@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints, sweep_incomplete
+from llmtune.checkpoint.result import link_result
 from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
+from llmtune.config.best_model import BestModel
 from llmtune.storage.atomic import REPLACED
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import find_damage, mark_complete, write_manifest
-from llmtune.train.checkpointing import link_result
 
 
 def make(run: Path, step: int, **metrics: float) -> Path:
@@ -22,6 +23,12 @@ def make(run: Path, step: int, **metrics: float) -> Path:
     write_manifest(folder, {"x": hash_file(folder / "x")}, {"step": step, "metrics": metrics})
     mark_complete(folder)
     return folder
+
+
+def best_by(metric: str, greater_is_better: bool = False) -> BestModel:
+    return BestModel(
+        metric=metric, greater_is_better=greater_is_better, is_saved=True, load_at_end=False
+    )
 
 
 def left(run: Path) -> list[int]:
@@ -34,9 +41,10 @@ def left(run: Path) -> list[int]:
         (Retention(), [5, 10, 15, 20, 25]),
         (Retention(limit=2), [20, 25]),
         (Retention(limit=1, every=10), [10, 20, 25]),
-        (Retention(limit=2, metric="eval_loss"), [10, 20, 25]),
-        (Retention(limit=1, metric="accuracy", greater_is_better=True), [15, 25]),
-        (Retention(limit=1, metric="nothing"), [25]),
+        (Retention(limit=2, best=best_by("eval_loss")), [10, 20, 25]),
+        (Retention(limit=1, best=best_by("accuracy", greater_is_better=True)), [15, 25]),
+        (Retention(limit=1, best=best_by("accuracy")), [5, 25]),
+        (Retention(limit=1, best=best_by("nothing")), [25]),
     ],
 )
 def test_the_newest_the_best_and_every_so_many_stay(

@@ -42,14 +42,30 @@ class TrainConfig:
     """Optimizer steps between lines of ``metrics.jsonl``; a line has the mean loss of all tokens
     trained since the previous line.
     """
+    eval_strategy: bool | str = "steps"
+    """Evaluate every ``eval_steps`` (``steps``), at the step that finishes an epoch (``epoch``), or
+    never (``no``, which YAML reads as false). Unless it is ``no``, the run also evaluates at step 0
+    and at the end."""
     eval_steps: int | None = None
-    """Optimizer steps between evaluations; the run always evaluates at step 0 and at the end."""
+    """Optimizer steps between evaluations; null for none between the first and the last."""
     eval_max_rows: int | None = 256
     """Rows used by one evaluation during training; null for all."""
+    save_strategy: bool | str = "steps"
+    """Save every ``save_steps`` (``steps``), at the step that finishes an epoch (``epoch``), or not
+    before the end (``no``). The run always saves one at the end."""
     save_steps: int | None = 100
-    """Optimizer steps between checkpoints; the run always saves one at the end."""
+    """Optimizer steps between checkpoints with ``save_strategy=steps``; null for none before the
+    end."""
     save_total_limit: int | None = 2
-    """Checkpoints kept, newest first; null keeps all."""
+    """Checkpoints kept, newest first, and the best one beside them; null keeps all."""
+    load_best_model_at_end: bool | str = "auto"
+    """Publish and export the weights of the best checkpoint instead of the last one's; ``auto``
+    does so where the task says so, which language models do not."""
+    early_stopping_patience: int | None = None
+    """Evaluations in a row that may pass without an improvement of the metric before the run ends;
+    null for no early end."""
+    early_stopping_threshold: float = 0.0
+    """An improvement counts for early stopping if it is larger than this."""
     on_nan: OnNan = OnNan.stop
     """A loss or gradient is not finite: ``stop`` names the rows and ends the run; ``skip`` leaves
     the step out; ``rollback`` returns to the newest checkpoint and then leaves the step out."""
