@@ -40,8 +40,8 @@ LORA = ["tuner=lora", "zero=2", "optim.learning_rate=2e-2", "train.early_stoppin
 FULL = [
     "tuner=full",
     "zero=3",
-    "optim.learning_rate=3e-2",
-    "train.early_stopping_patience=4",
+    "optim.learning_rate=1e-2",
+    "train.early_stopping_patience=3",
     "checkpoint.background=false",
 ]
 WRITE_SECONDS, EVALUATE_SECONDS = 0.02, 0.3
