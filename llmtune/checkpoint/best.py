@@ -50,13 +50,15 @@ def update_best(rule: BestModel | None, best: BestSoFar, record: Mapping[str, An
     Raises:
         ConfigError: The evaluation does not have the metric.
     """
-    if rule is None or record["step"] == 0:
+    if rule is None:
         return best
     if rule.metric not in record:
         known = ", ".join(sorted(key for key in record if key.startswith("eval_")))
         raise ConfigError(
             f"checkpoint.metric_for_best_model={rule.metric}: this evaluation has {known}"
         )
+    if record["step"] == 0:
+        return best
     value = float(record[rule.metric])
     is_better = rule.is_better(value, best.value)
     # Transformers' callback compares with the best before this evaluation. The first one counts as

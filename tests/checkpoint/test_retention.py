@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,29 @@ def test_the_newest_the_best_and_every_so_many_stay(
         make(tmp_path, step, eval_loss=loss, accuracy=accuracy)
     prune_checkpoints(tmp_path, retention)
     assert left(tmp_path) == stay
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_best_of_all_evaluations_is_there_at_every_moment(seed: int, tmp_path: Path) -> None:
+    draws = random.Random(seed)
+    greater = bool(seed % 2)
+    rule = best_by("eval_loss", greater_is_better=greater)
+    retention = Retention(limit=draws.choice((1, 2, 3)), best=rule)
+    best: tuple[float, int] | None = None
+    for step in range(1, 16):
+        # Few values, so that some are equal; what is no number is never the best.
+        value = draws.choice((1.0, 2.0, 3.0, 4.0, float("nan")))
+        evaluated = draws.random() < 0.7
+        make(tmp_path, step, **({"eval_loss": value} if evaluated else {}))
+        worth = -value if greater else value
+        if evaluated and not math.isnan(value) and (best is None or worth < best[0]):
+            best = (worth, step)
+        prune_checkpoints(tmp_path, retention)
+        if best is not None:
+            assert best[1] in left(tmp_path)
+        # A full disk takes no best one either.
+        prune_checkpoints(tmp_path, retention, limit=0)
+        assert {step, best[1] if best is not None else step} == set(left(tmp_path))
 
 
 def test_a_full_disk_takes_older_ones_but_never_the_last_nor_what_is_being_copied(

@@ -68,19 +68,24 @@ class Saver:
     def __init__(self, disk: Disk, best: BestModel | None, after_save: Callable[[], None]):
         self.disk, self.best, self.after_save = disk, best, after_save
         self.record: Record = {}
+        self.newest = max(disk.states, default=None)
 
     def record_evaluation(self, record: Record) -> None:
         self.record = record
+        if self.newest == record["step"]:
+            self.newest = None
 
-    def save(self, progress: TrainingState) -> None:
-        if progress.step in self.disk.states:
-            return
+    def save(self, progress: TrainingState) -> Path:
+        folder = Path(f"checkpoint-{progress.step}")
+        if progress.step == self.newest:
+            return folder
         state = TrainerState(
             step=progress.step,
             tokens=progress.tokens,
             skipped=0,
             data_fingerprint="",
             data_position=None,
+            evaluation_due=progress.evaluation_due,
             best=progress.best.describe(self.best),
             best_goal=self.best.goal if self.best is not None else None,
             stale_evaluations=progress.best.stale,
@@ -89,7 +94,9 @@ class Saver:
         state = TrainerState(**json.loads(state.to_json()))
         here = self.record.get("step") == progress.step
         self.disk.write(progress.step, state, dict(self.record) if here else {})
+        self.newest = progress.step
         self.after_save()
+        return folder
 
     def publish_result(self, progress: TrainingState) -> None:
         self.disk.result = progress
@@ -108,6 +115,7 @@ def train(
     steps: StepsPlan,
     evaluations: Mapping[int, float],
     kill_after: int | None = None,
+    interrupt_at: int | None = None,
     after_save: Callable[[], None] = lambda: None,
 ) -> None:
     """One start of a run: from its newest checkpoint to its end.
@@ -115,16 +123,27 @@ def train(
     Args:
         evaluations: The metric ``eval_loss`` by step; others are 1.0.
         kill_after: The step during which the process is killed.
+        interrupt_at: The step whose evaluation a stop interrupts.
 
     Raises:
         Killed: There.
+        StoppedError: There.
     """
     start = TrainingState()
     if disk.states:
         state = disk.states[max(disk.states)]
-        start = TrainingState(step=state.step, best=resume_best(best, state, disk.checkpoints()))
+        start = TrainingState(
+            step=state.step,
+            evaluation_due=state.evaluation_due,
+            best=resume_best(best, state, disk.checkpoints()),
+        )
+    is_stopped = False
 
-    def evaluate(progress: TrainingState, _: object) -> Record:
+    def evaluate(progress: TrainingState, _: object) -> Record | None:
+        nonlocal is_stopped
+        if progress.step == interrupt_at:
+            is_stopped = True
+            return None
         disk.evaluations.append(progress.step)
         return {"step": progress.step, "eval_loss": evaluations.get(progress.step, 1.0)}
 
@@ -156,7 +175,7 @@ def train(
         trackers=stands_in(log=lambda _: None, summarize=disk.summary.update),
         hooks=[],
         stop=stands_in(
-            arm=lambda: None, requested=lambda: False, agree=lambda *_: [False, False, False]
+            arm=lambda: None, requested=lambda: is_stopped, agree=lambda *_: [False, False, False]
         ),
         start=start,
     )

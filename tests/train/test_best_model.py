@@ -4,6 +4,7 @@ killed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from llmtune.checkpoint.retention import CheckpointInfo, Retention
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.config.best_model import BestModel
 from llmtune.config.groups.train import TrainConfig
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, StoppedError
 from llmtune.plan.steps import StepsPlan
 from tests.train.best_loop import Disk, Killed, train
 
@@ -141,6 +142,21 @@ def test_an_improvement_up_to_the_threshold_is_a_best_that_does_not_count() -> N
     assert best == BestSoFar(value=0.75, step=2, stale=1)
 
 
+def test_a_best_whose_evaluation_was_interrupted_is_saved_again_with_its_metrics() -> None:
+    config = TrainConfig(eval_steps=2, save_steps=None)
+    steps = StepsPlan(total_steps=8, warmup_steps=0, total_rows=None, origin="")
+    disk = Disk(Retention(limit=1, best=rule()))
+    with pytest.raises(StoppedError):
+        train(disk, rule(), config, steps, {4: 0.5}, interrupt_at=4)
+    assert sorted(disk.states) == [2, 4]
+    assert disk.metrics[4] == {}
+    assert disk.states[4].evaluation_due
+    train(disk, rule(), config, steps, {4: 0.5})
+    assert sorted(disk.states) == [4, 8]
+    assert disk.metrics[4]["eval_loss"] == 0.5
+    assert not disk.states[4].evaluation_due
+
+
 def test_the_evaluation_before_the_first_step_does_not_count() -> None:
     assert update_best(rule(1), BestSoFar(), {"step": 0, "eval_loss": 0.1}) == BestSoFar()
 
@@ -181,7 +197,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_the_undisturbed_one(
     evaluations = {(number + 1) * eval_steps: value for number, value in enumerate(values)}
     best_model = rule(patience, threshold)
 
-    def start(disk: Disk, kill_after: int | None = None) -> None:
+    def start(disk: Disk, kill_after: int | None = None, interrupt_at: int | None = None) -> None:
         def check() -> None:
             """The best checkpoint is there whenever a save is over."""
             state = disk.states[max(disk.states)]
@@ -189,23 +205,35 @@ def test_a_run_that_is_killed_and_resumed_ends_as_the_undisturbed_one(
             if limit is not None:
                 assert len(disk.states) <= limit + 1
 
-        train(disk, best_model, config, steps, evaluations, kill_after, check)
+        train(
+            disk,
+            best_model,
+            config,
+            steps,
+            evaluations,
+            kill_after=kill_after,
+            interrupt_at=interrupt_at,
+            after_save=check,
+        )
 
     undisturbed, disturbed = (Disk(Retention(limit=limit, best=best_model)) for _ in range(2))
     start(undisturbed)
     for _ in range(3):
-        kill_after = data.draw(st.integers(1, total + 1))
-        try:
-            start(disturbed, kill_after)
-        except Killed:
-            continue
-        disturbed.result = None
+        moment = data.draw(st.integers(1, total + 1))
+        with contextlib.suppress(Killed, StoppedError):
+            if data.draw(st.booleans()):
+                start(disturbed, kill_after=moment)
+            else:
+                start(disturbed, interrupt_at=moment)
+    disturbed.result = None
     start(disturbed)
     assert undisturbed.result is not None
     assert disturbed.result is not None
     assert disturbed.result.best == undisturbed.result.best
     assert disturbed.result.step == undisturbed.result.step
-    assert disturbed.states.keys() == undisturbed.states.keys()
+    assert disturbed.states[undisturbed.result.step].best == (
+        undisturbed.states[undisturbed.result.step].best
+    )
     assert disturbed.summary == undisturbed.summary
     choice = ours(values, best_model)
     assert undisturbed.result.best.step == (choice.best and choice.best * eval_steps)
