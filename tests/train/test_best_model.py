@@ -225,7 +225,6 @@ def test_a_run_that_is_killed_and_resumed_ends_as_the_undisturbed_one(
                 start(disturbed, kill_after=moment)
             else:
                 start(disturbed, interrupt_at=moment)
-    disturbed.result = None
     start(disturbed)
     assert undisturbed.result is not None
     assert disturbed.result is not None
