@@ -124,7 +124,7 @@ LAYERS: dict[str, set[str]] = {
 #: them.
 ROOMS: dict[str, list[str]] = {
     "storage": ["tensors"],
-    "plan": ["devices", "memory"],
+    "plan": ["devices", "architecture", "memory"],
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
     "task": ["kinds"],
     "tuner": ["kinds"],
@@ -769,15 +769,15 @@ SUBJECTS = {
     "engine": {"bad_gradients", "optimizers", "parity", "placements", "states"},
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "slurm_script"},
-    "plan": {"by_hand", "encoders"},
-    "run": {"adapter_path", "restarts"},
+    "plan": {"by_hand", "encoders", "intervals"},
+    "run": {"adapter_path", "best_model", "restarts"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),
         *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),
         "templates",
     },
     "task": {"classifier_runs", "plain_loop"},
-    "train": {"begin_from_path", "left_behind", "plain_loop"},
+    "train": {"begin_from_path", "best_model", "best_runs", "left_behind", "plain_loop"},
 }
 
 

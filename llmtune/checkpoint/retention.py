@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.checkpoint.find import find_checkpoints, remove_checkpoint
+from llmtune.config.best_model import BestModel
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
 
@@ -29,9 +30,8 @@ class Retention:
     """Keep this many of the newest; None keeps all."""
     every: int | None = None
     """Keep those whose step is a multiple of this."""
-    metric: str | None = None
-    """Keep the one with the best value of this metric."""
-    greater_is_better: bool = False
+    best: BestModel | None = None
+    """Keep the one with the best value of this rule's metric."""
 
     def to_remove(
         self, checkpoints: Sequence[CheckpointInfo], limit: int | None = None
@@ -45,36 +45,46 @@ class Retention:
         limit = self.limit if limit is None else max(1, limit)
         if limit is None:
             return []
-        best = self.best(checkpoints)
+        best = find_best(checkpoints, self.best) if self.best is not None else None
         return [
             checkpoint
             for checkpoint in checkpoints[:-limit]
             if checkpoint is not best and not (self.every and checkpoint.step % self.every == 0)
         ]
 
-    def best(self, checkpoints: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
-        """Find the checkpoint with the best value of the metric, the older of equal ones."""
-        if self.metric is None:
-            return None
-        sign = -1 if self.greater_is_better else 1
-        ranked = [
-            (sign * checkpoint.metrics[self.metric], checkpoint.step, checkpoint)
-            for checkpoint in checkpoints
-            if self.metric in checkpoint.metrics
-        ]
-        return min(ranked, key=lambda item: item[:2])[2] if ranked else None
+
+def find_best(checkpoints: Sequence[CheckpointInfo], rule: BestModel) -> CheckpointInfo | None:
+    """Find the checkpoint with the best value of the metric, the older of equal ones.
+
+    Args:
+        checkpoints: Oldest first.
+    """
+    best: CheckpointInfo | None = None
+    for checkpoint in checkpoints:
+        value = checkpoint.metrics.get(rule.metric)
+        so_far = best.metrics[rule.metric] if best is not None else None
+        if value is not None and rule.is_better(value, so_far):
+            best = checkpoint
+    return best
 
 
 def list_checkpoints(run: Path) -> list[CheckpointInfo]:
     """List the complete checkpoints of a run with their metrics, oldest first."""
     checkpoints = []
     for folder in find_checkpoints(run):
-        try:
-            metrics = parse_json((folder / layout.MANIFEST).read_text()).get("metrics", {})
-        except (OSError, ValueError):
-            metrics = {}
-        checkpoints.append(CheckpointInfo(folder, layout.checkpoint_step(folder) or 0, metrics))
+        step = layout.checkpoint_step(folder) or 0
+        checkpoints.append(CheckpointInfo(folder, step, read_metrics_of(folder)))
     return checkpoints
+
+
+def read_metrics_of(checkpoint: Path) -> dict[str, float]:
+    """Read the results of the evaluation at a checkpoint's step; empty without one."""
+    try:
+        manifest = parse_json((checkpoint / layout.MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    metrics: dict[str, float] = manifest.get("metrics", {})
+    return metrics
 
 
 def prune_checkpoints(

@@ -36,6 +36,10 @@ class TrainerState:
     """The evaluation of this step was interrupted, and comes first after a resume."""
     best: dict[str, Any] | None = None
     """``metric``, ``value`` and ``step`` of the best evaluation so far."""
+    best_goal: str | None = None
+    """Rule by which ``best`` was chosen, such as ``min eval_loss``; None where none is."""
+    stale_evaluations: int | None = None
+    """Evaluations in a row that did not improve it; None before the first evaluation."""
     tracker_run_id: str | None = None
     """The id at the experiment tracker, where a resumed run continues."""
     optimizer_steps: int = 0

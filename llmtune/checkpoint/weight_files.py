@@ -79,6 +79,8 @@ def add_weights(module: TrainModule, files: WeightFiles, writer: CheckpointWrite
 def write_model_config(model: Any, folder: Path) -> None:
     """Write ``config.json`` and ``generation_config.json``, which belong beside full weights."""
     config = model.config.to_dict()
+    # The folder that this start loaded the weights from; transformers leaves it out, too.
+    config.pop("_name_or_path", None)
     config["use_cache"] = True
     config["architectures"] = [type(model).__name__]
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str))

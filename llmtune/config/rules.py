@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from llmtune.config.best_model import find_best_model_problems
 from llmtune.config.groups.data import DataConfig
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config, Precision
@@ -19,7 +20,7 @@ def find_problems(config: Config) -> list[str]:
         *_find_schedule_problems(config),
         *_find_data_problems(config.data),
         *_find_streaming_problems(config),
-        *_find_checkpoint_problems(config),
+        *find_best_model_problems(config),
     ]
 
 
@@ -111,22 +112,3 @@ def _find_streaming_problems(config: Config) -> Iterator[str]:
         yield "data.streaming=true needs train.max_steps: a stream does not know its length"
     if data.eval is None and data.val_set_size:
         yield "data.streaming=true splits nothing off: add data.eval=FILE, or data.val_set_size=0"
-
-
-#: Metrics of the evaluation lines of ``metrics.jsonl``.
-_METRICS = ("eval_loss", "eval_perplexity")
-
-
-def _find_checkpoint_problems(config: Config) -> Iterator[str]:
-    metric = config.checkpoint.metric_for_best_model
-    eval_steps, save_steps = config.train.eval_steps, config.train.save_steps
-    if metric is None:
-        return
-    if metric not in _METRICS:
-        known = " and ".join(_METRICS)
-        yield f"checkpoint.metric_for_best_model={metric}: evaluations have {known}"
-    elif eval_steps is None or (save_steps is not None and save_steps % eval_steps):
-        yield (
-            f"checkpoint.metric_for_best_model={metric} needs an evaluation at every checkpoint:"
-            f" train.save_steps={save_steps} is no multiple of train.eval_steps={eval_steps}"
-        )

@@ -26,6 +26,7 @@ _POSITIVE = (
     "train.eval_steps",
     "train.save_steps",
     "train.save_total_limit",
+    "train.early_stopping_patience",
     "data.max_seq_length",
     "data.shuffle_buffer",
     "tuner.lora_r",
@@ -46,6 +47,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "optim.weight_decay",
     "train.max_grad_norm",
+    "train.early_stopping_threshold",
     "tuner.lora_dropout",
     "schedule.warmup_ratio",
     "schedule.warmup_steps",
@@ -67,6 +69,8 @@ _COUNTS_OR_AUTO = (
 _FLAGS_OR_AUTO = (
     "train.gradient_checkpointing",
     "train.sample_answers",
+    "train.load_best_model_at_end",
+    "checkpoint.greater_is_better",
     "checkpoint.background",
 )
 

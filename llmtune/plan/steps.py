@@ -1,4 +1,4 @@
-"""The number of optimizer steps and of warm-up steps, from the config and the number of rows."""
+"""The number of optimizer steps, and what comes every so many steps or every epoch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.groups.schedule import ScheduleConfig
-from llmtune.config.groups.train import TrainConfig
+from llmtune.config.groups.train import EPOCH, STEPS, TrainConfig, strategy_name
 from llmtune.errors import ConfigError
 from llmtune.units import counted
 
@@ -22,11 +22,73 @@ class StepsPlan:
     """Rows after which the last step ends, for epochs; None where ``max_steps`` decides."""
     origin: str
     """Origin of the length, for the page before step 1."""
+    epoch_rows: int | None = None
+    """Rows of one epoch; None where they are streamed, and in records of earlier versions."""
+    global_batch_size: int | None = None
+    """Rows per step; None in records of earlier versions."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StepsPlan:
         """Build the plan from what JSON made of it."""
         return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Steps between the first and the last after which evaluations or checkpoints come.
+
+    What comes at the end of a run comes there once, and is not counted here.
+    """
+
+    strategy: str
+    """``steps``, ``epoch`` or ``no``."""
+    every: int | None
+    """Steps between two, with ``steps``; None for none."""
+    plan: StepsPlan
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether one comes after ``step``.
+
+        An epoch is finished by the step whose batch has its last row, though that batch may hold
+        the first rows of the next epoch too.
+        """
+        return step < self.plan.total_steps and self._until(step) > self._until(step - 1)
+
+    def count(self, after: int = 0) -> int:
+        """Count those that come after a step."""
+        last = self.plan.total_steps - 1
+        return max(0, min(last - after, self._until(last) - self._until(after)))
+
+    def describe(self) -> str:
+        """Say how often they come, and how many there are."""
+        if self.strategy == EPOCH:
+            text = "every epoch"
+        elif self.strategy == STEPS and self.every is not None:
+            text = f"every {counted(self.every, 'step')}" if self.every > 1 else "every step"
+        else:
+            return "none before the end"
+        return f"{text} ({self.count()} before the end)"
+
+    def _until(self, step: int) -> int:
+        """Count periods that are over after a step."""
+        if self.strategy == EPOCH:
+            rows, size = self.plan.epoch_rows, self.plan.global_batch_size
+            return step * size // rows if rows and size else 0
+        if self.strategy == STEPS and self.every is not None:
+            return step // self.every
+        return 0
+
+
+def evaluation_interval(train: TrainConfig, plan: StepsPlan) -> Interval:
+    """Return when a run evaluates."""
+    strategy = strategy_name(train.eval_strategy)
+    return Interval(strategy=strategy, every=train.eval_steps, plan=plan)
+
+
+def save_interval(train: TrainConfig, plan: StepsPlan) -> Interval:
+    """Return when a run saves a checkpoint, apart from new best ones."""
+    strategy = strategy_name(train.save_strategy)
+    return Interval(strategy=strategy, every=train.save_steps, plan=plan)
 
 
 def resolve_steps(
@@ -67,4 +129,6 @@ def resolve_steps(
         warmup_steps=min(warmup, total - 1),
         total_rows=None if train.max_steps else epoch_rows,
         origin=origin,
+        epoch_rows=rows,
+        global_batch_size=global_batch_size,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtune.checkpoint.trainer_state import read_trainer_state
+from llmtune.config.best_model import resolve_best_model
 from llmtune.config.schema import Config
 from llmtune.data.prepared_data import PROBLEMS
 from llmtune.errors import CheckpointError
@@ -83,7 +84,7 @@ def attempt(
     """
     config, folder, steps, data = inputs.config, inputs.folder, inputs.steps, inputs.data
     check_quantized(config, plan.placement.zero_stage, inputs.model_folder)
-    if folder.finished_step is not None and folder.finished_step >= steps.total_steps:
+    if folder.is_finished(steps.total_steps, resolve_best_model(config)):
         return None
 
     # The record of this attempt, for ``plan.json``.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from llmtune.config.best_model import resolve_best_model
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
+from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.run.adapter import describe_adapter
 from llmtune.train.request import RunRequest
 from llmtune.tuner.tuner import TUNERS
-from llmtune.units import format_bytes, format_count
+from llmtune.units import counted, format_bytes, format_count
 
 
 def describe(request: RunRequest) -> dict[str, str]:
@@ -30,6 +32,8 @@ def describe(request: RunRequest) -> dict[str, str]:
         "hardware": plan.hardware.describe(),
         "batch": plan.batch.describe(),
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
+        "evaluations": describe_evaluations(request),
+        "checkpoints": describe_checkpoints(request),
         "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type}",
         "optimizer": OPTIMIZERS.find(config.optim.kind).describe(asdict(config.optim)),
         "precision": f"{config.precision.value}; fp32 master weights and optimizer states",
@@ -43,6 +47,39 @@ def describe(request: RunRequest) -> dict[str, str]:
     if request.resume_from:
         rows["resuming"] = str(request.resume_from)
     return rows
+
+
+def describe_evaluations(request: RunRequest) -> str:
+    """Describe how often the run evaluates, and when it ends early."""
+    train, best = request.config.train, resolve_best_model(request.config)
+    if not request.evaluates:
+        return "none"
+    interval = evaluation_interval(train, request.steps)
+    text = f"{interval.describe()}, at step 0 and at the end"
+    if best is not None and best.patience is not None:
+        text += (
+            f"; the run ends after {counted(best.patience, 'evaluation')} in a row in which"
+            f" {best.metric} does not improve"
+        )
+        if best.threshold:
+            text += f" by more than {best.threshold:g}"
+    return text
+
+
+def describe_checkpoints(request: RunRequest) -> str:
+    """Describe how often checkpoints are saved, which are kept, and which one is published."""
+    train, best = request.config.train, resolve_best_model(request.config)
+    text = save_interval(train, request.steps).describe()
+    if best is not None and best.is_saved:
+        text += f", at each new best {best.metric}"
+    text += ", and at the end"
+    limit = train.save_total_limit
+    text += "; all are kept" if limit is None else f"; kept: the newest {limit}"
+    if limit is not None and best is not None and best.is_saved:
+        text += " and the best"
+    if best is not None and best.load_at_end:
+        text += "; the best is published"
+    return text
 
 
 def describe_data(config: Config, data: PreparedData) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint.find import find_checkpoints
+from llmtune.config.best_model import resolve_best_model
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.errors import DoesNotFitError, LlmtuneError
 from llmtune.launch.launchers.environment import restored_environment
@@ -262,7 +263,7 @@ def hold_nvme(config: Config, plan: Plan, run_folder: Path, console: Console) ->
     if not plan.placement.uses_nvme or path is None:
         yield
         return
-    kept = config.train.save_total_limit or 2
+    kept = (config.train.save_total_limit or 2) + (resolve_best_model(config) is not None)
     swap = plan.memory.nvme * plan.world_size
     probe_nvme(path, swap, (kept + 1) * plan.memory.checkpoint, run_folder, console.say)
     with hold_swap_folder(swap_folder(path, run_folder)):

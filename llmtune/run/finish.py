@@ -8,11 +8,12 @@ from pathlib import Path
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.config.stored import load_config
 from llmtune.storage import layout
+from llmtune.storage.rank_files import FinishedRecord
 from llmtune.task.task import find_task
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
-from llmtune.train.run_folder import RunFolder
 from llmtune.tuner.tuner import TUNERS
+from llmtune.units import counted
 
 
 def finished_message(run: Path) -> str:
@@ -20,9 +21,10 @@ def finished_message(run: Path) -> str:
     records = read_metrics(run / layout.METRICS)
     held_out = [record["eval_loss"] for record in records if record.get("eval_loss") is not None]
     losses = [record["loss"] for record in records if record.get("loss") is not None]
-    # A run that began from the checkpoint of its last step has written no lines.
-    finished = RunFolder(run).finished_step
-    step = records[-1]["step"] if records else finished or 0
+    # A run that began from the checkpoint of its last step has no lines of its own.
+    finished = FinishedRecord.read(run)
+    last_step = finished.step if finished is not None else 0
+    step = records[-1]["step"] if records else last_step
     text = f"finished: {run} is at step {step}"
     if losses:
         text += f"; training loss {losses[0]:.4f} -> {losses[-1]:.4f}"
@@ -31,6 +33,25 @@ def finished_message(run: Path) -> str:
             f"; held-out loss {held_out[0]:.4f} -> {held_out[-1]:.4f}"
             f" ({held_out[-1] / held_out[0] - 1:+.1%})"
         )
+    if finished is not None:
+        text += describe_end(finished)
+    return text
+
+
+def describe_end(finished: FinishedRecord) -> str:
+    """Describe an early end, and which step the published model is of; empty without a best."""
+    text, best = "", finished.best
+    if finished.stopped_early and finished.goal is not None:
+        text += (
+            f"; stopped early: {finished.goal.rpartition(' ')[2]} did not improve in"
+            f" {counted(finished.stale_evaluations or 0, 'evaluation')}"
+            " (train.early_stopping_patience; null or a larger one trains on)"
+        )
+    if best is not None:
+        text += f"; best {best['metric']} {best['value']:.4f} at step {best['step']}"
+    if best is not None or finished.loaded_best:
+        which = "the best" if finished.loaded_best else "the last"
+        text += f"; the trained model is that of step {finished.published_step}, {which}"
     return text
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmtune.config.best_model import resolve_best_model
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
@@ -20,6 +22,7 @@ from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import ProgressCallback, TokenizeProgress
+from llmtune.errors import ConfigError
 from llmtune.export.prerequisites import check_exportable
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.task_folder import resolve_task_folder
@@ -27,7 +30,7 @@ from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
-from llmtune.plan.steps import resolve_steps
+from llmtune.plan.steps import StepsPlan, evaluation_interval, resolve_steps
 from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.check_model import check_model, check_quantized
 from llmtune.run.task import resolve_labels
@@ -38,7 +41,7 @@ from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
 from llmtune.train.mirror_owner import resolve_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
-from llmtune.units import format_count
+from llmtune.units import counted, format_count
 
 
 def resolve_run_target(composed: Composed) -> RunTarget:
@@ -82,8 +85,7 @@ def prepare_run(
     config = replace(
         composed.config, train=replace(composed.config.train, global_batch_size=step_rows)
     )
-    changed = folder.find_changes(config)
-    if changed:
+    if changed := folder.find_changes(config):
         console.say(f"changed since the last start: {', '.join(changed)}")
     resume_from = resume_point(folder, config, target.name, console.say)
     run_id = resolve_run_id(folder, config, target.name, resume_from, console.say)
@@ -91,8 +93,8 @@ def prepare_run(
     # The model, and whether its export will be possible.
     cache = open_cache(config.paths)
     base = resolve_model_folder(config.model, cache, console.say)
-    has_head = not find_task(config.model.task).needs_labels
-    if has_head:
+    needs_head = find_task(config.model.task).needs_labels
+    if not needs_head:
         _check_files(config, plan, base, cache, console)
 
     # The rows, and the head that their labels ask for.
@@ -103,19 +105,14 @@ def prepare_run(
     model_folder = resolve_task_folder(
         base, config.model, labels, tokenizer, config.seed, cache, console.say
     )
-    if not has_head:
-        _check_files(config, plan, model_folder, cache, console)
-        if find_task(config.model.task).judges_rows and not plan.shape.bidirectional:
-            console.say(
-                f"rows are padded on the right with {tokenizer.pad_token}, and judged by their last"
-                " token before it"
-            )
+    if needs_head:
+        _check_head(config, plan, model_folder, tokenizer, cache, console)
 
     # The steps that the rows make.
     epoch_rows = None if config.data.streaming else data.train.rows
     steps = resolve_steps(config.train, config.schedule, epoch_rows, step_rows)
-    longer = folder.find_extension(steps, data.fingerprint)
-    if longer:
+    check_evaluations(config, data, steps, console.say)
+    if longer := folder.find_extension(steps, data.fingerprint):
         console.say(longer)
     return RunInputs(
         config=config,
@@ -158,10 +155,55 @@ def _bar(share: float, width: int = 20) -> str:
     return "#" * done + "." * (width - done)
 
 
+def _check_head(
+    config: Config, plan: Plan, folder: Path, tokenizer: Any, cache: Path, console: Console
+) -> None:
+    """Check a folder with a head, and say which token of a row a decoder is judged by."""
+    _check_files(config, plan, folder, cache, console)
+    if find_task(config.model.task).judges_rows and not plan.shape.bidirectional:
+        console.say(
+            f"rows are padded on the right with {tokenizer.pad_token}, and judged by their last"
+            " token before it"
+        )
+
+
 def _check_files(config: Config, plan: Plan, folder: Path, cache: Path, console: Console) -> None:
     check_quantized(config, plan.placement.zero_stage, folder)
     check_model(config, plan.attn_implementation, folder, cache, console.say)
     check_exportable(config.export, folder)
+
+
+def check_evaluations(
+    config: Config, data: PreparedData, steps: StepsPlan, say: Callable[[str], None]
+) -> None:
+    """Check that there are evaluations to choose the best model by, and to stop early after.
+
+    Raises:
+        ConfigError: No row is held out, or no evaluation comes before the end.
+    """
+    best = resolve_best_model(config)
+    if best is None:
+        return
+    if data.eval is None or data.eval.rows == 0:
+        raise ConfigError(
+            f"{best.metric} is to choose the best model, and no row is held out: add"
+            " data.eval=FILE, or a larger data.val_set_size"
+        )
+    if best.patience is None:
+        return
+    # The first evaluation has nothing to improve on.
+    possible = evaluation_interval(config.train, steps).count()
+    patience = f"train.early_stopping_patience={best.patience}"
+    if possible == 0:
+        raise ConfigError(
+            f"{patience}: no evaluation comes before the end of the"
+            f" {counted(steps.total_steps, 'step')}; take a smaller train.eval_steps, or more steps"
+        )
+    if possible <= best.patience:
+        say(
+            f"warning: {patience} cannot stop this run early: it needs {best.patience + 1}"
+            f" evaluations before the end, and there are {possible}"
+        )
 
 
 def _check_data(

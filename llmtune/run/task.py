@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmtune.config.best_model import can_choose
 from llmtune.config.composed import Composed
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
@@ -22,20 +23,34 @@ from llmtune.task.task import AUTO, TASKS, Task, find_task
 def adopt_task(composed: Composed) -> Composed:
     """Take the task from the labels of the first rows, where ``model.task`` is ``auto``.
 
-    Rows without labels leave it so, which stands for language modeling.
+    Rows without labels leave it so, which stands for language modeling. The metric that chooses the
+    best model, and whether the best is published, are the task's where nothing else is said.
 
     Raises:
         ConfigError: No task has the name.
     """
-    model = composed.config.model
-    if model.task != AUTO:
-        find_task(model.task)
-        return composed
-    kind = peek_label_kind(composed.config.data)
-    if kind is None:
-        return composed
-    task = next(task for task in TASKS.list().values() if kind in task.label_kinds)
-    return replace(composed, config=replace(composed.config, model=replace(model, task=task.name)))
+    config = composed.config
+    task = find_task(config.model.task)
+    if config.model.task == AUTO:
+        kind = peek_label_kind(config.data)
+        if kind is None:
+            return composed
+        task = next(task for task in TASKS.list().values() if kind in task.label_kinds)
+        config = replace(config, model=replace(config.model, task=task.name))
+    if task.keeps_best and can_choose(config):
+        config = _adopt_best(config, task)
+    return replace(composed, config=config)
+
+
+def _adopt_best(config: Config, task: Task) -> Config:
+    train, checkpoint = config.train, config.checkpoint
+    if train.load_best_model_at_end == AUTO:
+        train = replace(train, load_best_model_at_end=True)
+    if checkpoint.metric_for_best_model is None:
+        checkpoint = replace(checkpoint, metric_for_best_model=task.metric)
+        if checkpoint.greater_is_better == AUTO:
+            checkpoint = replace(checkpoint, greater_is_better=task.greater_is_better)
+    return replace(config, train=train, checkpoint=checkpoint)
 
 
 def resolve_labels(config: Config, data: PreparedData, model_folder: Path) -> Labels:

@@ -122,13 +122,23 @@ class KernelKills:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRecord:
-    """The end of a run that trained all its steps."""
+    """The end of a run: of its last step, or before it by early stopping."""
 
     step: int
     tokens: int = 0
     """Tokens that were trained on."""
     best: dict[str, Any] | None = None
-    """``metric``, ``value`` and ``step`` of the best checkpoint, where one is kept."""
+    """``metric``, ``value`` and ``step`` of the best evaluation, where one is looked for."""
+    goal: str | None = None
+    """Rule by which the best was chosen, such as ``min eval_loss``."""
+    published_step: int | None = None
+    """Step of the published model; None in records of earlier versions, where it is ``step``."""
+    loaded_best: bool = False
+    """The run was asked to publish the best model instead of the last one."""
+    stale_evaluations: int | None = None
+    """Evaluations in a row without an improvement at the end."""
+    stopped_early: bool = False
+    """The run ended before its last step, because its patience was over."""
 
     def write(self, run: Path) -> None:
         """Write the record, which marks the run as finished."""

@@ -44,3 +44,17 @@ class Service:
 SERVICES: Registry[Service] = Registry(
     "tracker.kind", "llmtune.track.services", also=(NONE,), interface=Service
 )
+
+
+def open_service(run: TrackedRun) -> Tracker | None:
+    """Open the chosen service; None if that fails, which must not stop the run."""
+    service = SERVICES.find(run.config.kind)
+    try:
+        tracker = service.open(run)
+        check_tracker(tracker)
+    except Exception as error:
+        run.say(
+            f"{service.title} cannot be opened and is left out ({type(error).__name__}: {error})"
+        )
+        return None
+    return tracker

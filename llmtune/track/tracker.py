@@ -27,6 +27,13 @@ class Tracker(Protocol):
         """Close; called when the run has ended, successfully or not."""
 
 
+class SummaryTracker(Tracker, Protocol):
+    """A tracker that also keeps values of the whole run, which is optional."""
+
+    def summarize(self, values: Record) -> None:
+        """Take values of the finished run, such as ``best_step`` and ``best_eval_loss``."""
+
+
 def check_tracker(tracker: object) -> None:
     """Check that a tracker, or its class, has the methods of one.
 
@@ -61,6 +68,17 @@ class Trackers:
                 tracker.log(record)
             except LlmtuneError:
                 raise
+            except Exception as error:
+                self._drop(tracker, error)
+
+    def summarize(self, values: Record) -> None:
+        """Pass values of the finished run to each tracker that takes some."""
+        for tracker in list(self._trackers):
+            summarize = getattr(tracker, "summarize", None)
+            if summarize is None:
+                continue
+            try:
+                summarize(values)
             except Exception as error:
                 self._drop(tracker, error)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoint.mirror import Mirror
-from llmtune.checkpoint.retention import Retention
+from llmtune.checkpoint.resume_best import resume_best
+from llmtune.checkpoint.retention import Retention, list_checkpoints
 from llmtune.checkpoint.save import load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
+from llmtune.config.best_model import BestModel, resolve_best_model
 from llmtune.config.stored import to_plain
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
@@ -24,6 +26,7 @@ from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
@@ -31,8 +34,8 @@ from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
-from llmtune.track.service import SERVICES, TrackedRun
-from llmtune.track.tracker import Tracker, Trackers, check_tracker
+from llmtune.track.service import TrackedRun, open_service
+from llmtune.track.tracker import Tracker, Trackers
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.confusion_plot import ConfusionPlot
@@ -91,19 +94,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     tokenizer = load_tokenizer(request.model_folder, config.model, template)
 
     module = build_module(request, rank)
+    best = resolve_best_model(config)
     state: TrainerState | None = None
-    start = TrainingState()
     if request.resume_from is not None:
         state = load_checkpoint(module, request.resume_from)
-        line = LineSums.from_dict(state.line)
-        start = TrainingState(
-            step=state.step,
-            tokens=state.tokens,
-            skipped=state.skipped,
-            data_position=state.data_position,
-            evaluation_due=state.evaluation_due,
-            line=line,
-        )
+    start = resume_at(state, best, request.run_folder) if state else TrainingState()
 
     collator = build_collator(request, module.model, tokenizer)
     if config.data.packing:
@@ -111,7 +106,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
     evaluator = Evaluator(
         module=module,
-        rows=open_rows(request.data, "eval") if request.data.eval else None,
+        rows=open_rows(request.data, "eval") if request.evaluates else None,
         batch_size=eval_batch_size(request),
         collator=collator,
         max_rows=eval_max_rows(request),
@@ -129,6 +124,9 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         learning_rate=plan.learning_rate,
         schedule=config.schedule,
         seed=config.seed,
+        evaluations=evaluation_interval(config.train, request.steps),
+        saves=save_interval(config.train, request.steps),
+        best=best,
         evaluator=evaluator,
         saver=build_saver(request, module, tokenizer, state, console),
         divergence=DivergenceMonitor(
@@ -155,6 +153,23 @@ def build_collator(request: RunRequest, model: Any, tokenizer: Any) -> Collator:
         token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
         find_targets=partial(task.make_targets, labels=labels),
         find_weights=partial(task.row_weights, of=labels),
+    )
+
+
+def resume_at(state: TrainerState, best: BestModel | None, run: Path) -> TrainingState:
+    """Return the loop's state at a checkpoint.
+
+    Args:
+        run: The run folder, whose checkpoints count where the best is chosen by a new rule.
+    """
+    return TrainingState(
+        step=state.step,
+        tokens=state.tokens,
+        skipped=state.skipped,
+        data_position=state.data_position,
+        evaluation_due=state.evaluation_due,
+        best=resume_best(best, state, list_checkpoints(run)),
+        line=LineSums.from_dict(state.line),
     )
 
 
@@ -202,7 +217,7 @@ def build_saver(
 def build_save_settings(request: RunRequest, rank: Rank, weights: WeightFiles) -> SaveSettings:
     """Collect what decides when checkpoints are saved, and what their manifests say."""
     config, plan, run = request.config, request.plan, request.run_folder
-    checkpoint = config.checkpoint
+    checkpoint, best = config.checkpoint, resolve_best_model(config)
     planned_host_bytes = plan.memory.host.total
     if plan.hardware.accelerator == "cpu":
         planned_host_bytes += plan.memory.device.total
@@ -212,12 +227,13 @@ def build_save_settings(request: RunRequest, rank: Rank, weights: WeightFiles) -
         retention=Retention(
             limit=config.train.save_total_limit,
             every=checkpoint.keep_every,
-            metric=checkpoint.metric_for_best_model,
-            greater_is_better=checkpoint.greater_is_better,
+            best=best,
         ),
-        save_steps=config.train.save_steps,
+        saves=save_interval(config.train, request.steps),
+        evaluations=evaluation_interval(config.train, request.steps),
         background=checkpoint.background,
         on_disk_low=checkpoint.on_disk_low,
+        best=best,
         data_fingerprint=request.data.fingerprint,
         planned_host_bytes=planned_host_bytes,
         about={
@@ -330,7 +346,15 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Tracker
         ProgressLine(console, request.steps.total_steps),
     ]
     if config.tracker.kind != NONE:
-        trackers += _open_tracker(request, console)
+        run = TrackedRun(
+            config=config.tracker,
+            folder=request.run_folder,
+            name=request.run_name,
+            settings=to_plain(config),
+            say=console.say,
+        )
+        if (service := open_service(run)) is not None:
+            trackers.append(service)
     return Trackers(trackers, console.say)
 
 
@@ -363,28 +387,6 @@ def build_hooks(
     else:
         console.say(f"no sample answers: {reason}")
     return hooks
-
-
-def _open_tracker(request: RunRequest, console: Console) -> list[Tracker]:
-    """Open the chosen service; none if that fails, which must not stop the run."""
-    service = SERVICES.find(request.config.tracker.kind)
-    settings: Any = to_plain(request.config)
-    run = TrackedRun(
-        config=request.config.tracker,
-        folder=request.run_folder,
-        name=request.run_name,
-        settings=settings,
-        say=console.say,
-    )
-    try:
-        tracker = service.open(run)
-        check_tracker(tracker)
-    except Exception as error:
-        console.say(
-            f"{service.title} cannot be opened and is left out ({type(error).__name__}: {error})"
-        )
-        return []
-    return [tracker]
 
 
 def _base_name(request: RunRequest) -> str:

@@ -12,29 +12,32 @@ from typing import Any
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.optimizer_files import state_specs
-from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
+from llmtune.checkpoint.result import choose_result, link_result
+from llmtune.checkpoint.retention import (
+    Retention,
+    list_checkpoints,
+    prune_checkpoints,
+    read_metrics_of,
+)
 from llmtune.checkpoint.save import DiskRefusedError, PendingSave, SaveRequest, begin_save
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.checkpoint.writer import Buffers
+from llmtune.config.best_model import BestModel
 from llmtune.config.groups.checkpoint import OnDiskLow
 from llmtune.draws import DRAWS_VERSION
 from llmtune.engine.distributed import all_reduce_any, all_reduce_sum, gather_objects
 from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
+from llmtune.plan.steps import Interval
 from llmtune.storage import layout
-from llmtune.storage.atomic import aside_path, link_or_copy, make_empty
-from llmtune.storage.hashing import hash_file
-from llmtune.storage.manifest import is_complete, publish, read_manifest, write_manifest
+from llmtune.storage.manifest import is_complete
 from llmtune.storage.rank_files import FinishedRecord
 from llmtune.storage.signature import Signer
 from llmtune.track.tracker import Record
 from llmtune.train.memory_usage import spare_host_memory_bytes
 from llmtune.train.training_state import TrainingState
 from llmtune.units import counted, format_bytes
-
-#: Files of a checkpoint that are no part of the trained model.
-_STATE = {layout.TRAINER_STATE, layout.CONFIG, layout.METRICS}
 
 #: Copies for a save in the background may take this share of the host memory that training leaves.
 _COPY_SHARE = 0.5
@@ -47,9 +50,12 @@ class SaveSettings:
     run: Path
     weights: WeightFiles
     retention: Retention
-    save_steps: int | None
+    saves: Interval
+    evaluations: Interval
     background: bool | str
     on_disk_low: OnDiskLow
+    best: BestModel | None
+    """The rule by which the best model is chosen."""
     data_fingerprint: str
     planned_host_bytes: int
     """The planned peak per rank."""
@@ -85,13 +91,14 @@ class CheckpointSaver:
         self.model_files = model_files
         self.say = say
         self.mirror = mirror
-        self._best = start[1].best if start else None
         self._newest: Path | None = None
-        own_folder = layout.checkpoint_folder(settings.run, start[1].step) if start else None
-        # A checkpoint of another run, or one that was set aside, is saved again in this run.
-        if start and own_folder is not None and start[0].resolve() == own_folder.resolve():
-            self._newest = own_folder
         self._metrics: Record = {}
+        if start is not None:
+            own_folder = layout.checkpoint_folder(settings.run, start[1].step)
+            # A checkpoint of another run, or one that was set aside, is saved again in this run.
+            if start[0].resolve() == own_folder.resolve():
+                self._newest = own_folder
+            self._metrics = {"step": start[1].step, **read_metrics_of(start[0])}
         self._pending: PendingSave | None = None
         self._buffers = Buffers(module.rank.device)
         self._pause: float | None = None
@@ -100,19 +107,25 @@ class CheckpointSaver:
         self._own_bytes = sum(spec.nbytes for specs in self._own_files.values() for spec in specs)
         self._bytes = int(all_reduce_sum([float(self._own_bytes)], module.rank)[0])
 
-    def prepare(self, steps_to_come: int) -> None:
+    def prepare(self, step: int) -> None:
         """Check the room for all checkpoints that will exist at once, before the first step.
 
         Collective.
+
+        Args:
+            step: The step that the run begins at.
 
         Raises:
             CheckpointError: There is not enough, and ``checkpoint.on_disk_low=stop``.
         """
         # The room that is needed beside the checkpoints that are here.
-        saves = max(1, steps_to_come // (self.settings.save_steps or steps_to_come or 1))
+        keeps_best = self.settings.retention.best is not None
+        saves = self.settings.saves.count(step) + 1
+        if keeps_best:
+            saves += self.settings.evaluations.count(step)
         limit = self.settings.retention.limit
-        # A new checkpoint is written before the oldest is removed.
-        at_once = saves if limit is None else min(saves, limit + 1)
+        # A new checkpoint is written before the oldest is removed; the best is kept beside them.
+        at_once = saves if limit is None else min(saves, limit + 1 + keeps_best)
         if self.settings.on_disk_low is not OnDiskLow.stop:
             at_once = 1
         present = len(list_checkpoints(self.settings.run)) if limit is not None else 0
@@ -136,21 +149,12 @@ class CheckpointSaver:
             for folder in find_checkpoints(self.settings.run):
                 self.mirror.put(folder, None)
 
-    def record_evaluation(self, record: Record) -> bool:
-        """Record an evaluation, for the next manifest and to track the best checkpoint.
-
-        Returns:
-            Whether it is the best so far, or, where no metric says which is, the newest.
-        """
+    def record_evaluation(self, record: Record) -> None:
+        """Record an evaluation, for the next manifest."""
         self._metrics = record
-        metric = self.settings.retention.metric
-        if metric is None:
-            return True
-        sign = -1 if self.settings.retention.greater_is_better else 1
-        if self._best is None or sign * record[metric] < sign * self._best["value"]:
-            self._best = {"metric": metric, "value": record[metric], "step": record["step"]}
-            return True
-        return False
+        if self._newest == layout.checkpoint_folder(self.settings.run, record["step"]):
+            # It was saved when its evaluation was interrupted, and lacks the metrics.
+            self._newest = None
 
     def save(self, progress: TrainingState) -> Path:
         """Begin to write the checkpoint of this step, unless it exists. Collective.
@@ -254,7 +258,9 @@ class CheckpointSaver:
         return pause
 
     def publish_result(self, progress: TrainingState) -> Path:
-        """Link the last checkpoint's model as ``adapter/`` or ``model/``, and mark the run's end.
+        """Link a checkpoint's model as ``adapter/`` or ``model/``, and mark the run's end.
+
+        It is the last checkpoint, or the best one with ``train.load_best_model_at_end``.
 
         Raises:
             CheckpointError: The last checkpoint could not be saved.
@@ -267,13 +273,22 @@ class CheckpointSaver:
                 raise CheckpointError(
                     f"{checkpoint} could not be saved, so that there is no trained model to publish"
                 )
-            link_result(checkpoint, result, self.settings.signer)
-            FinishedRecord(step=progress.step, tokens=progress.tokens, best=self._best).write(run)
-            if self._best is not None:
-                self.say(
-                    f"best {self._best['metric']}: {self._best['value']:.4f} at step"
-                    f" {self._best['step']}"
-                )
+            rule = self.settings.best
+            best = progress.best.describe(rule)
+            loads_best = rule is not None and rule.load_at_end
+            chosen = choose_result(checkpoint, rule, progress.best, self.say)
+            about = {"best": best, "last_step": progress.step} if loads_best else {}
+            link_result(chosen, result, self.settings.signer, about)
+            FinishedRecord(
+                step=progress.step,
+                tokens=progress.tokens,
+                best=best,
+                goal=rule.goal if rule is not None else None,
+                published_step=layout.checkpoint_step(chosen),
+                loaded_best=loads_best,
+                stale_evaluations=progress.best.stale,
+                stopped_early=progress.step < self.settings.saves.plan.total_steps,
+            ).write(run)
         return result
 
     def _state(self, progress: TrainingState) -> TrainerState:
@@ -284,7 +299,9 @@ class CheckpointSaver:
             data_fingerprint=self.settings.data_fingerprint,
             data_position=progress.data_position,
             evaluation_due=progress.evaluation_due,
-            best=self._best,
+            best=progress.best.describe(self.settings.best),
+            best_goal=self.settings.best.goal if self.settings.best is not None else None,
+            stale_evaluations=progress.best.stale,
             tracker_run_id=_read_text(self.settings.run / layout.TRACKER_RUN_ID),
             draws_version=DRAWS_VERSION,
             line=asdict(progress.line) if progress.line.steps else None,
@@ -361,26 +378,3 @@ class CheckpointSaver:
 
 def _read_text(file: Path) -> str | None:
     return file.read_text().strip() if file.is_file() else None
-
-
-def link_result(checkpoint: Path, result: Path, signer: Signer | None = None) -> None:
-    """Hard-link the model of a complete checkpoint under another name.
-
-    The hashes are those of the checkpoint's manifest.
-    """
-    manifest = read_manifest(checkpoint)
-    aside = aside_path(result)
-    make_empty(aside)
-    files = {
-        name: entry
-        for name, entry in manifest["files"].items()
-        if name not in _STATE and not layout.is_state_file(name)
-    }
-    for name in files:
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        if not link_or_copy(checkpoint / name, aside / name):
-            files[name] = hash_file(aside / name)
-    write_manifest(
-        aside, files, {"kind": "result", "from": checkpoint.name, "step": manifest["step"]}, signer
-    )
-    publish(aside, result)

@@ -10,14 +10,16 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from llmtune.checkpoint.best import ends_early, update_best
+from llmtune.config.best_model import BestModel
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import TrainConfig
 from llmtune.data.load.loader import StepBatch, Steps
 from llmtune.draws import Draw, torch_seed
-from llmtune.engine.distributed import Rank
+from llmtune.engine.distributed import Rank, broadcast_object
 from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
-from llmtune.plan.steps import StepsPlan
+from llmtune.plan.steps import Interval, StepsPlan
 from llmtune.storage.manifest import is_complete
 from llmtune.track.tracker import Record, Trackers
 from llmtune.train.divergence import DivergenceMonitor
@@ -56,8 +58,8 @@ class Saver(Protocol):
     def prepare(self, steps_to_come: int) -> None:
         """Check the room for all checkpoints, before the first step."""
 
-    def record_evaluation(self, record: Record) -> bool:
-        """Record an evaluation, for the next checkpoint; tell whether it is the best so far."""
+    def record_evaluation(self, record: Record) -> None:
+        """Record an evaluation, for the next checkpoint."""
 
     def save(self, progress: TrainingState) -> Path:
         """Begin to write the checkpoint of a step, and return its folder."""
@@ -88,6 +90,10 @@ class Job:
     """The peak rate."""
     schedule: ScheduleConfig
     seed: int
+    evaluations: Interval
+    saves: Interval
+    best: BestModel | None
+    """The rule by which the best model is chosen, and training ends early; None without one."""
     evaluator: Evaluator
     saver: Saver
     divergence: DivergenceMonitor
@@ -98,7 +104,7 @@ class Job:
 
 
 def run(job: Job) -> TrainingState:
-    """Train from the job's start to its last step.
+    """Train from the job's start to its last step, or until no evaluation improves any more.
 
     Raises:
         StoppedError: A stop was requested; the state was saved.
@@ -107,20 +113,23 @@ def run(job: Job) -> TrainingState:
     """
     # Before the first step: room on the disk, hooks, signal handlers, and the evaluation of step 0.
     progress, last = job.start, job.steps.total_steps
-    job.saver.prepare(last - progress.step)
+    job.saver.prepare(progress.step)
     for hook in job.hooks:
         hook.on_start(progress)
     job.stop.arm()
     if progress.step == 0 or progress.evaluation_due:
         progress = evaluate(job, progress)
+    if is_new_best(job, progress):
+        # The checkpoint that the run resumes from lacks this evaluation, or is another run's.
+        job.saver.save(progress)
 
     # The steps. All ranks take the same branches, because ``agree`` is collective.
     batches = job.loader.from_position(progress.data_position, last - progress.step)
-    while progress.step < last:
+    while progress.step < last and not ends_early(job.best, progress.best):
         progress = train_step(job, progress, batches)
-        if is_due(job.train.eval_steps, progress.step, last):
+        if job.evaluations.is_due(progress.step):
             progress = evaluate(job, progress)
-        if is_due(job.train.save_steps, progress.step, last):
+        if job.saves.is_due(progress.step) or is_new_best(job, progress):
             job.saver.save(progress)
         stop, failed, writing = job.stop.agree(job.saver.has_failed, job.saver.is_writing)
         if failed or not writing:
@@ -129,12 +138,14 @@ def run(job: Job) -> TrainingState:
             save_and_stop(job, progress)
 
     # The end: the last evaluation and checkpoint, then the result.
-    if progress.step > job.start.step:
+    if progress.step == last > job.start.step:
         progress = evaluate(job, progress)
     job.saver.save(progress)
     job.saver.finish()
     # Before the hooks: a plot that cannot be drawn must not make a trained model unfinished.
     job.saver.publish_result(progress)
+    if job.best is not None:
+        job.trackers.summarize(progress.best.summarize(job.best))
     for hook in job.hooks:
         hook.on_end(progress)
     return progress
@@ -188,6 +199,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         tokens=progress.tokens + batch.tokens,
         skipped=skipped,
         data_position=batch.position,
+        best=progress.best,
         line=line,
     )
 
@@ -219,15 +231,22 @@ def _run_step(
 
 
 def evaluate(job: Job, progress: TrainingState) -> TrainingState:
-    """Log the held-out loss.
+    """Log the held-out metrics, and compare them with the best so far.
 
     A stop during the evaluation saves the state and ends the run; a resume evaluates first.
+
+    Raises:
+        ConfigError: The evaluation does not have the metric that chooses the best model.
     """
     record = job.evaluator.evaluate(progress, job.stop.requested)
     if record is not None:
-        if job.saver.record_evaluation(record):
-            job.evaluator.write_table()
+        # All ranks decide by the same digits.
+        record = broadcast_object(record, job.rank)
+        job.saver.record_evaluation(record)
         job.trackers.log(record)
+        progress = replace(progress, best=update_best(job.best, progress.best, record))
+        if job.best is None or progress.best.step == progress.step:
+            job.evaluator.write_table()
     elif job.stop.requested():
         save_and_stop(job, replace(progress, evaluation_due=True))
     return replace(progress, evaluation_due=False)
@@ -278,9 +297,6 @@ def save_before(job: Job, progress: TrainingState, error: DivergedError) -> NoRe
     ) from error
 
 
-def is_due(every: int | None, step: int, last: int) -> bool:
-    """Tell whether something periodic is due after ``step``, the last step excepted.
-
-    What is done at the end of the run is done once, there.
-    """
-    return every is not None and step % every == 0 and step < last
+def is_new_best(job: Job, progress: TrainingState) -> bool:
+    """Tell whether the best evaluation so far is that of this step, and is to be kept."""
+    return job.best is not None and job.best.is_saved and progress.best.step == progress.step

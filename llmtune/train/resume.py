@@ -8,12 +8,13 @@ from pathlib import Path
 from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints
 from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place, read_remote
 from llmtune.checkpoint.trainer_state import check_draws, read_trainer_state
+from llmtune.config.best_model import resolve_best_model
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
 from llmtune.plan.run_record import BeganFrom
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
-from llmtune.storage.manifest import check_undamaged, find_damage
+from llmtune.storage.manifest import check_undamaged, find_damage, is_complete
 from llmtune.train.run_folder import (
     ForeignRunError,
     RunFolder,
@@ -47,6 +48,7 @@ def resume_point(
             checkpoint = _named(folder, config, run_name, setting, say)
         find_config_changes(checkpoint, config)
         check_draws(checkpoint)
+        _fetch_best(folder, config, run_name, checkpoint, say)
         return checkpoint
 
     # ``auto``: the newest undamaged checkpoint here or at the mirror, or the one that the run began
@@ -58,6 +60,7 @@ def resume_point(
     if newest is not None:
         find_config_changes(newest, config)
         check_draws(newest)
+        _fetch_best(folder, config, run_name, newest, say)
     if newest is None and find_checkpoints(folder.path):
         raise CheckpointError(
             f"{folder.path}: every checkpoint in it is damaged (named above), and none was"
@@ -192,6 +195,31 @@ def _newer_at_mirror(
     if failure is not None and local_step < 0:
         raise failure
     return None
+
+
+def _fetch_best(
+    folder: RunFolder, config: Config, run_name: str, checkpoint: Path, say: Callable[[str], None]
+) -> None:
+    """Fetch the best checkpoint so far too, if one is chosen and the run folder lacks it.
+
+    Args:
+        checkpoint: The one that the run resumes from.
+    """
+    mirror = config.checkpoint.mirror
+    is_own = checkpoint.resolve().parent == folder.path.resolve()
+    if mirror is None or not is_own or resolve_best_model(config) is None:
+        return
+    best = read_trainer_state(checkpoint).best
+    step = int(best["step"]) if best is not None else 0
+    if step < 1 or is_complete(layout.checkpoint_folder(folder.path, step)):
+        return
+    try:
+        own_id = folder.read_record().run_id
+        if own_id is None or read_place(mirror, run_name)[0] in (None, own_id):
+            for url in (url for at, url in find_remote(mirror, run_name) if at == step):
+                _fetch(folder, url, say)
+    except CheckpointError as error:
+        say(f"warning: the best checkpoint so far, of step {step}, was not fetched: {error}")
 
 
 def _named(

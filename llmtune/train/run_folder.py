@@ -16,6 +16,7 @@ from typing import Any
 from llmtune import __version__
 from llmtune.checkpoint.find import find_checkpoints, sweep_incomplete
 from llmtune.checkpoint.trainer_state import read_trainer_state
+from llmtune.config.best_model import BestModel
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_redacted, load_bytes, redact_config
 from llmtune.errors import CheckpointError, ConfigError
@@ -63,6 +64,23 @@ class RunFolder:
         """Return the last step of a finished run; None for others."""
         finished = FinishedRecord.read(self.path)
         return finished.step if finished else None
+
+    def is_finished(self, total_steps: int, best: BestModel | None) -> bool:
+        """Tell whether a run has nothing left to train, and published what is asked for.
+
+        A run that was stopped early is finished for as long as the patience is not raised. One that
+        published another model than ``train.load_best_model_at_end`` now asks for is not.
+        """
+        record = FinishedRecord.read(self.path)
+        if record is None:
+            return False
+        patience = best.patience if best is not None else None
+        is_over = patience is not None and (record.stale_evaluations or 0) >= patience
+        if record.step < total_steps and not (record.stopped_early and is_over):
+            return False
+        if best is None or not best.load_at_end:
+            return not record.loaded_best
+        return record.loaded_best and record.goal == best.goal
 
     def find_changes(self, config: Config) -> list[str]:
         """Refuse a folder of another run, or of no run.

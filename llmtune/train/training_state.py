@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmtune.checkpoint.best import BestSoFar
 from llmtune.train.line_sums import LineSums
 
 
@@ -23,5 +24,7 @@ class TrainingState:
     """Position in the data, as the loader describes it; None at the beginning."""
     evaluation_due: bool = False
     """An evaluation of this step was interrupted."""
+    best: BestSoFar = field(default_factory=BestSoFar)
+    """The best evaluation, and how many in a row have not improved on it."""
     line: LineSums = field(default_factory=LineSums)
     """Sums of the steps since the last line of ``metrics.jsonl``."""

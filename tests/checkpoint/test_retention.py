@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints, sweep_incomplete
+from llmtune.checkpoint.result import link_result
 from llmtune.checkpoint.retention import Retention, list_checkpoints, prune_checkpoints
+from llmtune.config.best_model import BestModel
 from llmtune.storage.atomic import REPLACED
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import find_damage, mark_complete, write_manifest
-from llmtune.train.checkpointing import link_result
 
 
 def make(run: Path, step: int, **metrics: float) -> Path:
@@ -22,6 +25,12 @@ def make(run: Path, step: int, **metrics: float) -> Path:
     write_manifest(folder, {"x": hash_file(folder / "x")}, {"step": step, "metrics": metrics})
     mark_complete(folder)
     return folder
+
+
+def best_by(metric: str, greater_is_better: bool = False) -> BestModel:
+    return BestModel(
+        metric=metric, greater_is_better=greater_is_better, is_saved=True, load_at_end=False
+    )
 
 
 def left(run: Path) -> list[int]:
@@ -34,9 +43,10 @@ def left(run: Path) -> list[int]:
         (Retention(), [5, 10, 15, 20, 25]),
         (Retention(limit=2), [20, 25]),
         (Retention(limit=1, every=10), [10, 20, 25]),
-        (Retention(limit=2, metric="eval_loss"), [10, 20, 25]),
-        (Retention(limit=1, metric="accuracy", greater_is_better=True), [15, 25]),
-        (Retention(limit=1, metric="nothing"), [25]),
+        (Retention(limit=2, best=best_by("eval_loss")), [10, 20, 25]),
+        (Retention(limit=1, best=best_by("accuracy", greater_is_better=True)), [15, 25]),
+        (Retention(limit=1, best=best_by("accuracy")), [5, 25]),
+        (Retention(limit=1, best=best_by("nothing")), [25]),
     ],
 )
 def test_the_newest_the_best_and_every_so_many_stay(
@@ -48,6 +58,29 @@ def test_the_newest_the_best_and_every_so_many_stay(
         make(tmp_path, step, eval_loss=loss, accuracy=accuracy)
     prune_checkpoints(tmp_path, retention)
     assert left(tmp_path) == stay
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_best_of_all_evaluations_is_there_at_every_moment(seed: int, tmp_path: Path) -> None:
+    draws = random.Random(seed)
+    greater = bool(seed % 2)
+    rule = best_by("eval_loss", greater_is_better=greater)
+    retention = Retention(limit=draws.choice((1, 2, 3)), best=rule)
+    best: tuple[float, int] | None = None
+    for step in range(1, 16):
+        # Few values, so that some are equal; what is no number is never the best.
+        value = draws.choice((1.0, 2.0, 3.0, 4.0, float("nan")))
+        evaluated = draws.random() < 0.7
+        make(tmp_path, step, **({"eval_loss": value} if evaluated else {}))
+        worth = -value if greater else value
+        if evaluated and not math.isnan(value) and (best is None or worth < best[0]):
+            best = (worth, step)
+        prune_checkpoints(tmp_path, retention)
+        if best is not None:
+            assert best[1] in left(tmp_path)
+        # A full disk takes no best one either.
+        prune_checkpoints(tmp_path, retention, limit=0)
+        assert {step, best[1] if best is not None else step} == set(left(tmp_path))
 
 
 def test_a_full_disk_takes_older_ones_but_never_the_last_nor_what_is_being_copied(

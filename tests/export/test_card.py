@@ -332,6 +332,18 @@ def test_a_checkpoint_is_described_as_of_its_step(
         ),
     )
     assert again == text
+    # The best of the steps that were trained.
+    best = {"metric": "eval_loss", "value": 2.5, "step": 10}
+    about = {"kind": "result", "step": 10, "best": best, "last_step": 16, "files": {}}
+    for manifest, chosen in ((about, True), ({**about, "best": None}, False)):
+        (result / "manifest.json").write_text(json.dumps(manifest))
+        folder = tmp_path / f"chosen-{chosen}"
+        text = write(
+            folder,
+            ExportRequest(base=base, base_name="tiny", adapter=result, run=run, output=folder),
+        )
+        row = "| chosen | step 10 of the 16 that were trained, with the best eval_loss: 2.5000 |"
+        assert (row in text) is chosen
 
 
 def test_without_a_run_a_card_says_what_is_known(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmtune.checkpoint.result import link_result
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
@@ -26,7 +27,6 @@ from llmtune.export.sources.master_weights import (
 )
 from llmtune.export.sources.tensor_source import read_whole
 from llmtune.storage.tensors.tensor_spec import TensorSpec
-from llmtune.train.checkpointing import link_result
 from tests.support import TINY, train_engines
 
 #: ZeRO stage and place of the optimizer's state.

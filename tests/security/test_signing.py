@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization as forms
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from llmtune.checkpoint.mirror import Mirror, fetch_remote
+from llmtune.checkpoint.result import link_result
 from llmtune.cli.main import main
 from llmtune.errors import ConfigError
 from llmtune.export.publish.folder import write_export
@@ -21,7 +22,6 @@ from llmtune.export.publish.upload import upload_export
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import find_damage, mark_complete, write_manifest
 from llmtune.storage.signature import Signer, find_forgery, read_public_key, read_signer
-from llmtune.train.checkpointing import link_result
 from tests.support import TINY, run_cli
 
 PEM, PLAIN = forms.Encoding.PEM, forms.NoEncryption()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,9 @@ def test_wandb_tracks_offline_without_a_key(
     )
     assert any("tracked offline" in text for text in said)
     tracker.log(record(1))
+    service: Any = tracker
+    service.summarize({"best_step": 1, "best_eval_loss": 2.0})
+    assert service._run.summary["best_eval_loss"] == 2.0
     tracker.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert (tmp_path / "wandb" / "run_id").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,13 @@ def config_of(*overrides: str) -> Config:
     return compose_config(["model=tiny", *overrides]).config
 
 
-def make(run: Path, step: int, config: Config, draws_version: int = DRAWS_VERSION) -> Path:
+def make(
+    run: Path,
+    step: int,
+    config: Config,
+    draws_version: int = DRAWS_VERSION,
+    best: dict[str, Any] | None = None,
+) -> Path:
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     state = TrainerState(
@@ -37,6 +44,7 @@ def make(run: Path, step: int, config: Config, draws_version: int = DRAWS_VERSIO
         data_position=None,
         tracker_run_id="abc",
         draws_version=draws_version,
+        best=best,
     )
     (folder / "trainer_state.json").write_text(state.to_json())
     (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
@@ -138,6 +146,41 @@ def test_a_lost_run_folder_comes_back_from_the_mirror(
     run.path.mkdir()
     with pytest.raises(CheckpointError, match="no network"):
         resume_point(run, config, "r", said.append)
+
+
+def test_the_best_checkpoint_comes_back_from_the_mirror_beside_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.0)
+    url = str(tmp_path / "elsewhere")
+    chooses = ["train.eval_steps=5", "checkpoint.metric_for_best_model=eval_loss"]
+    config = config_of(f"checkpoint.mirror={url}", *chooses)
+    best = {"metric": "eval_loss", "value": 1.0, "step": 5}
+    run, said = RunFolder(tmp_path / "run"), list[str]()
+    copies = Mirror(url, "r", print)
+    for step in (5, 10, 15):
+        copies.put(make(run.path, step, config, best=best), None)
+    assert copies.finish(30) == []
+    shutil.rmtree(run.path)
+    run.path.mkdir()
+    assert resume_point(run, config, "r", said.append) == run.path / "checkpoint-15"
+    there = sorted(path.name for path in run.path.glob("checkpoint-*"))
+    assert there == ["checkpoint-15", "checkpoint-5"]
+    # Also where the fetch was cut off behind the newest; and nobody else's best is fetched.
+    shutil.rmtree(run.path / "checkpoint-5")
+    assert resume_point(run, config, "r", said.append) == run.path / "checkpoint-15"
+    assert (run.path / "checkpoint-5" / "COMPLETE").is_file()
+    shutil.rmtree(run.path / "checkpoint-5")
+    plain = config_of(f"checkpoint.mirror={url}")
+    assert resume_point(run, plain, "r", said.append) == run.path / "checkpoint-15"
+    assert not (run.path / "checkpoint-5").exists()
+
+    def unreachable(*_: object) -> None:
+        raise CheckpointError("no network")
+
+    monkeypatch.setattr("llmtune.train.resume.find_remote", unreachable)
+    assert resume_point(run, config, "r", said.append) == run.path / "checkpoint-15"
+    assert "warning: the best checkpoint so far, of step 5, was not fetched: no network" in said
 
 
 def test_a_start_that_ended_behind_its_fetch_goes_on_and_another_run_does_not(

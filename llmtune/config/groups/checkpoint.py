@@ -23,12 +23,16 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints at multiples of this step are never removed."""
     metric_for_best_model: str | None = None
-    """A key of evaluation lines, such as ``eval_loss``.
+    """A key of evaluation lines, such as ``eval_loss`` or ``loss``.
 
-    The checkpoint where it was best is never removed.
+    A new best is saved, and its checkpoint is never removed. Null takes the task's where a best
+    model is needed.
     """
-    greater_is_better: bool = False
-    """A greater value of that metric is better."""
+    greater_is_better: bool | str = "auto"
+    """A greater value of that metric is better.
+
+    ``auto`` says so of all names but those that end in ``loss``, ``perplexity`` or ``mse``.
+    """
     on_disk_low: OnDiskLow = OnDiskLow.stop
     """Reaction to a disk without room for the next checkpoint: ``stop``, ``prune`` or ``skip``.
 

@@ -14,6 +14,10 @@ class OnNan(Enum):
     rollback = "rollback"
 
 
+#: Values of ``train.eval_strategy`` and ``train.save_strategy``.
+STEPS, EPOCH, NO = "steps", "epoch", "no"
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
@@ -47,17 +51,37 @@ class TrainConfig:
 
     A line has the mean loss of all tokens trained since the previous line.
     """
+    eval_strategy: bool | str = "steps"
+    """Evaluate every ``eval_steps``, at the end of every epoch, or never.
+
+    The values are ``steps``, ``epoch`` and ``no``, which YAML reads as false. Unless it is ``no``,
+    the run also evaluates at step 0 and at the end.
+    """
     eval_steps: int | None = None
-    """Optimizer steps between evaluations; the run always evaluates at step 0 and at the end."""
+    """Optimizer steps between evaluations; null for none between the first and the last."""
     eval_max_rows: int | str | None = "auto"
     """Rows used by one evaluation during training; null for all.
 
     ``auto`` is 256 for language modeling, and all for other tasks, whose metrics need them.
     """
+    save_strategy: bool | str = "steps"
+    """Save every ``save_steps``, at the end of every epoch, or not before the end.
+
+    The values are ``steps``, ``epoch`` and ``no``. The run always saves one at the end.
+    """
     save_steps: int | None = 100
-    """Optimizer steps between checkpoints; the run always saves one at the end."""
+    """Optimizer steps between checkpoints with ``save_strategy=steps``; null for none."""
     save_total_limit: int | None = 2
-    """Checkpoints kept, newest first; null keeps all."""
+    """Checkpoints kept, newest first, and the best one beside them; null keeps all."""
+    load_best_model_at_end: bool | str = "auto"
+    """Publish and export the weights of the best checkpoint instead of the last one's.
+
+    ``auto`` does so for all tasks but language modeling, where there are evaluations to choose by.
+    """
+    early_stopping_patience: int | None = None
+    """Evaluations in a row without an improvement before the run ends; null for no early end."""
+    early_stopping_threshold: float = 0.0
+    """An improvement counts for early stopping if it is larger than this."""
     on_nan: OnNan = OnNan.stop
     """Reaction to a loss or gradient that is not finite: ``stop``, ``skip`` or ``rollback``.
 
@@ -69,3 +93,8 @@ class TrainConfig:
 
     ``auto`` skips this for large models that are sharded or offloaded.
     """
+
+
+def strategy_name(value: bool | str) -> str:
+    """Return the name of a strategy; YAML reads a bare ``no`` as false."""
+    return NO if value is False else str(value)

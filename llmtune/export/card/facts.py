@@ -40,6 +40,10 @@ class Facts:
     """Lines up to the step that is exported."""
     adapter: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
+    best: dict[str, Any] = field(default_factory=dict)
+    """``metric``, ``value`` and ``step``, where the model is the best of its run."""
+    last_step: int | None = None
+    """The last step of that run."""
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the run's configuration by its dotted key."""
@@ -69,6 +73,8 @@ def read_facts(request: ExportRequest) -> Facts:
     # A checkpoint has the configuration and the metrics of the time when it was saved.
     places = [place for place in (trained, request.run) if place is not None]
     step = _find_step(trained) if trained is not None else None
+    result = read_json(trained / layout.MANIFEST) if trained is not None else {}
+    best, last_step = result.get("best"), result.get("last_step")
     metrics = next(
         (lines for place in places if (lines := _read_lines(place / layout.METRICS))), []
     )
@@ -87,6 +93,8 @@ def read_facts(request: ExportRequest) -> Facts:
         metrics=metrics,
         adapter=redact_values(adapter),
         step=step,
+        best=best if isinstance(best, dict) else {},
+        last_step=last_step if isinstance(last_step, int) else None,
     )
 
 

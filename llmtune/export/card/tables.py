@@ -84,6 +84,7 @@ def describe_settings(facts: Facts) -> Rows:
         ("gradient clipping", get("train.max_grad_norm")),
         ("batch", _describe_batch(plan.batch, get("train.global_batch_size"))),
         ("optimizer steps", steps),
+        ("chosen", _describe_choice(facts)),
         ("precision", get("precision")),
         ("sequence length", get("data.max_seq_length")),
         ("packing", _yes(get("data.packing"))),
@@ -198,6 +199,16 @@ def _describe_batch(batch: BatchPlan | None, configured: Any) -> str | None:
     return (
         f"{rows} rows ({batch.micro_batch_size} per micro-batch, {batch.accumulation_steps}"
         " accumulated)"
+    )
+
+
+def _describe_choice(facts: Facts) -> str | None:
+    """Say why this step was taken out of the steps that were trained."""
+    if facts.best.get("step") != facts.step or facts.step is None:
+        return None
+    return (
+        f"step {facts.step} of the {facts.last_step} that were trained, with the best"
+        f" {facts.best.get('metric')}: {_format(facts.best.get('value'))}"
     )
 
 

@@ -64,6 +64,10 @@ class WandbTracker:
         values = {key: value for key, value in record.items() if key != "step"}
         self._run.log(values, step=record["step"])
 
+    def summarize(self, values: Record) -> None:
+        """Set values of the run's summary."""
+        self._run.summary.update(values)
+
     def finish(self) -> None:
         """Upload the rest, and close the run."""
         self._run.finish()

@@ -47,14 +47,16 @@ class SampleAnswers:
         if progress.step == 0:
             self._record("before")
 
-    def on_end(self, progress: TrainingState) -> None:  # noqa: ARG002 - as all hooks
-        """Answer again, and show both."""
+    def on_end(self, progress: TrainingState) -> None:
+        """Answer again, with the weights of the last step, and show both."""
         self._record("after")
         if self.module.rank.is_first:
             samples = json.loads(self.path.read_text())
             rows = [[s["prompt"], s.get("before", "(not recorded)"), s["after"]] for s in samples]
             self.console.table(
-                "Held-out prompts", ["prompt", "before training", "after training"], rows
+                "Held-out prompts",
+                ["prompt", "before training", f"after step {progress.step}"],
+                rows,
             )
 
     def _record(self, moment: str) -> None:
