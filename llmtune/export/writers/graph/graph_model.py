@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.errors import ExportError
+from llmtune.config.groups.export import ExportConfig
+from llmtune.errors import ExportError, first_line
 from llmtune.export.architecture import (
     MASKED_WORDS,
     STATES,
@@ -114,14 +114,9 @@ def load_merged_model(export_model: ExportModel, folder: Path, config: ExportCon
         folder: Holds configuration and tokenizer; the weights are removed from it again.
 
     Raises:
-        ExportError: Another dtype was asked for, the model is too large or of another kind, or the
-            disk has no room for it twice.
+        ExportError: The model is too large or of another kind, or the disk has no room for it
+            twice.
     """
-    if config.dtype not in (ExportDtype.auto, ExportDtype.fp32):
-        raise ExportError(
-            f"export.dtype={config.dtype.value}: graphs are written in fp32; take"
-            " export.dtype=auto, or export=safetensors for another dtype"
-        )
     count = sum(math.prod(spec.shape) for spec in export_model.source.specs.values())
     check_size(count)
     check_room(folder, 2 * count * torch.float32.itemsize)
@@ -217,8 +212,3 @@ def _ignore_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, which is short enough for a message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
