@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-#: Options on which no file of any format depends.
-SHAPING_NOTHING = frozenset({"upload_private", "dry_run"})
-
 
 def shaping_options(format_name: str) -> frozenset[str]:
     """Return the keys of ``export`` on which files of a format depend.

@@ -89,11 +89,11 @@ def _parse(line: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ProgressCallbacks:
-    """Who is told how far it is."""
+    """Who is told how far it is; by default nobody."""
 
-    total: Callable[[int], None]
+    total: Callable[[int], None] = lambda _: None
     """Bytes that will be written."""
-    done: Callable[[int], None]
+    done: Callable[[int], None] = lambda _: None
     """Bytes that were."""
 
 
@@ -102,7 +102,7 @@ def write_shards(
     folder: Path,
     max_shard_bytes: int,
     journal: Journal,
-    progress: ProgressCallbacks | None = None,
+    progress: ProgressCallbacks,
 ) -> None:
     """All tensors, in files as transformers names them, with the index.
 
@@ -110,20 +110,17 @@ def write_shards(
         ExportError: From the source; finished shards stay for the next start.
     """
     shards = plan_shards(list(source.specs.values()), max_shard_bytes)
-    if progress:
-        progress.total(sum(spec.nbytes for _, specs in shards for spec in specs))
+    progress.total(sum(spec.nbytes for _, specs in shards for spec in specs))
 
     def write(shard: tuple[str, list[TensorSpec]]) -> None:
         name, specs = shard
         if name in journal.entries:
-            if progress:
-                progress.done(sum(spec.nbytes for spec in specs))
+            progress.done(sum(spec.nbytes for spec in specs))
             return
         with TensorFile(folder / name, specs) as file:
             for block in _ahead(_blocks(source, specs)):
                 file.write(block)
-                if progress:
-                    progress.done(block.nbytes)
+                progress.done(block.nbytes)
         journal.note(name, file.entry)
 
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
