@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from llmtune.export.export_model import ExportModel
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
-from llmtune.export.merge.task_head import TaskHeadSource, find_task_head
+from llmtune.export.merge.task_head import find_task_head
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.bitsandbytes_base import open_base
 from llmtune.export.sources.deepspeed.checkpoint_parts import (
@@ -27,10 +26,11 @@ from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.export.sources.master_weights import MasterWeightsSource, find_master_weights
 from llmtune.export.sources.nf4 import Nf4RoundTripSource, quantized_names
 from llmtune.export.sources.tensor_source import (
-    FilteredSource,
+    RenamedSource,
     RetypedSource,
     SafetensorsSource,
     TensorSource,
+    are_equal,
     is_embedding,
     is_input_embedding,
     is_output_embedding,
@@ -58,7 +58,7 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
         _note_other_base(request, adapter)
         head = find_task_head(request.base, base, adapter)
         if head is not None:
-            base, base_changes = TaskHeadSource(base, adapter, head), head.config_changes
+            base, base_changes = head, head.config_changes
         # Only adapters on embeddings ask for it; building the model takes tens of megabytes.
         embeds = any(is_embedding(f"{module}.weight") for module in adapter.modules)
         output = _output_embedding(request.base, base_changes) if embeds else None
@@ -116,7 +116,9 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
         base = Nf4RoundTripSource(base, quantized_names(request.base, base))
     copies = _tied_copies(request.base, base)
-    return FilteredSource(base, copies) if copies else base
+    if not copies:
+        return base
+    return RenamedSource(base, {name: name for name in base.specs if name not in copies})
 
 
 def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
@@ -137,13 +139,7 @@ def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
         return []
     inputs = list(filter(is_input_embedding, base.specs))
     outputs = list(filter(is_output_embedding, base.specs))
-    return [name for name in outputs if any(_are_equal(base, name, other) for other in inputs)]
-
-
-def _are_equal(source: TensorSource, one: str, other: str) -> bool:
-    if replace(source.specs[one], name=other) != source.specs[other]:
-        return False
-    return all(map(torch.equal, source.blocks(one), source.blocks(other)))
+    return [name for name in outputs if any(are_equal(base, name, other) for other in inputs)]
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

@@ -34,15 +34,15 @@ def export_run(run: Path, config: Config, output: Path, say: Callable[[str], Non
 
 def export_target(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
     """Export a resolved target into ``output``; return the folder that was written."""
-    with show_progress(f"writing {output.name}", say) as shown:
+    with show_progress(f"writing {output.name}", say) as (progress, say_above):
         request = ExportRequest(
             base=target.model_folder,
             base_name=target.base_name,
             adapter=target.adapter,
             run=target.run,
             output=output,
-            progress=shown.progress,
-            say=shown.say,
+            progress=progress,
+            say=say_above,
             signer=read_signer(config.checkpoint.sign),
         )
         return run_export(request, config.export)
@@ -61,7 +61,7 @@ def export_zero_checkpoint(given: Config) -> Path:
     zero = ZeroSource(checkpoint)
     with (
         tempfile.TemporaryDirectory(prefix="llmtune-") as scratch,
-        show_progress(f"writing {output.name}", print_line) as shown,
+        show_progress(f"writing {output.name}", print_line) as (progress, say),
     ):
         # An adapter is first written as peft does, into a folder of this start alone.
         adapter = Path(scratch) if has_adapter(zero) else None
@@ -83,8 +83,8 @@ def export_zero_checkpoint(given: Config) -> Path:
             output=output,
             zero=own_weights,
             unpacked_from=unpacked_from,
-            progress=shown.progress,
-            say=shown.say,
+            progress=progress,
+            say=say,
             signer=read_signer(given.checkpoint.sign),
         )
         return run_export(request, given.export)

@@ -47,7 +47,12 @@ class Facts:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the run's configuration by its dotted key."""
-        return _get(self.config, key, default)
+        found: Any = self.config
+        for part in key.split("."):
+            if not isinstance(found, Mapping) or found.get(part) is None:
+                return default
+            found = found[part]
+        return found
 
     @property
     def tuner(self) -> str | None:
@@ -146,15 +151,6 @@ def _find_step(trained: Path) -> int | None:
         given = read_json(trained / layout.MANIFEST).get("step")
         step = given if isinstance(given, int) else None
     return step
-
-
-def _get(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    found: Any = values
-    for part in key.split("."):
-        if not isinstance(found, Mapping) or found.get(part) is None:
-            return default
-        found = found[part]
-    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,14 +22,12 @@ class Delta(Protocol):
     @property
     def needs_all_rows(self) -> bool:
         """Return whether the rows depend on each other, so that all are passed at once."""
-        ...
 
     def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """Read the adapter's tensors, and return the function that is applied to the rows.
 
         Its arguments are rows of the tensor and the index of the first of them.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

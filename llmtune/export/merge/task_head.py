@@ -7,7 +7,7 @@ base's ``model_type``; the number of classes is the number of rows of the head's
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,30 @@ from llmtune.storage.tensors.tensor_spec import TensorSpec
 from llmtune.units import some
 
 
-@dataclass(frozen=True, slots=True)
-class TaskHead:
-    """The architecture with the head that an adapter brings."""
-
-    config_changes: dict[str, Any]
-    """Keys of ``config.json`` that differ from the base's: architecture and classes."""
-    skeleton: Any
-    """The model with the head, without weights."""
-
-
 class TaskHeadSource:
     """A base under the names of the architecture with the head.
 
     Tensors that this architecture does not have, such as those of another head, are left out.
     """
 
-    def __init__(self, base: TensorSource, adapter: Adapter, head: TaskHead) -> None:
+    def __init__(
+        self, base: TensorSource, adapter: Adapter, skeleton: Any, config_changes: dict[str, Any]
+    ) -> None:
+        """Find the tensors of the model with the head in the base, or else in the adapter.
+
+        Args:
+            skeleton: The model with the head, without weights.
+            config_changes: Keys of ``config.json`` that differ from the base's: architecture and
+                classes.
+        """
+        self.config_changes = config_changes
         self._base = base
         self._adapter = adapter
         self._stored: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._trained = _trained_whole(adapter)
         dtype = usual_dtype(base) or torch.float32
-        for name, tensor in (*head.skeleton.named_parameters(), *head.skeleton.named_buffers()):
+        for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers()):
             shape = tuple(tensor.shape)
             base_name = find_name(name, base.specs)
             if base_name is not None and base.specs[base_name].shape == shape:
@@ -66,8 +66,8 @@ class TaskHeadSource:
             yield tensor[first:last]
 
 
-def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHead | None:
-    """Find the head that an adapter brings; None where the base has all of its modules.
+def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHeadSource | None:
+    """Put the head that an adapter brings on its base; None where the base has all of its modules.
 
     Args:
         folder: The model folder of the base; its ``config.json`` is read.
@@ -99,7 +99,7 @@ def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHe
         skeleton = build_skeleton(folder, changes)
         shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         if trained.items() <= shapes.items():
-            return TaskHead(changes, skeleton)
+            return TaskHeadSource(base, adapter, skeleton, changes)
     head = (
         some([f"{name} {shape}" for name, shape in sorted(trained.items())])
         or "nothing is stored of it"

@@ -16,7 +16,7 @@ from llmtune.export.architecture import is_renamed
 from llmtune.export.export_model import ExportModel
 from llmtune.export.formats.format import find_format
 from llmtune.export.sources.tensor_source import (
-    FilteredSource,
+    RenamedSource,
     RetypedSource,
     SafetensorsSource,
     TensorSource,
@@ -80,13 +80,13 @@ def _verify(
     say = export_model.request.say
 
     # Other programs must be able to load it.
-    report = find_serving_problems(folder, source)
-    if report.problems:
+    problems, notes = find_serving_problems(folder, source)
+    if problems:
         raise ExportError(
-            f"what was to be published cannot be served: {len(report.problems)} problems:"
-            f" {some(report.problems, 6)}; nothing was published"
+            f"what was to be published cannot be served: {len(problems)} problems:"
+            f" {some(problems, 6)}; nothing was published"
         )
-    for note in report.notes:
+    for note in notes:
         say(f"note: {note}")
 
     dtype = usual_dtype(source)
@@ -155,7 +155,7 @@ def _find_obstacle(export_model: ExportModel, folder: Path) -> str | None:
     if not any(folder.glob("*.safetensors")):
         return "it can be loaded from safetensors only"
     base = export_model.base
-    if isinstance(base, FilteredSource):
+    if isinstance(base, RenamedSource):
         base = base.source
     if export_model.base_changes or (
         export_model.adapter is not None and not isinstance(base, SafetensorsSource)

@@ -6,7 +6,6 @@ chat templates that fail.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,16 @@ from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
-@dataclass(frozen=True, slots=True)
-class ServingReport:
-    """The findings about a model folder."""
-
-    problems: list[str]
-    """A program that loads the folder would refuse it, or compute something else."""
-    notes: list[str]
-    """The folder can be served, but the user should know this."""
-
-
-def find_serving_problems(folder: Path, source: TensorSource) -> ServingReport:
+def find_serving_problems(folder: Path, source: TensorSource) -> tuple[list[str], list[str]]:
     """Examine a model folder as a serving program would load it.
 
     Args:
         folder: Holds ``config.json``, tokenizer and generation settings.
         source: The tensors that are, or are going to be, beside them.
+
+    Returns:
+        Problems, with which a program that loads the folder would refuse it or compute something
+        else; and notes, with which it can be served, but which the user should know.
 
     Raises:
         ExportError: There is no ``config.json``.
@@ -57,7 +50,7 @@ def find_serving_problems(folder: Path, source: TensorSource) -> ServingReport:
     notes: list[str] = []
     problems = find_tensor_mismatches(folder, source)
     problems += _find_token_problems(folder, config, source, notes)
-    return ServingReport(problems, notes)
+    return problems, notes
 
 
 def find_tensor_mismatches(folder: Path, source: TensorSource) -> list[str]:

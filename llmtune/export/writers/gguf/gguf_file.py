@@ -81,7 +81,7 @@ def write_gguf(
         _write_file(file, export_model, content)
         flush(file)
         journal.note(file.name, hash_file(file))
-    elif export_model.request.progress:
+    else:
         export_model.request.progress.total(journal.entries[file.name]["size"])
         export_model.request.progress.done(journal.entries[file.name]["size"])
     modelfile = _modelfile(file.name, content.vocabulary.stops, content.notes)
@@ -148,8 +148,7 @@ def _write_file(file: Path, export_model: ExportModel, content: GgufContent) -> 
         writer.write_ti_data_to_file()
         assert writer.fout is not None
         out, progress = writer.fout[0], export_model.request.progress
-        if progress:
-            progress.total(content.nbytes)
+        progress.total(content.nbytes)
         writer.write_padding(out, out.tell())
         if frequencies is not None:
             frequencies.tofile(out)
@@ -158,8 +157,7 @@ def _write_file(file: Path, export_model: ExportModel, content: GgufContent) -> 
                 writer.write_padding(out, out.tell())
                 continue
             data.tofile(out)
-            if progress:
-                progress.done(data.nbytes)
+            progress.done(data.nbytes)
         writer.write_padding(out, out.tell())
     finally:
         writer.close()
