@@ -11,23 +11,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmtune.config.cache_folder import find_cache
+from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
-from llmtune.plan.abilities import check_row_length, check_stage
-from llmtune.plan.attention_kernel import resolve_attention
+from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import adamw_parameters, to_deepspeed, with_nvme_path
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 from llmtune.plan.devices.hardware import Hardware, fp16_supported, resolve_hardware
 from llmtune.plan.ladder import Candidate, Ladder, build_ladder
-from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.peak_memory import MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.report import describe_choice, describe_misfit
-from llmtune.tuner.tuner import TUNERS
+from llmtune.tuner.tuner import TUNERS, Tuner
 from llmtune.units import counted, parse_bytes
 
 
@@ -246,3 +245,16 @@ def _check_precision(precision: Precision, hardware: Hardware) -> None:
             f" {hardware.compute_capability / 10:.1f}) has no bf16 arithmetic, and torch would"
             " emulate it at a fraction of the speed; take precision=fp16 or precision=fp32"
         )
+
+
+def resolve_learning_rate(
+    optim: OptimConfig, tuner: Tuner, parameters: int, notes: list[str]
+) -> float:
+    """Return the rate that is set, or the tuner's for a model of this size, and note its origin."""
+    if not isinstance(optim.learning_rate, str):
+        return float(optim.learning_rate)
+    rate = next(rate for limit, rate in tuner.learning_rates if parameters < limit)
+    notes.append(
+        f"learning rate: {rate:g} (auto: {tuner.name}, {parameters / 1e9:.2g} B parameters)"
+    )
+    return rate

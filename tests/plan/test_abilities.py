@@ -10,8 +10,13 @@ from transformers import AutoConfig
 
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
-from llmtune.plan.abilities import attention_kernels, check_row_length, check_stage, max_positions
-from llmtune.plan.attention_kernel import resolve_attention
+from llmtune.plan.abilities import (
+    attention_kernels,
+    check_row_length,
+    check_stage,
+    max_positions,
+    resolve_attention,
+)
 from llmtune.plan.memory.model_shape import build_meta_model
 from llmtune.plan.plan import resolve_ladder
 
