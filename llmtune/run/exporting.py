@@ -1,10 +1,14 @@
-"""Export a target into a published folder, for ``export`` and at the end of a training run."""
+"""Export a target into a published folder, for ``export`` and at the end of a training run.
+
+Progress is shown as a bar on a terminal, and as a line now and then elsewhere.
+"""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +16,15 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.pipeline import run_export
+from llmtune.export.progress import ProgressCallbacks
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.deepspeed.checkpoint_parts import has_adapter, write_adapter
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
-from llmtune.run.progress_bar import show_progress
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 
 if TYPE_CHECKING:
     from llmtune.run.artifact import Target
@@ -127,3 +133,54 @@ def output_folder(given: Config, target: Target) -> Path:
     if target.run is not None:
         return layout.export_folder(target.run, given.export.format)
     raise ConfigError("export base= adapter= needs output_dir=FOLDER")
+
+
+@contextmanager
+def show_progress(
+    what: str, say: Callable[[str], None]
+) -> Iterator[tuple[ProgressCallbacks, Callable[[str], None]]]:
+    """Show bytes written, speed and time left on standard error, if it is a terminal.
+
+    Args:
+        say: Writes a line to standard output.
+
+    Yields:
+        Callbacks of an export: one is told of bytes, the other writes a line above the bar.
+    """
+    # Not on a terminal: lines with the time so far, less and less often.
+    if not sys.stderr.isatty():
+        with Status(Console(sys.stderr), what):
+            yield ProgressCallbacks(), say
+        return
+    from rich.console import Console as RichConsole
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    # On a terminal: a bar, which is removed at the end.
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def say_above(text: str) -> None:
+            # Both are one terminal: a line would begin at the end of the bar.
+            bar.stop()
+            say(text)
+            sys.stdout.flush()
+            bar.start()
+
+        progress = ProgressCallbacks(
+            lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size)
+        )
+        yield progress, say_above

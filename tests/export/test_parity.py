@@ -29,6 +29,7 @@ from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.pipeline import run_export
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.tensor_source import SafetensorsSource
+from llmtune.export.verify.export_checks import find_serving_problems
 from llmtune.export.verify.parity import (
     ComparedModels,
     Parity,
@@ -36,7 +37,6 @@ from llmtune.export.verify.parity import (
     measure_parity_in_memory,
     probe_tokens,
 )
-from llmtune.export.verify.serving_checks import find_serving_problems
 from llmtune.export.verify.streamed_model import StreamedModel
 from llmtune.model.skeleton import is_hollow
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base

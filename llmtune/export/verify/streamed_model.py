@@ -40,7 +40,7 @@ class StreamedModel:
         """Build the model of ``config.json`` in ``folder``, with peft's wrappers of the adapter.
 
         The source must use the model's own names, see
-        :func:`llmtune.export.verify.serving_checks.find_tensor_mismatches`.
+        :func:`llmtune.export.verify.export_checks.find_tensor_mismatches`.
 
         Args:
             changes: Keys of ``config.json`` that are replaced.
