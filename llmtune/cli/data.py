@@ -10,6 +10,7 @@ from typing import Any
 
 from llmtune.cli.arguments import Options
 from llmtune.cli.output import Output, stdout_for_us
+from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import Composed
 from llmtune.config.groups.data import DataConfig, name_data
 from llmtune.config.schema import Config
@@ -37,7 +38,7 @@ from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.batch_sizes import resolve_batch
 from llmtune.plan.prepared_data import PreparedData
-from llmtune.run.prepare import cache_dir, resolve_run_target, watch_tokenizing
+from llmtune.run.prepare import resolve_run_target, watch_tokenizing
 from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json_line
 from llmtune.track.console import Console
 from llmtune.units import counted
@@ -81,7 +82,7 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
             " data.streaming=false"
         )
     console = Console(sys.stderr)
-    cache = cache_dir(config)
+    cache = open_cache(config.paths)
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from llmtune.cli.arguments import Options
+from llmtune.config.compose import Composed
 from llmtune.config.groups.data import name_data
+from llmtune.config.schema import Config
 from llmtune.security.terminal import to_json_line, to_terminal
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
-    from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
-    from llmtune.config.schema import Config
     from llmtune.run.artifact import Target
 
 #: Most rows of a forward pass where none are asked for: there is no micro-batch to go by.
@@ -96,6 +96,7 @@ def run(composed: Composed, options: Options) -> int:
 def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     import torch
 
+    from llmtune.config.cache_folder import open_cache
     from llmtune.data.load.collate import Collator
     from llmtune.data.load.loader import iterate_eval
     from llmtune.data.prepare import prepare_data
@@ -106,7 +107,6 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     from llmtune.model.loss import sum_token_losses
     from llmtune.plan.abilities import check_row_length, max_positions
     from llmtune.run.artifact import free_memory_bytes, load_model, resolve_target
-    from llmtune.run.prepare import cache_dir
     from llmtune.train.hooks.evaluation import perplexity
 
     status.doing = "loading the model"
@@ -114,7 +114,7 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     config = target.config
     model, tokenizer = load_model(target)
     status.doing = "preparing the data"
-    data = prepare_data(config.data, tokenizer, config.seed, cache_dir(config))
+    data = prepare_data(config.data, tokenizer, config.seed, open_cache(config.paths))
     check_stores((*data.train_stores, *data.eval_stores), target.model_folder, tokenizer)
     if data.eval is None:
         raise DataError("nothing is held out: add data.eval=FILE, or data.val_set_size above 0")

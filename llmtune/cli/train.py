@@ -55,9 +55,9 @@ def join_launcher() -> Launcher | None:
 def run(composed: Composed, options: Options) -> int:
     """Run the whole job."""
     if options.launcher is not None:
-        from llmtune.run.launched import run_launched
-
         with raise_stops(NOT_BEGUN):
+            from llmtune.run.launched import run_launched
+
             run_launched(composed, options.launcher)
     console = Console(sys.stdout)
     with ExitStack() as lock, raise_stops(NOT_BEGUN) as stop:

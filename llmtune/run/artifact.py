@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint.find import find_checkpoints
+from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import Composed, with_overrides
 from llmtune.config.schema import Config, Precision
 from llmtune.config.stored import load_config
@@ -19,7 +20,6 @@ from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import describe_own_code, explain_own_code
 from llmtune.model.source import resolve_model_folder
 from llmtune.plan.run_record import RunRecord
-from llmtune.run.prepare import cache_dir
 from llmtune.security.terminal import to_terminal
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
@@ -89,7 +89,7 @@ def resolve_target(composed: Composed) -> Target:
     model = config.model
     if given.base:
         model = replace(model, name_or_path=given.base, wheel=None)
-    folder = resolve_model_folder(model, cache_dir(config))
+    folder = resolve_model_folder(model, open_cache(config.paths))
     adapter = Path(given.adapter).expanduser() if given.adapter else None
     return Target(
         config=config, model_folder=folder, adapter=adapter, run=None, base_name=model.name_or_path
@@ -253,7 +253,7 @@ def _base_folder(config: Config, run: Path) -> Path:
     noted = _noted_base(run / layout.PLAN)
     if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
         return noted
-    return resolve_model_folder(config.model, cache_dir(config))
+    return resolve_model_folder(config.model, open_cache(config.paths))
 
 
 def _noted_base(plan: Path) -> Path | None:

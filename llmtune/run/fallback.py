@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmtune.checkpoint.find import find_checkpoints
+from llmtune.config.compose import Composed
 from llmtune.config.groups.zero import OffloadDevice
+from llmtune.config.schema import Config
 from llmtune.errors import DoesNotFitError, LlmtuneError
 from llmtune.launch.launchers.environment import restored_environment
 from llmtune.launch.preflight.deepspeed_ops import ensure_ops
@@ -26,26 +28,19 @@ from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.restarts import Restarts
 from llmtune.launch.supervise.signals import raise_stops
 from llmtune.launch.supervise.supervisor import Limits
-from llmtune.plan.ladder import next_candidate
-from llmtune.plan.plan import plan_candidate, with_nvme
+from llmtune.plan.ladder import Candidate, Ladder, next_candidate
+from llmtune.plan.plan import Plan, plan_candidate, with_nvme
 from llmtune.plan.report import describe_misfit
 from llmtune.plan.run_record import MemoryFailure
 from llmtune.run.describe import describe
-from llmtune.run.prepare import attempt, prepare_run
+from llmtune.run.prepare import RunInputs, RunTarget, attempt, prepare_run
 from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 from llmtune.storage import layout
 from llmtune.storage.rank_files import FinishedRecord
+from llmtune.track.console import Console
 from llmtune.track.status import Status
-
-if TYPE_CHECKING:
-    from llmtune.config.compose import Composed
-    from llmtune.config.schema import Config
-    from llmtune.plan.ladder import Candidate, Ladder
-    from llmtune.plan.plan import Plan
-    from llmtune.run.prepare import RunInputs, RunTarget
-    from llmtune.track.console import Console
-    from llmtune.train.request import RunRequest
-    from llmtune.train.run_folder import RunFolder
+from llmtune.train.request import RunRequest
+from llmtune.train.run_folder import RunFolder
 
 
 class FallbackRunner:

@@ -130,7 +130,7 @@ def prepare_run(
     run_id = resolve_run_id(folder, config, target.name, resume_from, console.say)
 
     # The model, and whether its export will be possible.
-    cache = cache_dir(config)
+    cache = open_cache(config.paths)
     model_folder = resolve_model_folder(config.model, cache, console.say)
     check_quantized(config, plan.placement.zero_stage, model_folder)
     check_model(config, plan.attn_implementation, model_folder, cache, console.say)
@@ -275,15 +275,6 @@ def _check_data(
             " trained; take the model's instruct version, or a data.chat_template with tokens that"
             " it knows"
         )
-
-
-def cache_dir(config: Config) -> Path:
-    """Open the folder of converted models and tokenized data.
-
-    Raises:
-        MissingPrerequisiteError: It is another user's, or cannot be made.
-    """
-    return open_cache(config.paths)
 
 
 def lock_file(folder: RunFolder) -> Path:
