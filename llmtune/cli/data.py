@@ -39,6 +39,7 @@ from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.batch_sizes import resolve_batch
 from llmtune.plan.prepared_data import PreparedData
+from llmtune.run.target import resolve_run_target
 from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json_line
 from llmtune.track.console import Console
 from llmtune.units import counted
@@ -78,7 +79,7 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
-    from llmtune.run.prepare import resolve_run_target, watch_tokenizing
+    from llmtune.run.prepare import watch_tokenizing
 
     config = composed.config
     if config.data.streaming:

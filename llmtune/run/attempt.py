@@ -16,6 +16,7 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.run_record import MemoryFailure, RunRecord
 from llmtune.plan.steps import StepsPlan
 from llmtune.run.check_model import check_quantized
+from llmtune.run.target import RunTarget
 from llmtune.storage import layout
 from llmtune.task.labels import Labels
 from llmtune.track.console import Console
@@ -23,14 +24,6 @@ from llmtune.train.mirror_owner import withdraw_left_copies
 from llmtune.train.request import RunRequest
 from llmtune.train.resume import began_from, resume_point
 from llmtune.train.run_folder import RunFolder
-
-
-@dataclass(frozen=True, slots=True)
-class RunTarget:
-    """Name and folder of a run."""
-
-    name: str
-    folder: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from llmtune.config.cache_folder import open_cache
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, ExportError
@@ -20,20 +20,17 @@ from llmtune.export.progress import ProgressCallbacks
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.deepspeed.checkpoint_parts import has_adapter, write_adapter
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
+from llmtune.model.source import resolve_model_folder
+from llmtune.run.artifact import Target, from_trained, trained_folder
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 
-if TYPE_CHECKING:
-    from llmtune.run.artifact import Target
-
 
 def export_run(run: Path, config: Config, output: Path, say: Callable[[str], None]) -> None:
     """Export a finished run into ``output``."""
-    from llmtune.run.artifact import from_trained, trained_folder
-
     target = from_trained(config, trained_folder(run, config), run)
     export_target(target, config, output, say)
 
@@ -101,8 +98,6 @@ def _describing_folder(given: Config, checkpoint: Path) -> Path:
 
     Transformers' Trainer puts them beside the ranks' files.
     """
-    from llmtune.config.cache_folder import open_cache
-    from llmtune.model.source import resolve_model_folder
 
     if given.target.base:
         return resolve_model_folder(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from gguf import GGUFWriter
 
 from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.export.export_model import ExportModel
@@ -29,9 +31,6 @@ from llmtune.export.writers.model_files import copy_model_files, update_config
 from llmtune.storage import layout
 from llmtune.storage.atomic import flush
 from llmtune.storage.hashing import hash_file
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 #: Room for the header: tokens, merges and the chat template.
 _HEADER_BYTES = 64 << 20
