@@ -2,8 +2,6 @@
 and peft call it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

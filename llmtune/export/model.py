@@ -1,7 +1,5 @@
 """The model that is exported: opened and checked before anything is written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the code and the commands of a model card depend on: how an export is loaded and served."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

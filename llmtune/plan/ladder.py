@@ -4,8 +4,6 @@ batch size, and the choice of the fastest that fits.
 Rungs never change what is computed: precision of states, optimizer and row length are the user's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product

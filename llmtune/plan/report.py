@@ -2,8 +2,6 @@
 where nothing fits.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Describe a run on the page before step 1: the derived numbers and where they come from."""
 
-from __future__ import annotations
-
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
 from llmtune.plan.plan import Plan

@@ -2,8 +2,6 @@
 known is left out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -5,8 +5,6 @@ Finished shards are noted in a journal beside them, so that a run that was kille
 shard it was in.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue

@@ -4,8 +4,6 @@ torch's CUDA allocator raises an exception of its own. All others raise a plain 
 abort, so that only the message tells; the patterns follow the libraries' sources.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import traceback

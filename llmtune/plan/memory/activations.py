@@ -5,8 +5,6 @@ would be allocated. Parameters' gradients are dropped as soon as they are made, 
 counted with ZeRO's states.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import logging

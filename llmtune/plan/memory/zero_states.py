@@ -7,8 +7,6 @@ what it counts; paths are relative to ``deepspeed/runtime/``. ``tests/engine/tes
 compares the result with the tensors of a live engine and with its swap folder.
 """
 
-from __future__ import annotations
-
 from llmtune.config.schema import Precision
 from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
