@@ -123,8 +123,7 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
         merged = MergedSource(base, adapter, output)
         source, changes = merged, base_changes | merged.config_changes
         model_files.append(request.adapter)
-    auto = config.dtype is ExportDtype.auto
-    dtype = None if auto else configured_dtype(config.dtype.value)
+    dtype = find_dtype(config.dtype)
     if request.zero is not None and dtype is None:
         dtype = _stored_dtype(request.base)
     if dtype is not None:
@@ -196,6 +195,11 @@ def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
     inputs = list(filter(is_input_embedding, base.specs))
     outputs = list(filter(is_output_embedding, base.specs))
     return [name for name in outputs if any(are_equal(base, name, other) for other in inputs)]
+
+
+def find_dtype(setting: ExportDtype) -> torch.dtype | None:
+    """The dtype of ``export.dtype``; None for ``auto``."""
+    return None if setting is ExportDtype.auto else configured_dtype(setting.value)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from llmtune.export.model import (
     ExportRequest,
     check_links,
     check_places,
+    find_dtype,
     open_export_model,
 )
 from llmtune.export.publish.folder import (
@@ -89,7 +90,7 @@ def write_files(
         assert export_model.adapter is not None
         copy_model_files([export_model.adapter.folder], folder)
     elif kind.has_model_files:
-        dtype = kind.compared_dtype(config) or export_model.dtype
+        dtype = find_dtype(kind.compared_dtype(config)) or export_model.dtype
         write_model_files(export_model.model_files, folder, dtype, export_model.config_changes)
     kind.load_writer()(export_model, folder, journal, config)
 
