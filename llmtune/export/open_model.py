@@ -10,7 +10,7 @@ import torch
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.card.license import check_licenses
-from llmtune.export.export_model import ExportModel
+from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
@@ -38,7 +38,6 @@ from llmtune.export.sources.tensor_source import (
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.tensors.dtypes import configured_dtype
 
 
 def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportModel:
@@ -67,8 +66,7 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
         model_files.append(request.adapter)
 
     # The dtype of the files; DeepSpeed's checkpoint has fp32 master weights.
-    auto = config.dtype is ExportDtype.auto
-    dtype = None if auto else configured_dtype(config.dtype.value)
+    dtype = find_dtype(config.dtype)
     if request.zero is not None and dtype is None:
         dtype = _stored_dtype(request.base)
     if dtype is not None:

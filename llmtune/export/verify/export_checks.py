@@ -19,7 +19,7 @@ from llmtune.export.architecture import (
     is_renamed,
     task_of,
 )
-from llmtune.export.export_model import ExportModel
+from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.formats.format import find_format
 from llmtune.export.sources.tensor_source import (
     RenamedSource,
@@ -75,7 +75,7 @@ def verify_merged_model(export_model: ExportModel, config: ExportConfig) -> Pari
         folder = Path(name)
         copy_model_files(export_model.model_files, folder)
         update_config(folder, export_model.dtype, export_model.config_changes)
-        dtype = kind.compared_dtype(config)
+        dtype = find_dtype(kind.compared_dtype(config))
         # Such a file is made of fp32 numbers that were never rounded to the base's dtype.
         source = export_model.source if dtype is None else RetypedSource(export_model.source, dtype)
         return _verify(export_model, folder, source, config, kind.quantization(config))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGUFWriter
 
 from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.export.export_model import ExportModel
@@ -118,9 +119,6 @@ def _plan_content(export_model: ExportModel, model_files: Path, gguf_type: GgufT
 
 def _write_file(file: Path, export_model: ExportModel, content: GgufContent) -> None:
     """Write the keys, the tensors' names and offsets, and then the tensors one after the other."""
-    import numpy as np
-    from gguf import GGUFWriter
-
     # Keys.
     writer = GGUFWriter(file, content.architecture)
     _add_general_keys(writer, export_model)
@@ -163,8 +161,6 @@ def _write_file(file: Path, export_model: ExportModel, content: GgufContent) -> 
 
 
 def _add_general_keys(writer: GGUFWriter, export_model: ExportModel) -> None:
-    from gguf import GGML_QUANT_VERSION
-
     output = export_model.request.output
     writer.add_type("model")
     is_default_folder = output == layout.export_folder(output.parent, "gguf")
