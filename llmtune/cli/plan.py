@@ -12,10 +12,11 @@ from llmtune.cli.arguments import Options
 from llmtune.cli.output import Output, stdout_for_us
 from llmtune.config.compose import Composed
 from llmtune.errors import DoesNotFitError
+from llmtune.plan.advice import Advice, list_advice
 from llmtune.plan.ladder import Ladder, Rung
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.plan import resolve_ladder
-from llmtune.plan.report import Advice, describe_misfit, list_advice
+from llmtune.plan.report import describe_misfit
 from llmtune.run.adapter import adopt_adapter
 from llmtune.security.terminal import to_json_line
 from llmtune.track.console import Console

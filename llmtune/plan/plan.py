@@ -3,15 +3,12 @@
 It is derived from the config and the hardware before any rank starts.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmtune.config.cache_folder import find_cache
-from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, DoesNotFitError, LlmtuneError, MissingPrerequisiteError
@@ -22,11 +19,12 @@ from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 from llmtune.plan.devices.hardware import Hardware, fp16_supported, resolve_hardware
 from llmtune.plan.ladder import Candidate, Ladder, build_ladder
+from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
 from llmtune.plan.memory.peak_memory import MemoryPlan
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.report import describe_choice, describe_misfit
-from llmtune.tuner.tuner import TUNERS, Tuner
+from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, parse_bytes
 
 
@@ -55,19 +53,6 @@ class Plan:
         # Hundreds of tensors that only planning needs.
         del values["shape"]["tensors"]
         return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """Build the plan from what :meth:`to_dict` returned."""
-        parts = {
-            "hardware": Hardware.from_dict(values["hardware"]),
-            "shape": ModelShape.from_dict(values["shape"]),
-            "placement": Placement(**values["placement"]),
-            "batch": BatchPlan(**values["batch"]),
-            "memory": MemoryPlan.from_dict(values["memory"]),
-            "notes": tuple(values["notes"]),
-        }
-        return cls(**{**values, **parts})
 
 
 def resolve_plan(
@@ -245,16 +230,3 @@ def _check_precision(precision: Precision, hardware: Hardware) -> None:
             f" {hardware.compute_capability / 10:.1f}) has no bf16 arithmetic, and torch would"
             " emulate it at a fraction of the speed; take precision=fp16 or precision=fp32"
         )
-
-
-def resolve_learning_rate(
-    optim: OptimConfig, tuner: Tuner, parameters: int, notes: list[str]
-) -> float:
-    """Return the rate that is set, or the tuner's for a model of this size, and note its origin."""
-    if not isinstance(optim.learning_rate, str):
-        return float(optim.learning_rate)
-    rate = next(rate for limit, rate in tuner.learning_rates if parameters < limit)
-    notes.append(
-        f"learning rate: {rate:g} (auto: {tuner.name}, {parameters / 1e9:.2g} B parameters)"
-    )
-    return rate

@@ -1,10 +1,7 @@
 """The number of optimizer steps and of warm-up steps, from the config and the number of rows."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import TrainConfig
@@ -22,11 +19,6 @@ class StepsPlan:
     """Rows after which the last step ends, for epochs; None where ``max_steps`` decides."""
     origin: str
     """Where the length came from, for the page before step 1."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StepsPlan:
-        """Build the plan from what JSON made of it."""
-        return cls(**values)
 
 
 def resolve_steps(

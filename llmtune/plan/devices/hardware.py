@@ -1,7 +1,5 @@
 """The hardware of a run: named in the config, or probed on this machine."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -66,11 +64,6 @@ class Hardware:
     """NVIDIA's (see :class:`llmtune.plan.devices.gpus.Gpu`); 0 if it is not known."""
     notes: tuple[str, ...] = ()
     """Differences between this machine and the one that was named."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Hardware:
-        """Build the hardware from what JSON made of it."""
-        return cls(**{**values, "notes": tuple(values.get("notes", ()))})
 
     def describe(self) -> str:
         """Describe the hardware in a phrase."""

@@ -7,10 +7,7 @@ before they are reduced), and the optimizer step. The categories add up to it: `
 ``step`` count only what exceeds the memory that has been freed by then.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from llmtune.config.schema import Precision
 from llmtune.plan.devices.gpus import pins_exactly
@@ -95,12 +92,6 @@ class MemoryPlan:
     nvme_written_per_step: int
     checkpoint: int
     """Files of one checkpoint, from all ranks; states on NVMe are written into it."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MemoryPlan:
-        """Build the plan from what JSON made of it."""
-        parts = {"device": DeviceBytes(**values["device"]), "host": HostBytes(**values["host"])}
-        return cls(**{**values, **parts})
 
 
 @dataclass(frozen=True, slots=True)
