@@ -4,6 +4,7 @@ and peft call it.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmtune.storage.plain_json import parse_json
 
@@ -73,10 +74,20 @@ STATES = Task(
 TASKS = (TEXT, TEXT_TO_TEXT, TEXT_CLASSES, TOKEN_CLASSES, ANSWERS, MASKED_WORDS, STATES)
 
 
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a file of a model folder that holds an object; empty where it is not there.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    file = folder / name
+    config: dict[str, Any] = parse_json(file.read_text()) if file.is_file() else {}
+    return config
+
+
 def find_architecture(folder: Path) -> str:
     """What ``config.json`` names; empty where it names none or is not there."""
-    file = folder / "config.json"
-    named = parse_json(file.read_text()).get("architectures") if file.is_file() else None
+    named = read_config(folder).get("architectures")
     return str(named[0]) if named else ""
 
 
@@ -98,7 +109,7 @@ def is_renamed(folder: Path) -> bool:
     """Whether transformers translates this architecture's stored names, as for fused experts."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    values = parse_json((folder / "config.json").read_text())
+    values = read_config(folder)
     # By class or by type: GPT-NeoX's head is named by its class only.
     kinds = [*(values.get("architectures") or ()), values.get("model_type")]
     return any(get_checkpoint_conversion_mapping(kind) for kind in kinds)

@@ -9,6 +9,7 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
+from llmtune.export.architecture import read_config
 from llmtune.export.card.license import check_licenses
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import Adapter, read_adapter
@@ -36,7 +37,6 @@ from llmtune.export.sources.tensor_source import (
 )
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
-from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer
 from llmtune.storage.tensors.dtypes import configured_dtype
 
@@ -189,8 +189,7 @@ def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
 
 def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
     """Output embeddings that repeat the input: transformers keeps one matrix, peft trains that."""
-    file = folder / "config.json"
-    if not file.is_file() or not parse_json(file.read_text()).get("tie_word_embeddings"):
+    if not read_config(folder).get("tie_word_embeddings"):
         return []
     inputs = list(filter(is_input_embedding, base.specs))
     outputs = list(filter(is_output_embedding, base.specs))
@@ -204,8 +203,7 @@ def find_dtype(setting: ExportDtype) -> torch.dtype | None:
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype that ``config.json`` names."""
-    file = folder / "config.json"
-    config = parse_json(file.read_text()) if file.is_file() else {}
+    config = read_config(folder)
     name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else None
