@@ -9,6 +9,7 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
+from llmtune.export.architecture import read_config
 from llmtune.export.card.license import check_licenses
 from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.merge.adapter import Adapter
@@ -37,7 +38,6 @@ from llmtune.export.sources.tensor_source import (
 )
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
-from llmtune.storage.plain_json import parse_json
 
 
 def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportModel:
@@ -132,8 +132,7 @@ def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
 
 def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
     """Find output embeddings that repeat the input; transformers keeps one matrix of the two."""
-    file = folder / "config.json"
-    if not file.is_file() or not parse_json(file.read_text()).get("tie_word_embeddings"):
+    if not read_config(folder).get("tie_word_embeddings"):
         return []
     inputs = list(filter(is_input_embedding, base.specs))
     outputs = list(filter(is_output_embedding, base.specs))
@@ -142,8 +141,7 @@ def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
     """Read the dtype that ``config.json`` names."""
-    file = folder / "config.json"
-    config = parse_json(file.read_text()) if file.is_file() else {}
+    config = read_config(folder)
     name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmtune.errors import CheckpointError
 from llmtune.storage.atomic import write_atomically
-from llmtune.storage.plain_json import parse_json
+from llmtune.storage.plain_json import parse_lines
 from llmtune.track.tracker import Record
 
 
@@ -51,15 +51,7 @@ def read_metrics(path: Path) -> list[Record]:
     """Read the records; a half-written line, as a crash leaves it, is skipped."""
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            record = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
+    return [record for record in parse_lines(path.read_text(encoding="utf-8")) if "step" in record]
 
 
 def cut_metrics(path: Path, step: int) -> None:

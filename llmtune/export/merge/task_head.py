@@ -14,11 +14,17 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.architecture import Task, find_architecture, headed_task, is_renamed, task_of
+from llmtune.export.architecture import (
+    Task,
+    find_architecture,
+    headed_task,
+    is_renamed,
+    read_config,
+    task_of,
+)
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.sources.tensor_source import TensorSource, find_name, is_embedding, usual_dtype
 from llmtune.model.skeleton import build_skeleton
-from llmtune.storage.plain_json import parse_json
 from llmtune.storage.tensors.row_blocks import row_ranges
 from llmtune.storage.tensors.tensor_spec import TensorSpec
 from llmtune.units import some
@@ -130,7 +136,7 @@ def _find_architecture(folder: Path, task: Task) -> str:
     """Return transformers' class with this task's head for the base's ``model_type``."""
     from transformers.models.auto import modeling_auto
 
-    model_type = parse_json((folder / "config.json").read_text()).get("model_type")
+    model_type = read_config(folder).get("model_type")
     architecture = getattr(modeling_auto, task.mapping).get(model_type)
     if not isinstance(architecture, str):
         raise ExportError(
@@ -142,7 +148,7 @@ def _find_architecture(folder: Path, task: Task) -> str:
 
 def _label_changes(folder: Path, count: int) -> dict[str, Any]:
     """Return names of the classes; nothing where the base names as many."""
-    known = parse_json((folder / "config.json").read_text()).get("id2label") or {}
+    known = read_config(folder).get("id2label") or {}
     if len(known) == count:
         return {}
     labels = [f"LABEL_{index}" for index in range(count)]

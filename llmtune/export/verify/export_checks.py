@@ -17,6 +17,7 @@ from llmtune.export.architecture import (
     TEXT_TO_TEXT,
     find_architecture,
     is_renamed,
+    read_config,
     task_of,
 )
 from llmtune.export.export_model import ExportModel, find_dtype
@@ -41,7 +42,6 @@ from llmtune.export.verify.parity import (
 )
 from llmtune.export.writers.model_files import copy_model_files, has_tokenizer, update_config
 from llmtune.model.skeleton import build_skeleton, tied_aliases
-from llmtune.storage.plain_json import parse_json
 from llmtune.template_bounds import bounded_template, refuse_powers
 from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 from llmtune.units import format_bytes, some
@@ -205,10 +205,9 @@ def find_serving_problems(folder: Path, source: TensorSource) -> tuple[list[str]
             f"{folder.name}: no config.json, so that nothing can load the weights; give base= its"
             " model folder"
         )
-    config: dict[str, Any] = parse_json((folder / "config.json").read_text())
     notes: list[str] = []
     problems = find_tensor_mismatches(folder, source)
-    problems += _find_token_problems(folder, config, source, notes)
+    problems += _find_token_problems(folder, source, notes)
     return problems, notes
 
 
@@ -246,10 +245,9 @@ def find_tensor_mismatches(folder: Path, source: TensorSource) -> list[str]:
     return problems
 
 
-def _find_token_problems(
-    folder: Path, config: dict[str, Any], source: TensorSource, notes: list[str]
-) -> list[str]:
+def _find_token_problems(folder: Path, source: TensorSource, notes: list[str]) -> list[str]:
     """Examine vocabulary, special ids and chat template; add to the notes."""
+    config = read_config(folder)
     vocabulary = (config.get("text_config") or config).get("vocab_size")
     if vocabulary is None:
         return []
@@ -260,7 +258,7 @@ def _find_token_problems(
             f"config.json has vocab_size {vocabulary}, the embeddings have {sorted(rows)} rows"
         )
     for file in ("config.json", "generation_config.json"):
-        values = parse_json((folder / file).read_text()) if (folder / file).is_file() else {}
+        values = read_config(folder, file)
         for key in _SPECIAL:
             ids = values.get(key)
             tokens = ids if isinstance(ids, list) else [ids]

@@ -22,6 +22,7 @@ from llmtune.export.architecture import (
     TEXT_CLASSES,
     TOKEN_CLASSES,
     find_architecture,
+    read_config,
     task_of,
 )
 from llmtune.export.export_model import ExportModel
@@ -29,7 +30,6 @@ from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.tensor_source import RetypedSource
 from llmtune.export.writers.model_files import copy_model_files
-from llmtune.storage.plain_json import parse_json
 from llmtune.units import format_count, some
 
 #: Writing a graph takes one to three times its size in memory: up to 36 GB for this size.
@@ -94,17 +94,13 @@ def find_loader(folder: Path) -> tuple[str, str]:
     """
     architecture = find_architecture(folder)
     task = task_of(architecture)
-    if task is None or task not in _TASKS or _is_encoder_decoder(folder):
+    if task is None or task not in _TASKS or read_config(folder).get("is_encoder_decoder"):
         ends = ", ".join(end for task in _TASKS for end in task.ends)
         raise ExportError(
             f"{folder / 'config.json'}: {architecture or 'no architecture'} is neither an encoder"
             f" nor a decoder of text; graphs are written of {ends}; take export=safetensors"
         )
     return task.loader, architecture
-
-
-def _is_encoder_decoder(folder: Path) -> bool:
-    return bool(parse_json((folder / "config.json").read_text()).get("is_encoder_decoder"))
 
 
 def load_merged_model(export_model: ExportModel, folder: Path, config: ExportConfig) -> GraphModel:
