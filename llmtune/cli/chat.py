@@ -1,7 +1,5 @@
 """``chat``: answer one prompt, or hold a conversation on the terminal."""
 
-from __future__ import annotations
-
 import sys
 
 from llmtune.cli.arguments import Options

@@ -1,7 +1,5 @@
 """``data``: check the data, and show what the model will see: tokens, masks, lengths, packing."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import asdict, replace

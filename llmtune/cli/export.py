@@ -1,7 +1,5 @@
 """``export`` and ``merge``: write what was trained as a model folder that other tools load."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llmtune.cli.arguments import Options

@@ -1,7 +1,5 @@
 """Derive a model's task from its architecture: its loader, and its names at the hub and in peft."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Export a trained model: from the base and what was trained on it to a published folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Check before any rank starts that a model can be trained as asked; answers are remembered."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache

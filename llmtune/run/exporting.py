@@ -3,8 +3,6 @@
 Progress is shown as a bar on a terminal, and as a line now and then elsewhere.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from collections.abc import Callable, Iterator

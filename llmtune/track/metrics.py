@@ -1,7 +1,5 @@
 """Write and read ``metrics.jsonl``: one object per line, numbers unrounded."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

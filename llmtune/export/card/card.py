@@ -4,8 +4,6 @@ It has no clock, no host and no path of this machine, so that the same inputs ma
 Secrets are removed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 What is not known is left out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Mapping

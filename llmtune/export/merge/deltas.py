@@ -4,8 +4,6 @@ The formulas are peft's (``peft/tuners/lora``): the same products in the same or
 adapters merge to the same bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol

@@ -4,8 +4,6 @@ Such an adapter names only its task. The architecture is transformers' class for
 base's ``model_type``; the number of classes is the number of rows of the head's last layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

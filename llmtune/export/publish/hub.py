@@ -10,8 +10,6 @@ killed, gets some files of this export and some of the one before. It also says 
 hub holds in the end, which is compared here.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile

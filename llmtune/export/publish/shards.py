@@ -6,8 +6,6 @@ Finished shards are noted in a journal beside them, so that an export that was k
 the shard it was in.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue

@@ -1,7 +1,5 @@
 """The dequantized tensors of a base that is stored in bitsandbytes' 4 bits, as a stream."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ the scales depend on each other, through the mean that double quantization subtr
 memory is one tensor in 4 bits per number, never the model.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Mapping

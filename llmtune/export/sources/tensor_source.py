@@ -5,8 +5,6 @@ a checkpoint's master weights, DeepSpeed's files, or one of these with an adapte
 The model is never in memory as a whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Verify an export before it is published: others can load it, and it computes what was trained."""
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import replace
 from pathlib import Path

@@ -9,8 +9,6 @@ weights. A number rounded to ``p`` bits is off by at most ``u = 2**-p`` of itsel
 matrix product by about ``u / sqrt(3)``; the bound of the logits is a few times that.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

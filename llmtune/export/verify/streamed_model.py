@@ -4,8 +4,6 @@ They are read before the module computes and dropped after it. Plain linear laye
 also those below LoRA's matrices, compute block by block and hold even less.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial

@@ -4,8 +4,6 @@ torch's CUDA allocator raises its own class of exception. All others raise a pla
 or abort, so that only the message tells; the patterns follow the libraries' sources.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import traceback

@@ -1,7 +1,5 @@
 """Send a rank's output to the log, limit its memory, and report its error."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

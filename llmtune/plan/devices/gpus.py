@@ -1,7 +1,5 @@
 """The GPUs that this process may use, by torch and by NVIDIA's management library (NVML)."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.metadata

@@ -1,7 +1,5 @@
 """The parts of a DeepSpeed checkpoint: the whole model, or an adapter and the base below it."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

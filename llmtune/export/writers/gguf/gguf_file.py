@@ -3,8 +3,6 @@
 The tensors and keys of an architecture follow llama.cpp's own converter.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

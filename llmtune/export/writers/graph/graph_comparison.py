@@ -1,7 +1,5 @@
 """Compare a graph with transformers' model, on batches of several sizes and paddings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

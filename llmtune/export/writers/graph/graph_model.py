@@ -1,7 +1,5 @@
 """Load a model of transformers in fp32 for an exporter: tensors go in, one tensor comes out."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import math

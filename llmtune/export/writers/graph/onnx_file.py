@@ -1,7 +1,5 @@
 """``model.onnx``: a graph that onnxruntime runs without torch, compared with transformers."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from pathlib import Path
