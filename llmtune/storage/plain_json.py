@@ -48,8 +48,9 @@ def parse_json(
 
 
 def parse_lines(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file with one per line; a half-written line, as a crash leaves it, is
-    passed over.
+    """Yield the objects of a file with one per line.
+
+    A half-written line, as a crash leaves it, is passed over.
     """
     for line in text.split("\n"):
         with contextlib.suppress(ValueError):
