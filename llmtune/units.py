@@ -1,30 +1,6 @@
-"""Read and write bytes, counts and times as people do."""
+"""Write bytes, counts, times and lists as people do."""
 
 from __future__ import annotations
-
-import re
-
-from llmtune.errors import ConfigError
-
-_FACTORS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGTP", start=1):
-    _FACTORS[f"{_letter}B"] = 1000**_power
-    _FACTORS[f"{_letter}IB"] = 1024**_power
-
-
-def parse_bytes(value: int | float | str, key: str) -> int:
-    """Parse an integer, or a text such as ``80GB``, ``80GiB``, ``1.5TB``, as bytes.
-
-    Raises:
-        ConfigError: Naming ``key`` and the value.
-    """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGTP]?I?B?)\s*", str(value).upper())
-    if match and match[2] in _FACTORS:
-        try:
-            return int(float(match[1]) * _FACTORS[match[2]])
-        except ValueError:
-            pass
-    raise ConfigError(f"{key}={value}: bytes as an integer, or such as 80GB, 80GiB, 2TB")
 
 
 def format_bytes(count: float) -> str:
@@ -55,3 +31,9 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def some(names: list[str], shown: int = 4) -> str:
+    """List the first few names, and count the rest."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

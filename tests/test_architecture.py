@@ -124,7 +124,7 @@ LAYERS: dict[str, set[str]] = {
 #: them.
 ROOMS: dict[str, list[str]] = {
     "storage": ["tensors"],
-    "plan": ["devices", "memory"],
+    "plan": ["devices", "architecture", "memory"],
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
     "task": ["kinds"],
     "tuner": ["kinds"],
@@ -147,6 +147,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 7
 MAX_MODULES = 15
+#: Modules of the longest chain of imports that are made when its first one is imported.
+MAX_IMPORT_DEPTH = 9
 
 
 def relative(path: Path) -> str:
@@ -171,6 +173,74 @@ def imports(path: Path) -> frozenset[str]:
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return frozenset(found)
+
+
+@cache
+def imports_at_the_top(path: Path) -> frozenset[str]:
+    """The modules of :func:`imports` that are imported with the file, and not only for types."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                found.add(child.module)
+                found.update(f"{child.module}.{alias.name}" for alias in child.names)
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return frozenset(found)
+
+
+def longest_import_chain(files: list[Path]) -> list[str]:
+    """The longest chain of modules of which each imports the next one; a package's own file, which
+    is empty, is none of them.
+    """
+    modules = {module_name(path): path for path in files if path.name != "__init__.py"}
+    chains: dict[str, list[str]] = {}
+
+    def chain_from(name: str) -> list[str]:
+        if name not in chains:
+            used = sorted((imports_at_the_top(modules[name]) & set(modules)) - {name})
+            chains[name] = [name, *max(map(chain_from, used), key=len, default=[])]
+        return chains[name]
+
+    return max(map(chain_from, sorted(modules)), key=len, default=[])
+
+
+def test_no_chain_of_imports_is_too_long() -> None:
+    chain = longest_import_chain(FILES)
+    assert len(chain) <= MAX_IMPORT_DEPTH, f"{len(chain)} modules: {' > '.join(chain)}"
+    assert [path for path in FILES if path.name == "__init__.py" and imports(path)] == []
+
+
+def test_a_long_chain_of_imports_is_found_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    texts = {
+        "__init__": "",
+        "a": "from llmtune import b\nimport json",
+        "b": "try:\n    import llmtune.c\nexcept ImportError:\n    pass",
+        "c": "from llmtune.d import Row",
+        "d": "def read():\n    import llmtune.e",
+        "e": "if TYPE_CHECKING:\n    from llmtune.f import Row\nfrom llmtune.g import Row",
+        "f": "from llmtune.g import Row",
+        "g": "from __future__ import annotations",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    files = sorted(tmp_path.glob("*.py"))
+    assert longest_import_chain(files) == [f"llmtune.{name}" for name in "abcd"]
+    assert longest_import_chain([tmp_path / "d.py", tmp_path / "e.py"]) == ["llmtune.d"]
+    of_types = [tmp_path / f"{name}.py" for name in "efg"]
+    assert longest_import_chain(of_types) == ["llmtune.e", "llmtune.g"]
+    assert longest_import_chain([tmp_path / "__init__.py"]) == []
 
 
 def test_the_package_is_what_the_layers_name() -> None:

@@ -27,7 +27,7 @@ from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
 from llmtune.storage.manifest import read_manifest
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 
 def add_states(module: TrainModule, writer: CheckpointWriter) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from llmtune.storage.tensors.row_blocks import row_ranges
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ import torch
 from llmtune.checkpoint.writer import CheckpointWriter
 from llmtune.engine.train_module import TrainModule
 from llmtune.storage.layout import ADAPTER_WEIGHTS, MODEL_INDEX
-from llmtune.storage.tensors.safetensors_writer import TensorSpec, describe_shards, plan_shards
+from llmtune.storage.tensors.safetensors_writer import describe_shards, plan_shards
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 #: Bytes gathered by one collective: small tensors one by one would cost a round trip each.
 _GATHERED_BYTES = 256 * 2**20

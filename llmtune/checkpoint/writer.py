@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from llmtune.storage.tensors.safetensors_writer import TensorFile, TensorSpec
+from llmtune.storage.tensors.safetensors_writer import TensorFile
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 
 class CheckpointWriter:

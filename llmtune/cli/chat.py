@@ -12,7 +12,7 @@ from llmtune.track.status import Status
 
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
 
 
 def run(composed: Composed, _options: Options) -> int:

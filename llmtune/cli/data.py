@@ -6,23 +6,42 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llmtune.cli.arguments import Options
+from llmtune.cli.output import Output, stdout_for_us
+from llmtune.config.cache_folder import open_cache
+from llmtune.config.composed import Composed
 from llmtune.config.groups.data import DataConfig, name_data
+from llmtune.config.schema import Config
+from llmtune.data.formats.format import FORMATS
+from llmtune.data.prepare import prepare_data
+from llmtune.data.prepared_data import open_rows, read_problems
+from llmtune.data.report.html import DataReport, write_page, write_picture
+from llmtune.data.report.statistics import (
+    Lengths,
+    Padding,
+    TextSpan,
+    measure_lengths,
+    measure_padding,
+    redact_texts,
+    show_row,
+)
+from llmtune.data.rows.fields import describe_unknown_fields
+from llmtune.data.rows.problem_report import describe
+from llmtune.data.rows.problems import Problem, format_location
+from llmtune.data.store.token_store import Rows
+from llmtune.data.store.vocabulary import check_padding, find_beyond
+from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.errors import DataError
+from llmtune.model.source import resolve_model_folder
+from llmtune.model.tokenizer import load_tokenizer
+from llmtune.model.untrained_tokens import find_untrained_tokens
+from llmtune.plan.batch_sizes import resolve_batch
+from llmtune.plan.prepared_data import PreparedData
 from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json_line
+from llmtune.track.console import Console
 from llmtune.units import counted
-
-if TYPE_CHECKING:
-    from llmtune.cli.arguments import Options
-    from llmtune.cli.output import Output
-    from llmtune.config.compose import Composed
-    from llmtune.config.schema import Config
-    from llmtune.data.report.html import DataReport
-    from llmtune.data.report.statistics import Lengths, Padding, TextSpan
-    from llmtune.data.rows.problems import Problem
-    from llmtune.data.store.token_store import Rows
-    from llmtune.plan.prepared_data import PreparedData
 
 #: Rows that are printed.
 SHOWN_ROWS = 3
@@ -42,8 +61,6 @@ BAR_WIDTH = 40
 
 def run(composed: Composed, options: Options) -> int:
     """Prepare the data and report on it; the exit code is 4 if training would be refused."""
-    from llmtune.cli.output import stdout_for_us
-
     # Asked first: below, standard output is redirected.
     colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with stdout_for_us() as write:
@@ -61,14 +78,7 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
-    from llmtune.data.prepare import prepare_data
-    from llmtune.data.prepared_data import open_rows, read_problems
-    from llmtune.data.store.vocabulary import check_padding, find_beyond
-    from llmtune.data.tokenize.chat_template import load_chat_template
-    from llmtune.model.source import resolve_model_folder
-    from llmtune.model.tokenizer import load_tokenizer
-    from llmtune.run.prepare import cache_dir, resolve_run_target, watch_tokenizing
-    from llmtune.track.console import Console
+    from llmtune.run.prepare import resolve_run_target, watch_tokenizing
 
     config = composed.config
     if config.data.streaming:
@@ -79,7 +89,7 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
 
     # The rows as a training would read them, except that problems are collected.
     console = Console(sys.stderr)
-    cache = cache_dir(config)
+    cache = open_cache(config.paths)
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_data(
@@ -132,8 +142,6 @@ def _describe_reader(composed: Composed) -> str:
 
 def _describe_format(config: DataConfig, formats: list[str]) -> str:
     """Name the rows' format, and the chat template that makes a text of them."""
-    from llmtune.data.formats.format import FORMATS
-
     found = ", ".join(formats)
     if not any(FORMATS.find(name).is_chat for name in formats):
         return f"{found}, without a chat template"
@@ -148,16 +156,6 @@ def _describe_format(config: DataConfig, formats: list[str]) -> str:
 def _build_report(
     config: Config, data: PreparedData, rows: Rows, problems: list[Problem], tokenizer: Any
 ) -> DataReport:
-    from llmtune.data.report.html import DataReport
-    from llmtune.data.report.statistics import (
-        measure_lengths,
-        measure_padding,
-        redact_texts,
-        show_row,
-    )
-    from llmtune.data.rows.problems import format_location
-    from llmtune.plan.batch_sizes import resolve_batch
-
     asked, global_batch = config.train.per_device_train_batch_size, config.train.global_batch_size
     if not isinstance(global_batch, int):
         global_batch = resolve_batch(config.train, config.launch.nproc or 1).global_batch_size
@@ -191,8 +189,6 @@ def _build_report(
 def _numbers(
     config: Config, data: PreparedData, lengths: Lengths, padding: Padding
 ) -> dict[str, str]:
-    from llmtune.data.rows.fields import describe_unknown_fields
-
     train, held_out = data.train, data.eval
     share = train.supervised_tokens / max(1, train.tokens)
     supervised = f"{counted(train.supervised_tokens, 'token')} ({share:.1%})"
@@ -280,7 +276,6 @@ def to_json(data: PreparedData, report: DataReport, untrained: list[str]) -> dic
 
 def to_text(report: DataReport, untrained: list[str]) -> list[str]:
     """Return the lines of the report on a terminal, without its rows."""
-    from llmtune.data.rows.problems import describe
 
     width = max(map(len, report.numbers))
     lines = [
@@ -312,8 +307,6 @@ def _histogram(lengths: Lengths) -> list[str]:
 
 def _write_files(report: DataReport, folder: Path, colors: bool, write: Any) -> None:
     """Print rows in two colors, and write the picture and the page."""
-    from llmtune.data.report.html import write_page, write_picture
-
     for where, spans in report.rows:
         write(f"\n{where}\n")
         write.in_color(_colored(spans, colors) + "\n")
@@ -347,8 +340,6 @@ def _colored(spans: list[TextSpan], colors: bool) -> str:
 
 
 def _untrained(folder: Path, data: PreparedData, tokenizer: Any) -> list[str]:
-    from llmtune.model.untrained_tokens import find_untrained_tokens
-
     return [
         str(token)
         for token in tokenizer.convert_ids_to_tokens(

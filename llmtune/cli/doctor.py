@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
+from llmtune.cli.arguments import Options
+from llmtune.cli.output import stdout_for_us
+from llmtune.config.cache_folder import locate_cache
+from llmtune.config.composed import Composed
+from llmtune.doctor.machine import inspect_machine
 from llmtune.errors import EXIT_DONE, MissingPrerequisiteError
+from llmtune.launch.launchers.environment import use_own_ninja
 from llmtune.security.terminal import to_json_line
 from llmtune.units import counted
-
-if TYPE_CHECKING:
-    from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 FIXED = "fixed"
@@ -19,11 +20,6 @@ FIXED = "fixed"
 
 def run(composed: Composed, options: Options) -> int:
     """Print every finding; the exit code is 7 if something would stop a run and was not fixed."""
-    from llmtune.cli.output import stdout_for_us
-    from llmtune.config.cache_folder import locate_cache
-    from llmtune.doctor.machine import inspect_machine
-    from llmtune.launch.launchers.environment import use_own_ninja
-
     use_own_ninja()
     rows, bad = [], 0
     with stdout_for_us() as write:

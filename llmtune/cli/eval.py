@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
     from llmtune.config.schema import Config
     from llmtune.data.load.collate import Batch
     from llmtune.run.artifact import Target
@@ -100,6 +100,8 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
+
+    from llmtune.config.cache_folder import open_cache
     from llmtune.data.load.collate import Collator
     from llmtune.data.load.loader import iterate_eval
     from llmtune.data.prepare import prepare_data
@@ -109,7 +111,6 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     from llmtune.model.build import sees_padding
     from llmtune.plan.abilities import check_row_length, max_positions
     from llmtune.run.artifact import free_memory_bytes, load_model, resolve_target
-    from llmtune.run.prepare import cache_dir
     from llmtune.task.task import find_task
 
     status.doing = "loading the model"
@@ -117,7 +118,7 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     config = target.config
     model, tokenizer = load_model(target)
     status.doing = "preparing the data"
-    data = prepare_data(config.data, tokenizer, config.seed, cache_dir(config))
+    data = prepare_data(config.data, tokenizer, config.seed, open_cache(config.paths))
     check_stores((*data.train_stores, *data.eval_stores), target.model_folder, tokenizer)
     if data.eval is None:
         raise DataError("nothing is held out: add data.eval=FILE, or data.val_set_size above 0")

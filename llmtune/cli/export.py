@@ -11,7 +11,7 @@ from llmtune.run.exporting import export_target, export_zero_checkpoint, output_
 
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
 
 
 def run(composed: Composed, _options: Options) -> int:

@@ -8,19 +8,22 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llmtune.cli.arguments import Options
+from llmtune.cli.output import Output, stdout_for_us
+from llmtune.config.composed import Composed
 from llmtune.errors import DoesNotFitError
+from llmtune.plan.advice import Advice, describe_misfit, list_advice
+from llmtune.plan.ladder import Ladder, Rung
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
+from llmtune.plan.resolve import resolve_ladder
+from llmtune.run.adapter import adopt_adapter
+from llmtune.run.task import adopt_task
 from llmtune.security.terminal import to_json_line
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 from llmtune.units import counted, format_bytes, format_count, format_seconds
-
-if TYPE_CHECKING:
-    from llmtune.cli.arguments import Options
-    from llmtune.cli.output import Output
-    from llmtune.config.compose import Composed
-    from llmtune.plan.advice import Advice
-    from llmtune.plan.ladder import Ladder, Rung
 
 #: Letters of the column that says why, where the terminal has fewer columns.
 _LEAST_OF_REASON = 24
@@ -28,21 +31,11 @@ _LEAST_OF_REASON = 24
 
 def run(composed: Composed, options: Options) -> int:
     """Print the ladder; the exit code is 3 if no rung fits."""
-    from llmtune.cli.output import stdout_for_us
-
     with stdout_for_us() as write:
         return _plan(composed, options, write)
 
 
 def _plan(composed: Composed, options: Options, write: Output) -> int:
-    from llmtune.plan.advice import list_advice
-    from llmtune.plan.plan import resolve_ladder
-    from llmtune.plan.report import describe_misfit
-    from llmtune.run.adapter import adopt_adapter
-    from llmtune.run.task import adopt_task
-    from llmtune.track.console import Console
-    from llmtune.track.status import Status
-
     composed = adopt_task(adopt_adapter(composed))
     config = composed.config
     with Status(Console(sys.stderr), "loading the libraries and planning"):

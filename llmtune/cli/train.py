@@ -28,8 +28,8 @@ from llmtune.units import format_seconds
 
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
-    from llmtune.run.prepare import RunTarget
+    from llmtune.config.composed import Composed
+    from llmtune.run.attempt import RunTarget
 
 
 def join_launcher() -> Launcher | None:
@@ -75,11 +75,12 @@ def run(composed: Composed, options: Options) -> int:
 def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     """Plan and train until the end; ``lock`` then holds the lock of the run folder."""
     from llmtune.cli.output import quiet_environment, quiet_libraries
-    from llmtune.data.read.sources import check_local_files
-    from llmtune.plan.plan import resolve_ladder
+    from llmtune.data.read.parse_sources import check_local_files
+    from llmtune.plan.advice import check_fits
+    from llmtune.plan.resolve import resolve_ladder
     from llmtune.run.adapter import adopt_adapter, check_adapter
-    from llmtune.run.fallback import FallbackRunner, check_fits
-    from llmtune.run.prepare import lock_file, resolve_run_target
+    from llmtune.run.fallback import FallbackRunner
+    from llmtune.run.prepare import lock_file, prepare_run, resolve_run_target
     from llmtune.run.ranks_ahead import RanksAhead, Surroundings
     from llmtune.run.task import adopt_task
     from llmtune.train.begun import begun_train
@@ -116,6 +117,7 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
             target=target,
             folder=folder,
             console=console,
+            prepare=prepare_run,
             ahead=ahead if is_first else None,
         ).run()
     if trained:

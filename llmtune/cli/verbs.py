@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Arguments, Options
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
 
 #: Takes the configuration and the verb's options, and returns the exit code of the contract.
 RunVerb = Callable[["Composed", "Options"], int]

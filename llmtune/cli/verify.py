@@ -9,18 +9,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.cli.arguments import Options
+from llmtune.cli.output import stdout_for_us
+from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
 from llmtune.errors import EXIT_DONE, CheckpointError, ConfigError
 from llmtune.security.terminal import to_json_line, to_terminal
 from llmtune.storage import layout
+from llmtune.storage.lock import hold_lock
 from llmtune.storage.manifest import find_damage, read_manifest
 from llmtune.storage.signature import find_forgery, read_public_key
 from llmtune.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from llmtune.checkpoint.mirror import Mirror
-    from llmtune.cli.arguments import Options
-    from llmtune.config.compose import Composed
 
 #: Seconds to wait for copies: a week, because the user asked for them.
 _COPY_SECONDS = 7 * 86400.0
@@ -31,8 +33,6 @@ _HIDDEN = "***"
 
 def run(composed: Composed, options: Options) -> int:
     """Print a line per folder; the exit code is 5 if anything is wrong."""
-    from llmtune.cli.output import stdout_for_us
-
     config = composed.config
     folders = _named_folders(config)
     key = Path(config.key).expanduser() if config.key else None
@@ -134,8 +134,6 @@ def _copy(mirror: Mirror, run: Path, checkpoints: list[Path]) -> list[tuple[str,
         CheckpointError: The run is under way, which copies itself: two that write to one place undo
             each other's work.
     """
-    from llmtune.storage.lock import hold_lock
-
     with hold_lock(run / layout.LOCK):
         for folder in checkpoints:
             mirror.put(folder, None)

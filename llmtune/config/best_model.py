@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmtune.config.groups.train import TrainConfig
+from llmtune.config.groups.train import EPOCH, NO, STEPS, TrainConfig, strategy_name
 from llmtune.config.schema import Config
 
 #: Metrics of the evaluation lines of ``metrics.jsonl``, of all tasks (docs/metrics.md).
@@ -20,9 +20,6 @@ METRICS = (
 
 #: Ends of the names of metrics of which a smaller value is better.
 _SMALLER_IS_BETTER = ("loss", "perplexity", "mse")
-
-#: Values of ``train.eval_strategy`` and ``train.save_strategy``.
-STEPS, EPOCH, NO = "steps", "epoch", "no"
 
 
 #: The metric of language modeling; those of other tasks are put into the configuration when the
@@ -85,11 +82,6 @@ def resolve_best_model(config: Config) -> BestModel | None:
 def metric_key(name: str) -> str:
     """Return the key of evaluation lines that a name means: ``loss`` is ``eval_loss``."""
     return name if name.startswith("eval_") else f"eval_{name}"
-
-
-def strategy_name(value: bool | str) -> str:
-    """Return the name of a strategy; YAML reads a bare ``no`` as false."""
-    return NO if value is False else str(value)
 
 
 def evaluates(train: TrainConfig) -> bool:

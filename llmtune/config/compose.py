@@ -28,19 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llmtune.config import rules
 from llmtune.config.compose_errors import describe_compose_error
-from llmtune.config.keys import ALIASES, PROMPTS, YAML_ALIASES, known_keys
+from llmtune.config.composed import Composed
+from llmtune.config.keys import PROMPTS, YAML_ALIASES
 from llmtune.config.literal import rename_interpolations, to_literal, without_interpolations
 from llmtune.config.overrides import Choice, Setting, read_override
 from llmtune.config.schema import Config
-from llmtune.config.stored import (
-    dump_yaml,
-    first_line,
-    read_key,
-    schema,
-    set_key,
-    take_out_aliases,
-    to_config,
-)
+from llmtune.config.stored import first_line, read_key, schema, take_out_aliases, to_config
 from llmtune.errors import ConfigError
 from llmtune.security.trust import find_owner_problem
 
@@ -62,34 +55,6 @@ _PACKAGE = re.compile(r"#\s*@package\s+_global_\s*")
 _NO_VALUE = "no value"
 #: A resolver with its argument, such as ``${oc.env:HF_TOKEN}``; its name may be interpolated too.
 _LOOKUP = re.compile(r"\$\{[^:\n]*:")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Composed:
-    """A composed config, and the choices and overrides behind it."""
-
-    config: Config
-    choices: dict[str, str | None]
-    """Config group -> chosen option."""
-    overrides: list[str]
-    """The overrides as they were typed."""
-    unnamed: frozenset[str]
-    """Groups (``model``, ``data``) without a name, for which the default job's are used."""
-
-    @property
-    def yaml(self) -> str:
-        """The composed config as text."""
-        return dump_yaml(self.config)
-
-    @property
-    def keys(self) -> list[str]:
-        """Groups and dotted keys of the command line."""
-        names = (override.lstrip("+~").partition("=")[0] for override in self.overrides)
-        return [ALIASES.get(name, name) for name in names]
-
-    def explicit(self, key: str) -> bool:
-        """Tell whether the command line set ``key`` (a group or a dotted key)."""
-        return key in self.keys
 
 
 @dataclass(slots=True)
@@ -145,18 +110,6 @@ def compose_config(
     if problems:
         raise ConfigError.from_problems(problems)
     return Composed(config=config, choices=choices, overrides=list(overrides), unnamed=unnamed)
-
-
-def with_overrides(stored: Config, composed: Composed) -> Config:
-    """Return a stored config with the groups and keys of the command line on top."""
-    config = copy.deepcopy(stored)
-    known = known_keys()
-    # Overlays such as debug=trace are no keys; of theirs, only ``trace`` matters to a stored run.
-    for key in [*composed.keys, "trace"]:
-        value = read_key(composed.config, key)
-        if value is not None or key in known:
-            set_key(config, key, copy.deepcopy(value))
-    return config
 
 
 def config_groups(config_dir: str | None = None) -> dict[str, set[str]]:

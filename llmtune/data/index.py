@@ -23,7 +23,8 @@ from llmtune.data.report.label_checks import (
     summarize_labels,
 )
 from llmtune.data.report.preflight import find_leaks, find_overlong_sources
-from llmtune.data.rows.problems import Problem, refuse, write_problems
+from llmtune.data.rows.problem_report import refuse, write_problems
+from llmtune.data.rows.problems import Problem
 from llmtune.data.settings import check_packed_formats
 from llmtune.data.store.mixing import mix, split_eval
 from llmtune.data.store.packing import pack_rows, packing_efficiency

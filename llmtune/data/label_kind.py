@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 from omegaconf import MISSING
 
-from llmtune.config.groups.data import DataConfig
-from llmtune.data.formats.format import AUTO, FORMATS
+from llmtune.config.groups.data import AUTO, DataConfig
+from llmtune.data.formats.format import FORMATS
 from llmtune.data.read.blocks import parse_rows
+from llmtune.data.read.find_recipes import find_recipe
+from llmtune.data.read.parse_sources import parse_sources
 from llmtune.data.read.readers import read_blocks
-from llmtune.data.read.sources import Source, parse_sources, resolve_files
+from llmtune.data.read.sources import Source, resolve_files
 from llmtune.data.report.label_checks import find_kind
 from llmtune.data.rows.problems import RowError
-from llmtune.data.tokenized_source import find_recipe
 from llmtune.errors import LlmtuneError
 from llmtune.task.labels import Label, LabelKind
 

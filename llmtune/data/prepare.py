@@ -19,8 +19,10 @@ from llmtune.config.groups.data import DataConfig
 from llmtune.data.index import IndexWriter
 from llmtune.data.prepared_data import SAMPLES, SUMMARY, SamplePrompt, open_index, read_problems
 from llmtune.data.read.fingerprint import hash_tokenizer, identify_file
-from llmtune.data.read.sources import Source, parse_sources, resolve_files
-from llmtune.data.rows.problems import RowError, refuse
+from llmtune.data.read.parse_sources import parse_sources
+from llmtune.data.read.sources import Source, resolve_files
+from llmtune.data.rows.problem_report import refuse
+from llmtune.data.rows.problems import RowError
 from llmtune.data.settings import check_eval_sources, check_streamed_sources
 from llmtune.data.tokenize.chat_template import ChatTemplates
 from llmtune.data.tokenized_source import (

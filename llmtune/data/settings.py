@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llmtune.config.groups.data import DataConfig
-from llmtune.data.formats.format import AUTO, FORMATS
-from llmtune.data.read.sources import Source, parse_sources
+from llmtune.config.groups.data import AUTO, DataConfig
+from llmtune.data.formats.format import FORMATS
+from llmtune.data.read.parse_sources import parse_sources
+from llmtune.data.read.sources import Source
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.errors import ConfigError
 

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 
 from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.data import DataConfig
-from llmtune.data.formats.format import AUTO, FORMATS, detect_format
+from llmtune.data.formats.format import FORMATS
 from llmtune.data.formats.recipe import Recipe
 from llmtune.data.read.blocks import Block, Lines, count_rows, parse_rows, select_rows
+from llmtune.data.read.find_recipes import find_recipe, find_recipes
 from llmtune.data.read.fingerprint import hash_files
 from llmtune.data.read.readers import read_blocks
 from llmtune.data.read.sources import DataFile, Source, is_compressed, resolve_files
 from llmtune.data.rows.conversation import Conversation
-from llmtune.data.rows.fields import without_fields
-from llmtune.data.rows.problems import RowError, format_location
-from llmtune.data.rows.turns import rename
+from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.values import Row
-from llmtune.data.store.token_store import is_stored, write_store
+from llmtune.data.store.store_writer import write_store
+from llmtune.data.store.token_store import is_stored
 from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.settings import EncodeSettings
-from llmtune.data.tokenize.workers import TokenBlock, TokenizerPool, Work
+from llmtune.data.tokenize.token_row import TokenBlock
+from llmtune.data.tokenize.workers import TokenizerPool, Work
 from llmtune.draws import DRAWS_VERSION, Draw, draw_rows
-from llmtune.errors import DataError
 from llmtune.security.trust import require_own
 from llmtune.storage.atomic import remove_folder, write_cache_folder
 from llmtune.storage.hashing import hash_json
@@ -113,19 +113,6 @@ def token_folder(cache: Path, key: str) -> Path:
     return cache / "data" / "tokens" / key
 
 
-def find_recipes(source: Source, files: list[DataFile]) -> dict[str, Recipe]:
-    """Find the recipe of each file that has rows, by its path.
-
-    Raises:
-        DataError: A file cannot be read, its format cannot be told, or there is no row at all.
-    """
-    recipes = {file.path: recipe for file in files if (recipe := find_recipe(source, file))}
-    if not recipes:
-        described = "the file has no rows" if len(files) == 1 else "no file has rows"
-        raise DataError(f"{source.path}: {described}")
-    return recipes
-
-
 def read_source(
     source: Source,
     files: list[DataFile],
@@ -156,34 +143,6 @@ def read_source(
             drawn = draw_rows(count, source.limit, seed, Draw.source_rows, position)
             chosen = select_rows(blocks(), drawn.tolist())
     return ((block, recipes[block.file]) for block in chosen)
-
-
-def find_recipe(source: Source, file: DataFile) -> Recipe | None:
-    """Find the recipe of a file; None for a file without rows.
-
-    ``auto`` looks at the first row that can be parsed.
-
-    Raises:
-        DataError: The format cannot be told, or no row can be parsed.
-    """
-    broken: str | None = None
-    for block in read_blocks(file, source):
-        for line, row in parse_rows(block):
-            where = format_location(file.path, line)
-            if isinstance(row, RowError):
-                broken = broken or f"{where}: {row}"
-                continue
-            ignore = frozenset(source.ignore)
-            if source.format != AUTO:
-                return Recipe(source.format, source.fields, ignore)
-            try:
-                read = rename(without_fields(row, ignore), source.fields)
-                return Recipe(detect_format(read).name, source.fields, ignore)
-            except RowError as error:
-                raise DataError(f"{where}: {error}") from error
-    if broken:
-        raise DataError(f"{broken} (and no other row of the file can be read)")
-    return None
 
 
 def find_conversations(

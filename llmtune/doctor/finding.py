@@ -1,9 +1,10 @@
-"""A finding of ``doctor``."""
+"""A finding of ``doctor``, and the fix that several of them have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,3 +19,13 @@ class Finding:
     """The command that fixes it."""
     fix: Callable[[], str | None] | None = None
     """The same as a function, where it is safe to do unasked; it returns why it failed, or None."""
+
+
+def remove_files(files: list[Path]) -> str | None:
+    """Remove files; return why that failed, or None."""
+    try:
+        for file in files:
+            file.unlink()
+    except OSError as error:
+        return str(error)
+    return None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmtune.doctor.credentials import inspect_credentials
 from llmtune.doctor.finding import Finding
 from llmtune.doctor.ops import inspect_locks, inspect_ops
 from llmtune.doctor.ownership import inspect_owners
-from llmtune.doctor.resources import inspect_disks, inspect_limits
+from llmtune.doctor.resources import inspect_credentials, inspect_disks, inspect_limits
 from llmtune.doctor.software import inspect_compiler, inspect_cuda, inspect_packages
 
 

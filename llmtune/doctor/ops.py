@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from llmtune.doctor.finding import Finding
+from llmtune.doctor.finding import Finding, remove_files
 from llmtune.launch.launchers.environment import extensions_dir
 from llmtune.launch.preflight.deepspeed_ops import (
     build_in_child,
@@ -29,7 +28,7 @@ def inspect_locks() -> Iterator[Finding]:
                 " DeepSpeed alone would hang on it"
             ),
             command=f"rm {lock}",
-            fix=functools.partial(_remove, lock),
+            fix=functools.partial(remove_files, [lock]),
         )
     if not locks:
         yield Finding(what="op locks", state="ok", message=f"none below {extensions_dir()}")
@@ -55,11 +54,3 @@ def _accelerator() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _remove(lock: Path) -> str | None:
-    try:
-        lock.unlink()
-    except OSError as error:
-        return str(error)
-    return None

@@ -1,4 +1,4 @@
-"""Findings about limits of the process, memory, shared memory and disks."""
+"""Findings about what a run draws on: limits, memory, shared memory, disks and tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from llmtune.doctor.finding import Finding
+from llmtune.doctor.finding import Finding, remove_files
 from llmtune.units import format_bytes
 
 #: Free bytes below which a run's first checkpoint or download is likely to fill the disk.
@@ -76,7 +76,7 @@ def _inspect_shared_memory() -> Iterator[Finding]:
             state="note",
             message=f"{len(left)} buffers of ranks that have ended hold {held} of memory",
             command=f"rm {' '.join(map(str, left))}",
-            fix=functools.partial(_remove_all, left),
+            fix=functools.partial(remove_files, left),
         )
 
 
@@ -90,15 +90,6 @@ def left_shared_buffers() -> list[Path]:
             continue
     buffers = Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")
     return sorted(file for file in buffers if file not in mapped)
-
-
-def _remove_all(files: list[Path]) -> str | None:
-    try:
-        for file in files:
-            file.unlink()
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def inspect_disks(cache: Path) -> Iterator[Finding]:
@@ -127,3 +118,23 @@ def inspect_disks(cache: Path) -> Iterator[Finding]:
             )
         else:
             yield Finding(what=what, state="ok", message=f"{folder}: {format_bytes(free)} free")
+
+
+def inspect_credentials() -> Iterator[Finding]:
+    """Report which tokens are set, in the environment or in the files of their own tools."""
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "token"
+    present = "HF_TOKEN" in os.environ or hub.is_file()
+    yield Finding(
+        what="HF_TOKEN",
+        state="ok",
+        message="present" if present else "absent: gated models (Llama) cannot be downloaded",
+    )
+    netrc = Path("~/.netrc").expanduser()
+    present = "WANDB_API_KEY" in os.environ or (
+        netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
+    )
+    yield Finding(
+        what="WANDB_API_KEY",
+        state="ok",
+        message="present" if present else "absent: tracker=wandb works offline",
+    )

@@ -5,15 +5,12 @@ from __future__ import annotations
 import shutil
 import sysconfig
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from llmtune.doctor.finding import Finding
-from llmtune.doctor.versions import (
-    TRIED_DEEPSPEED,
-    find_bad_pairs,
-    find_unmet_requirements,
-    installed_version,
-)
 from llmtune.launch.preflight.deepspeed_ops import has_libaio
 from llmtune.plan.devices.gpus import has_nvlink, hidden_gpus
 
@@ -30,8 +27,7 @@ PACKAGES = (
 
 
 def inspect_packages() -> Iterator[Finding]:
-    """Compare installed versions with the requirements and with pairs that are known to break."""
-    versions = {name: installed_version(name) for name in PACKAGES}
+    """Compare installed versions with the requirements."""
     unmet = find_unmet_requirements()
     for requirement, version in unmet:
         yield Finding(
@@ -40,27 +36,30 @@ def inspect_packages() -> Iterator[Finding]:
             message=f"{requirement} is needed, {version or 'none'} is installed",
             command=f"pip install '{requirement}'",
         )
-    pairs = find_bad_pairs(versions)
-    for pair in pairs:
-        first = f"{pair.first} {versions[pair.first]}"
-        second = f"{pair.second} {versions[pair.second]}"
-        yield Finding(
-            what="packages",
-            state="bad",
-            message=f"{first} with {second}: {pair.symptom}",
-            command=pair.command,
-        )
-    deepspeed = versions["deepspeed"] or ""
-    if deepspeed and not deepspeed.startswith(TRIED_DEEPSPEED):
-        yield Finding(
-            what="packages",
-            state="note",
-            message=f"deepspeed {deepspeed}: plan and fixes were tested with {TRIED_DEEPSPEED}",
-            command="pip install 'deepspeed>=0.19.8,<0.20'",
-        )
-    if not unmet and not pairs:
+    if not unmet:
+        versions = {name: installed_version(name) for name in PACKAGES}
         shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
         yield Finding(what="packages", state="ok", message=shown)
+
+
+def find_unmet_requirements() -> list[tuple[str, str | None]]:
+    """Return each unmet requirement with the installed version (None: not installed)."""
+    unmet = []
+    for text in metadata.requires("llmtune") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = installed_version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            unmet.append((f"{requirement.name}{requirement.specifier}", version))
+    return unmet
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def inspect_cuda() -> Iterator[Finding]:

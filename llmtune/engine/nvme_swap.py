@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llmtune.errors import ConfigError
-from llmtune.plan.memory.zero_buffers import SECTOR_BYTES
+from llmtune.plan.memory.parameter_groups import SECTOR_BYTES
 
 
 def is_swapped(optimizer: Any, sub_group: int) -> bool:

@@ -10,13 +10,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmtune.engine.nvme_swap import swapped_in
-from llmtune.engine.train_module import TrainModule
 from llmtune.storage.layout import MASTER_WEIGHT
+
+if TYPE_CHECKING:
+    from llmtune.engine.train_module import TrainModule
 
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

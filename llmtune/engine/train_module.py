@@ -23,10 +23,9 @@ from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
 from llmtune.optimizer.optimizer import Optimizer
-from llmtune.plan.deepspeed_config import read_placement
-from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.tensor_shapes import TensorShape
-from llmtune.plan.memory.zero_buffers import parameter_groups
+from llmtune.plan.memory.parameter_groups import parameter_groups
+from llmtune.plan.memory.placement import Placement, read_placement
+from llmtune.plan.memory.shapes import TensorShape
 
 LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
 """(logits, targets of the batch) -> sum of losses, a scalar."""
@@ -299,7 +298,7 @@ class TrainModule:
 def group_parameters(model: Any, placement: Placement, world_size: int) -> list[dict[str, Any]]:
     """Group the model's parameters as the plan does.
 
-    See :func:`llmtune.plan.memory.zero_buffers.parameter_groups`.
+    See :func:`llmtune.plan.memory.parameter_groups.parameter_groups`.
     """
     by_name = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad

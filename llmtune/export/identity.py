@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,8 @@ from llmtune.storage.atomic import aside_path, replaced_path
 from llmtune.storage.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from llmtune.export.model import ExportRequest
+    from llmtune.export.request import ExportRequest
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 #: Options on which no file of any format depends.
 SHAPING_NOTHING = frozenset({"upload_private", "dry_run"})
@@ -32,11 +30,6 @@ def shaping_options(format_name: str) -> frozenset[str]:
     The card is one of the files, and says where the export is uploaded to.
     """
     return find_format(format_name).options | {"format", "upload"}
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether this is a name on the hub, and no folder of this machine."""
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).expanduser().exists()
 
 
 def identify(folder: Path) -> str:

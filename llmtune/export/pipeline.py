@@ -8,15 +8,10 @@ from typing import Any
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.card.card import write_model_card
+from llmtune.export.export_model import ExportModel
 from llmtune.export.formats.format import find_format
-from llmtune.export.identity import describe_job, describe_options, identify, is_hub_id
-from llmtune.export.model import (
-    ExportModel,
-    ExportRequest,
-    check_links,
-    check_places,
-    open_export_model,
-)
+from llmtune.export.identity import describe_job, describe_options, identify
+from llmtune.export.open_model import check_links, check_places, open_export_model
 from llmtune.export.publish.folder import (
     check_replaceable,
     check_room,
@@ -25,6 +20,7 @@ from llmtune.export.publish.folder import (
 )
 from llmtune.export.publish.shards import Journal
 from llmtune.export.publish.upload import check_upload, upload_export
+from llmtune.export.request import ExportRequest, is_hub_id
 from llmtune.export.verify.export_checks import verify_merged_model, verify_written_folder
 from llmtune.export.writers.model_files import copy_model_files, write_model_files
 from llmtune.units import format_bytes

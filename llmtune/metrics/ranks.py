@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING
-
-from llmtune.metrics.counts import mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,4 +59,4 @@ def macro_auroc(scores: Tensor, positive: Tensor) -> float | None:
         for column, flags in zip(scores.unbind(1), positive.unbind(1), strict=True)
     ]
     defined = [area for area in areas if area is not None]
-    return mean(defined) if defined else None
+    return fmean(defined) if defined else None

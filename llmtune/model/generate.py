@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.errors import DataError
-from llmtune.model.tokenizer import end_of_turn_ids, render_prompt
+from llmtune.model.chat_turns import end_of_turn_ids, render_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

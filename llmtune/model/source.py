@@ -15,8 +15,8 @@ from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.random_model import makes_encoder, write_random_model
-from llmtune.plan.memory.corrected_architecture import correct_architecture
-from llmtune.plan.memory.model_shape import unreachable_model
+from llmtune.plan.architecture.corrected_architecture import correct_architecture
+from llmtune.plan.architecture.load import unreachable_model
 from llmtune.security.trust import open_lock, require_own
 from llmtune.storage.atomic import aside_path, remove_folder, replace_folder
 from llmtune.storage.hashing import short_hash, short_hash_file

@@ -20,7 +20,7 @@ from llmtune.model.skeleton import build_skeleton
 from llmtune.model.source import make_once
 from llmtune.model.weights.check import compare_weights
 from llmtune.model.weights.files import identify_weights, read_entries, weight_files
-from llmtune.plan.memory.corrected_architecture import correct_architecture
+from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.storage.atomic import link, link_or_copy
 from llmtune.storage.hashing import short_hash
 from llmtune.storage.layout import MODEL_INDEX

@@ -1,26 +1,25 @@
 """Find changes that only the user may make.
 
 These are changes of the arithmetic with the memory they save, and the smallest one under which a
-job fits.
+job fits that does not fit as it is.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llmtune.config.groups.zero import OffloadConfig
 from llmtune.config.schema import Config
+from llmtune.errors import DoesNotFitError
 from llmtune.optimizer.optimizer import FP32_BYTES, OPTIMIZERS, Optimizer
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.ladder import Candidate, Ladder, build_ladder
-from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.memory.placement import Placement
 from llmtune.tuner.tuner import TUNERS
-from llmtune.units import format_bytes
+from llmtune.units import counted, format_bytes, format_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,31 +102,48 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
         )
 
 
+def check_fits(config: Config, ladder: Ladder) -> None:
+    """Refuse a job of which no rung fits.
+
+    Raises:
+        DoesNotFitError: With what every rung lacks, and the smallest change that would help.
+    """
+    if ladder.chosen is None:
+        raise DoesNotFitError(describe_misfit(config, ladder))
+
+
+def describe_misfit(config: Config, ladder: Ladder) -> str:
+    """Say what is missing on every rung, and the smallest change under which the job fits."""
+    shape = ladder.shape
+    tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
+    lines = [
+        (
+            f"{config.model.name_or_path} does not fit: {format_count(shape.parameters)}"
+            f" parameters, {tuner} ({format_count(shape.trainable_parameters)} trainable),"
+            f" {counted(ladder.world_size, 'rank')}, {config.precision.value}, rows of"
+            f" {config.data.max_seq_length} tokens"
+        ),
+        (
+            f"  has            {ladder.hardware.describe()}, of which {USABLE_SHARE:.0%} may be"
+            " planned"
+        ),
+    ]
+    lines += [f"  {rung.name:<14} {rung.reason}" for rung in ladder.rungs]
+    lines.append(f"Try: {find_smallest_change(config, ladder)}")
+    return "\n".join(lines)
+
+
 def find_smallest_change(config: Config, ladder: Ladder) -> str:
     """Describe the first of a list of ever larger changes under which the job fits.
 
     Each change is tried by planning the job with it.
     """
     for change, changed, hardware in _changes(config, ladder):
-        candidate = _plan_again(changed, hardware, ladder).chosen
+        candidate = ladder.plan_again(changed, hardware).chosen
         if candidate is not None:
             device_bytes = format_bytes(candidate.memory.device.total)
             return f"{change} ({candidate.describe()}; {device_bytes} per rank)"
     return "a smaller model (model=llama3_8b, model=smollm2_135m), or many more accelerators"
-
-
-def _plan_again(config: Config, hardware: Hardware, ladder: Ladder) -> Ladder:
-    """Plan the same job for changed config or hardware."""
-    world_size = ladder.world_size * hardware.nodes // ladder.hardware.nodes
-    rows = config.train.global_batch_size
-    if isinstance(rows, int) and rows % world_size:
-        # More ranks than before: rows rounded up to a multiple of them.
-        rounded_up = math.ceil(rows / world_size) * world_size
-        config = replace(config, train=replace(config.train, global_batch_size=rounded_up))
-    shape = ladder.shape
-    if not TUNERS.find(config.tuner.kind).trains_all:
-        shape = resolve_shape(config.model, config.tuner)
-    return build_ladder(config, hardware, shape, world_size, ladder.attn_implementation)
 
 
 Change = tuple[str, Config, Hardware]

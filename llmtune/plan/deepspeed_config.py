@@ -58,16 +58,6 @@ def with_nvme_path(config: dict[str, Any], folder: str) -> dict[str, Any]:
     return {**config, "zero_optimization": zero}
 
 
-def read_placement(config: dict[str, Any]) -> Placement:
-    """Read the placement from a dictionary of :func:`to_deepspeed`."""
-    zero = config["zero_optimization"]
-    devices = [
-        zero.get(section, {}).get("device", "none")
-        for section in ("offload_optimizer", "offload_param")
-    ]
-    return Placement(int(zero["stage"]), *devices)
-
-
 def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
     if placement.zero_stage == 0:
         return {"stage": 0}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.memory.model_shape import ModelShape
-from llmtune.plan.memory.peak_memory import MemoryPlan
+from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan
 from llmtune.security.redaction import redact_values

@@ -14,9 +14,9 @@ from llmtune.config.schema import Precision
 from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
-from llmtune.plan.memory.model_shape import ModelShape
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import NF4_BYTES, Arithmetic, element_bytes
+from llmtune.plan.memory.shapes import ModelShape
 
 #: Seconds that Python and kernel launches add per layer and pass, without and with ZeRO 3's hooks.
 LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}

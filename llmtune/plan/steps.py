@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.config.best_model import EPOCH, STEPS, strategy_name
 from llmtune.config.groups.schedule import ScheduleConfig
-from llmtune.config.groups.train import TrainConfig
+from llmtune.config.groups.train import EPOCH, STEPS, TrainConfig, strategy_name
 from llmtune.errors import ConfigError
 from llmtune.units import counted
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.config.compose import Composed
+from llmtune.config.composed import Composed
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Config
 from llmtune.config.stored import load_config
@@ -22,7 +22,7 @@ from llmtune.tuner.stored_adapter import (
 )
 
 if TYPE_CHECKING:
-    from llmtune.plan.memory.model_shape import ModelShape
+    from llmtune.plan.memory.shapes import ModelShape
 
 
 def adopt_adapter(composed: Composed, run: Path | None = None) -> Composed:

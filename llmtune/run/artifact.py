@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.config.compose import Composed, with_overrides
+from llmtune.config.cache_folder import open_cache
+from llmtune.config.composed import Composed, with_overrides
 from llmtune.config.schema import Config, Precision
 from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError, ConfigError
@@ -21,14 +22,13 @@ from llmtune.model.source import resolve_model_folder
 from llmtune.model.task_folder import read_labels, resolve_task_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan.run_record import RunRecord
-from llmtune.run.prepare import cache_dir
 from llmtune.security.terminal import to_terminal
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
 from llmtune.storage.manifest import check_undamaged, is_complete
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.labels import Labels
-from llmtune.task.task import AUTO
+from llmtune.task.task import AUTO, find_task
 from llmtune.tuner.stored_adapter import read_adapter_config
 from llmtune.tuner.tuner import TUNERS
 
@@ -112,7 +112,7 @@ def _find_target(composed: Composed) -> Target:
     model = config.model
     if given.base:
         model = replace(model, name_or_path=given.base, wheel=None)
-    folder = resolve_model_folder(model, cache_dir(config))
+    folder = resolve_model_folder(model, open_cache(config.paths))
     adapter = Path(given.adapter).expanduser() if given.adapter else None
     return Target(
         config=config, model_folder=folder, adapter=adapter, run=None, base_name=model.name_or_path
@@ -173,17 +173,18 @@ def _load_weights(target: Target) -> Any:
 
     from llmtune.model.build import WeightsTo, build_model
     from llmtune.plan.abilities import attention_kernels
+    from llmtune.plan.architecture.meta_model import build_meta_model
     from llmtune.plan.attention_kernel import resolve_attention
     from llmtune.plan.devices.gpus import visible_gpus
-    from llmtune.plan.devices.hardware import resolve_accelerator
-    from llmtune.plan.memory.model_shape import build_meta_model
+    from llmtune.plan.devices.probe import resolve_accelerator
 
     config = target.config
     accelerator = resolve_accelerator(config.hardware.accelerator)
     capability = visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
     trusted = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
-    kernels = attention_kernels(build_meta_model(architecture, trusted, config.model.task)[0])
+    task = find_task(config.model.task)
+    kernels = attention_kernels(build_meta_model(architecture, trusted, task.model_class)[0])
     attention = resolve_attention(config, accelerator, kernels, capability)
     places = (
         WeightsTo(place_weights(target.model_folder, config.precision))
@@ -277,7 +278,7 @@ def from_trained(config: Config, folder: Path, run: Path) -> Target:
 def _base_folder(config: Config, run: Path) -> Path:
     """The folder of the run's base: as in training, or as the configuration finds it now."""
     record = _read_record(run / layout.PLAN)
-    noted, cache = record.model_folder, cache_dir(config)
+    noted, cache = record.model_folder, open_cache(config.paths)
     if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
         return noted
     base = resolve_model_folder(config.model, cache)

@@ -103,9 +103,10 @@ def _find_weight_notes(
     values = None if trusted else read_cached(cache_dir, "weights", key)
     if values is None:
         from llmtune.model.weights.check import compare_weights
-        from llmtune.plan.memory.model_shape import build_meta_model
+        from llmtune.plan.architecture.meta_model import build_meta_model
 
-        model, _ = build_meta_model(_architecture(folder, trusted), trusted, task)
+        model_class = find_task(task).model_class
+        model, _ = build_meta_model(_architecture(folder, trusted), trusted, model_class)
         values = compare_weights(model, folder).to_dict()
         write_cached(cache_dir, "weights", key, values)
     report = WeightReport.from_dict(values)

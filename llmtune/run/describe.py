@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from llmtune.config.best_model import NO, resolve_best_model, strategy_name
+from llmtune.config.best_model import resolve_best_model
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
 from llmtune.optimizer.optimizer import OPTIMIZERS
@@ -52,7 +52,7 @@ def describe(request: RunRequest) -> dict[str, str]:
 def describe_evaluations(request: RunRequest) -> str:
     """Describe how often the run evaluates, and when it ends early."""
     train, best = request.config.train, resolve_best_model(request.config)
-    if request.data.eval is None or strategy_name(train.eval_strategy) == NO:
+    if not request.evaluates:
         return "none"
     interval = evaluation_interval(train, request.steps)
     text = f"{interval.describe()}, at step 0 and at the end"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, ExportError
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.deepspeed.checkpoint_parts import has_adapter, write_adapter
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.run.progress_bar import show_progress
@@ -95,11 +95,13 @@ def _describing_folder(given: Config, checkpoint: Path) -> Path:
 
     Transformers' Trainer puts them beside the ranks' files.
     """
+    from llmtune.config.cache_folder import open_cache
     from llmtune.model.source import resolve_model_folder
-    from llmtune.run.prepare import cache_dir
 
     if given.target.base:
-        return resolve_model_folder(ModelConfig(name_or_path=given.target.base), cache_dir(given))
+        return resolve_model_folder(
+            ModelConfig(name_or_path=given.target.base), open_cache(given.paths)
+        )
     for folder in (checkpoint, checkpoint.parent):
         if (folder / "config.json").is_file():
             return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,25 +25,27 @@ from llmtune.launch.supervise.restarts import Restarts
 from llmtune.launch.supervise.signals import raise_stops
 from llmtune.launch.supervise.supervisor import Limits
 from llmtune.plan.ladder import next_candidate
-from llmtune.plan.plan import plan_candidate, with_nvme
-from llmtune.plan.report import describe_misfit
+from llmtune.plan.plan import with_nvme
+from llmtune.plan.resolve import plan_candidate
 from llmtune.plan.run_record import MemoryFailure
+from llmtune.run.attempt import attempt
 from llmtune.run.describe import describe
-from llmtune.run.prepare import attempt, prepare_run
 from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 from llmtune.storage import layout
 from llmtune.storage.rank_files import FinishedRecord, RestartRecord
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
     from llmtune.config.schema import Config
     from llmtune.plan.ladder import Candidate, Ladder
     from llmtune.plan.plan import Plan
-    from llmtune.run.prepare import RunInputs, RunTarget
+    from llmtune.run.attempt import RunInputs, RunTarget
     from llmtune.track.console import Console
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder
+
+    PrepareRun = Callable[[Composed, Plan, RunTarget, RunFolder, Console], RunInputs]
 
 
 class FallbackRunner:
@@ -56,10 +58,13 @@ class FallbackRunner:
         target: RunTarget,
         folder: RunFolder,
         console: Console,
+        prepare: PrepareRun,
         ahead: RanksAhead | None = None,
     ):
         """
         Args:
+            prepare: Prepares the inputs of all attempts, at the first one:
+                :func:`llmtune.run.prepare.prepare_run`.
             ahead: Where ranks of the first attempt may wait already.
         """
         self._ahead = ahead
@@ -68,6 +73,7 @@ class FallbackRunner:
         self.target = target
         self.folder = folder
         self.console = console
+        self._prepare_run = prepare
         self.inputs: RunInputs | None = None
         """Prepared at the first attempt, and the same for all."""
         self.history = folder.read_record().history
@@ -127,7 +133,7 @@ class FallbackRunner:
             self._ahead.start(Surroundings.of(plan))
         with Status(self.console, "preparing the model and the data"):
             if self.inputs is None:
-                self.inputs = prepare_run(
+                self.inputs = self._prepare_run(
                     self.composed, plan, self.target, self.folder, self.console
                 )
                 resume_from = self.inputs.resume_from
@@ -240,16 +246,6 @@ class FallbackRunner:
             "host_memory_bytes": hardware.host_memory_bytes,
             "memory_limit": self.composed.config.launch.memory_limit,
         }
-
-
-def check_fits(config: Config, ladder: Ladder) -> None:
-    """Refuse a job of which no rung fits.
-
-    Raises:
-        DoesNotFitError: With what every rung lacks, and the smallest change that would help.
-    """
-    if ladder.chosen is None:
-        raise DoesNotFitError(describe_misfit(config, ladder))
 
 
 def place_swap(plan: Plan, composed: Composed, target: RunTarget) -> Plan:

@@ -33,9 +33,9 @@ from llmtune.storage import layout
 from llmtune.track.console import Console
 
 if TYPE_CHECKING:
-    from llmtune.config.compose import Composed
+    from llmtune.config.composed import Composed
     from llmtune.engine.distributed import Rank
-    from llmtune.run.prepare import RunTarget
+    from llmtune.run.attempt import RunTarget
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     """Run the rank that ``launcher`` started: train, and end this process with an exit code."""
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
-    from llmtune.plan.devices.hardware import resolve_accelerator
+    from llmtune.plan.devices.probe import resolve_accelerator
     from llmtune.plan.memory.placement import Placement
     from llmtune.run.prepare import resolve_run_target
     from llmtune.train.run_folder import open_run_folder
@@ -222,11 +222,12 @@ def _prepare_first(
     composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
 ) -> RunRequest | None:
     from llmtune.launch.preflight.deepspeed_ops import ensure_ops
-    from llmtune.plan.plan import resolve_plan
+    from llmtune.plan.resolve import resolve_plan
     from llmtune.run.adapter import adopt_adapter, check_adapter
+    from llmtune.run.attempt import attempt
     from llmtune.run.describe import describe
     from llmtune.run.fallback import place_swap
-    from llmtune.run.prepare import attempt, prepare_run
+    from llmtune.run.prepare import prepare_run
     from llmtune.run.task import adopt_task
     from llmtune.train.begun import begun_train
 

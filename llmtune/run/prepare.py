@@ -6,26 +6,23 @@ The supervisor does it, and rank 0 under a launcher.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.best_model import resolve_best_model
 from llmtune.config.cache_folder import open_cache
-from llmtune.config.compose import Composed
+from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
 from llmtune.data.prepare import prepare_data
-from llmtune.data.prepared_data import PROBLEMS
-from llmtune.data.read.sources import parse_sources
+from llmtune.data.read.parse_sources import parse_sources
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import ProgressCallback, TokenizeProgress
-from llmtune.errors import CheckpointError, ConfigError
+from llmtune.errors import ConfigError
 from llmtune.export.prerequisites import check_exportable
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.task_folder import resolve_task_folder
@@ -33,28 +30,18 @@ from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
-from llmtune.plan.run_record import MemoryFailure, RunRecord
 from llmtune.plan.steps import StepsPlan, evaluation_interval, resolve_steps
+from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.check_model import check_model, check_quantized
 from llmtune.run.task import resolve_labels
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
-from llmtune.task.labels import Labels
 from llmtune.task.task import find_task
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
-from llmtune.train.mirror_owner import resolve_run_id, withdraw_left_copies
-from llmtune.train.request import RunRequest
-from llmtune.train.resume import began_from, resume_point
+from llmtune.train.mirror_owner import resolve_run_id
+from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from llmtune.units import counted, format_count
-
-
-@dataclass(frozen=True, slots=True)
-class RunTarget:
-    """Name and folder of a run."""
-
-    name: str
-    folder: Path
 
 
 def resolve_run_target(composed: Composed) -> RunTarget:
@@ -78,39 +65,6 @@ def resolve_run_target(composed: Composed) -> RunTarget:
             parts.append(sweep_run)
         name = "-".join(parts)
     return RunTarget(name, Path(config.output_dir or f"runs/{name}").expanduser())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunInputs:
-    """The inputs of every attempt of a command, checked and prepared once."""
-
-    config: Config
-    """The config, with the planned ``train.global_batch_size``."""
-    overrides: list[str]
-    """The overrides as they were typed."""
-    target: RunTarget
-    folder: RunFolder
-    run_id: str
-    """Id that marks the run's folder at ``checkpoint.mirror``."""
-    model_folder: Path
-    data: PreparedData
-    labels: Labels
-    """The classes that the model is to tell apart; none for language modeling."""
-    steps: StepsPlan
-    resume_from: Path | None
-    """The checkpoint that the first attempt resumes; None for a new run."""
-
-    def find_checkpoint(self, console: Console) -> Path | None:
-        """Find the checkpoint that a further attempt resumes.
-
-        Raises:
-            CheckpointError: All are damaged, or the one that was named is.
-        """
-        return resume_point(self.folder, self.config, self.target.name, console.say)
-
-    def resuming_own_work(self) -> RunInputs:
-        """Return the same inputs, which resume the run's own newest checkpoint."""
-        return replace(self, config=replace(self.config, resume_from_checkpoint="auto"))
 
 
 def prepare_run(
@@ -137,7 +91,7 @@ def prepare_run(
     run_id = resolve_run_id(folder, config, target.name, resume_from, console.say)
 
     # The model, and whether its export will be possible.
-    cache = cache_dir(config)
+    cache = open_cache(config.paths)
     base = resolve_model_folder(config.model, cache, console.say)
     needs_head = find_task(config.model.task).needs_labels
     if not needs_head:
@@ -172,6 +126,33 @@ def prepare_run(
         steps=steps,
         resume_from=resume_from,
     )
+
+
+def watch_tokenizing(console: Console) -> ProgressCallback:
+    """Make a callback that shows a progress line while sources are tokenized."""
+    shown = 0.0
+
+    def watch(progress: TokenizeProgress) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if (
+            now - shown < (0.2 if console.is_terminal else PLAIN_INTERVAL_SECONDS)
+            or progress.seconds < 1
+        ):
+            return
+        shown = now
+        share = "" if progress.share is None else f"{_bar(progress.share)} {progress.share:4.0%}  "
+        console.progress(
+            f"tokenizing {progress.source}  {share}{format_count(progress.rows)} rows  "
+            f"{format_count(int(progress.tokens / progress.seconds))} tokens/s"
+        )
+
+    return watch
+
+
+def _bar(share: float, width: int = 20) -> str:
+    done = round(share * width)
+    return "#" * done + "." * (width - done)
 
 
 def _check_head(
@@ -225,93 +206,6 @@ def check_evaluations(
         )
 
 
-def attempt(
-    inputs: RunInputs,
-    plan: Plan,
-    resume_from: Path | None,
-    console: Console,
-    history: tuple[MemoryFailure, ...] = (),
-) -> RunRequest | None:
-    """Write the run folder's description for one attempt; None when the run is finished.
-
-    Args:
-        history: Earlier attempts that ran out of memory.
-
-    Raises:
-        ConfigError: The model cannot be trained under this placement.
-        CheckpointError: The checkpoint is of other rows or a longer run, or the disk refused.
-    """
-    config, folder, steps, data = inputs.config, inputs.folder, inputs.steps, inputs.data
-    check_quantized(config, plan.placement.zero_stage, inputs.model_folder)
-    if folder.is_finished(steps.total_steps, resolve_best_model(config)):
-        return None
-
-    # The record of this attempt, for ``plan.json``.
-    step = _resolve_resume_step(resume_from, steps.total_steps, data.fingerprint)
-    record = RunRecord.of_plan(
-        plan,
-        steps=steps,
-        data=data,
-        labels=inputs.labels.to_dict() if inputs.labels.kind else {},
-        model_folder=inputs.model_folder,
-        run_name=inputs.target.name,
-        run_id=inputs.run_id,
-        began_from=began_from(folder, config),
-        history=history,
-    )
-
-    # The run folder describes the attempt, and loses what does not precede its first step.
-    if resume_from is not None:
-        first_left = folder.first_left(step, resume_from)
-        withdraw_left_copies(config, inputs.target.name, inputs.run_id, first_left, console.say)
-    for note in folder.begin(config, inputs.overrides, record, step, resume_from):
-        console.say(note)
-    if data.left_out:
-        shutil.copyfile(Path(data.folder) / PROBLEMS, folder.path / layout.BAD_ROWS)
-        console.say(
-            f"{data.left_out} rows cannot be used and are left out: {folder.path / layout.BAD_ROWS}"
-        )
-    return RunRequest(
-        config=config,
-        plan=plan,
-        steps=steps,
-        data=data,
-        labels=inputs.labels,
-        run_folder=folder.path,
-        run_name=inputs.target.name,
-        model_folder=inputs.model_folder,
-        resume_from=resume_from,
-        run_id=inputs.run_id,
-    )
-
-
-def watch_tokenizing(console: Console) -> ProgressCallback:
-    """Make a callback that shows a progress line while sources are tokenized."""
-    shown = 0.0
-
-    def watch(progress: TokenizeProgress) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if (
-            now - shown < (0.2 if console.is_terminal else PLAIN_INTERVAL_SECONDS)
-            or progress.seconds < 1
-        ):
-            return
-        shown = now
-        share = "" if progress.share is None else f"{_bar(progress.share)} {progress.share:4.0%}  "
-        console.progress(
-            f"tokenizing {progress.source}  {share}{format_count(progress.rows)} rows  "
-            f"{format_count(int(progress.tokens / progress.seconds))} tokens/s"
-        )
-
-    return watch
-
-
-def _bar(share: float, width: int = 20) -> str:
-    done = round(share * width)
-    return "#" * done + "." * (width - done)
-
-
 def _check_data(
     config: Config, data: PreparedData, tokenizer: Any, model_folder: Path, console: Console
 ) -> None:
@@ -341,15 +235,6 @@ def _check_data(
         )
 
 
-def cache_dir(config: Config) -> Path:
-    """Open the folder of converted models and tokenized data.
-
-    Raises:
-        MissingPrerequisiteError: It is another user's, or cannot be made.
-    """
-    return open_cache(config.paths)
-
-
 def lock_file(folder: RunFolder) -> Path:
     """Return the lock file of a run folder."""
     return folder.path / layout.LOCK
@@ -359,20 +244,3 @@ def _data_name(config: Config) -> str:
     """Return the name of the first file, without its ending."""
     path = parse_sources(config.data.train, "data.train", config.data.format)[0].path
     return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"
-
-
-def _resolve_resume_step(checkpoint: Path | None, total_steps: int, data_fingerprint: str) -> int:
-    """Check that a checkpoint can be resumed; return its step, or -1 for a new run."""
-    if checkpoint is None:
-        return -1
-    state = read_trainer_state(checkpoint)
-    if state.data_fingerprint != data_fingerprint:
-        raise CheckpointError(
-            f"{checkpoint} was trained on other rows than data.train gives now; take its data, or"
-            " start anew"
-        )
-    if state.step > total_steps:
-        raise CheckpointError(
-            f"{checkpoint} is at step {state.step}, beyond the {total_steps} steps of this run"
-        )
-    return state.step

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from llmtune.export.publish.shards import ProgressCallbacks
+from llmtune.export.progress import ProgressCallbacks
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 

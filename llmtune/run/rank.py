@@ -131,8 +131,8 @@ def show_phases(console: Console, phases: PhaseLog) -> AbstractContextManager[ob
 
 def limit_own_memory(request: RunRequest) -> None:
     """Apply ``launch.memory_limit``, which the plan does not take into account."""
+    from llmtune.config.byte_sizes import parse_bytes
     from llmtune.launch.supervise.rank_report import limit_memory
-    from llmtune.units import parse_bytes
 
     limit = request.config.launch.memory_limit
     if limit is not None:

@@ -17,7 +17,7 @@ from llmtune.launch.launchers.environment import (
 )
 from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.plan.devices.gpus import count_gpus
-from llmtune.plan.devices.hardware import choose_accelerator
+from llmtune.plan.devices.probe import choose_accelerator
 
 if TYPE_CHECKING:
     from llmtune.plan.plan import Plan

@@ -50,7 +50,7 @@ def _check_data(config: Config) -> None:
 
 
 def _check_launch(config: Config) -> None:
-    from llmtune.units import parse_bytes
+    from llmtune.config.byte_sizes import parse_bytes
 
     launch = config.launch
     if launch.memory_limit is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.best_model import can_choose
-from llmtune.config.compose import Composed
+from llmtune.config.composed import Composed
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
 from llmtune.data.label_kind import peek_label_kind

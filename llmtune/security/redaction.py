@@ -7,20 +7,18 @@ process that filters its log with this file.
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
-from llmtune.security.secret_forms import (
-    SECRET_WORDS,
-    Form,
-    forms_of,
-    join_patterns,
-    secret_parts,
-)
-from llmtune.security.secret_urls import url_spans
+from llmtune.security.secret_forms import SECRET_WORDS, Form, forms_of, join_patterns
+from llmtune.security.secret_urls import url_spans, users_of
 
 #: Environment variable that gives ranks the *names* of the variables from ``.env``.
 SECRET_NAMES = "LLMTUNE_SECRET_NAMES"
@@ -47,6 +45,12 @@ _PLAIN_WORDS = {
 }
 #: After no letter and no digit, except at the end of an escape.
 _ALONE = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2})|(?<=\\[ntr])|(?<=\\u[0-9A-Fa-f]{4}))"
+#: ``SECRET_WORDS`` for names that are no variables: ``pwd`` and ``auth`` alone are none of the
+#: shell's folders there.
+_PART_WORDS = re.compile(rf"{SECRET_WORDS.pattern}|^(pwd|pw|pass|auth|key|sig|sas)$", re.IGNORECASE)
+_URL_VALUE = re.compile(r"[?&;]([\w.%-]+)=([^\s&;#\"'<>]+)")
+_URL_PATH = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+(/\S+)")
+_PAIR = re.compile(r"(?:^|[;\s,])([A-Za-z][\w .-]*?)\s*=\s*([^;\s]+)")
 _UNFINISHED_URL = re.compile(r"(?:://|[?&][\w.%-]*=)\S{0,4096}\Z")
 
 
@@ -213,7 +217,7 @@ def _compile(variables: tuple[tuple[str, str, bool], ...]) -> _Known:
     beside, names = [], []
     for name, given, is_secret in variables:
         value = given.strip()
-        for part in secret_parts(value, is_secret):
+        for part in _secret_parts(value, is_secret):
             for form, pattern in _to_find(part):
                 anywhere.setdefault(pattern, (form, f"***{name}***"))
         if is_secret and 0 < len(value) < _MIN_LENGTH and _is_worth_hiding(value):
@@ -248,3 +252,44 @@ def _is_worth_hiding(value: str) -> bool:
     # Path would raise for a name that is too long, or a user that is not known.
     is_path = value.startswith(("/", "~", "./")) and os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111
     return value.lower() not in _PLAIN_WORDS and not is_path
+
+
+def _secret_parts(value: str, is_secret: bool) -> Iterator[str]:
+    """Yield the parts of a variable's value that are secret by themselves.
+
+    Args:
+        is_secret: The variable's name says that all of it is secret; a password in a URL always is.
+    """
+    for user in users_of(value):
+        name, _, password = user.partition(":")
+        # A token alone has letters and digits; a name is a word that may occur anywhere.
+        secret = password or (name if not (name.isalpha() or name.isdigit()) else "")
+        yield from (secret, unquote(secret)) if secret else ()
+    for name, part in _URL_VALUE.findall(value) if "://" in value else ():
+        if _PART_WORDS.search(name):
+            yield part
+            yield unquote(part)
+    if not is_secret:
+        return
+    yield value
+    yield from (line.strip() for line in value.splitlines())
+    yield from _URL_PATH.findall(value)
+    yield from (part for name, part in _PAIR.findall(value) if _PART_WORDS.search(name))
+    with contextlib.suppress(ValueError, RecursionError):
+        yield from _leaves(json.loads(value), "")
+
+
+def _leaves(value: Any, name: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, str(key))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, name)
+    elif isinstance(value, str) and _PART_WORDS.search(name):
+        yield value
+        with contextlib.suppress(ValueError):
+            # What ``docker login`` stores: user and password.
+            decoded = base64.b64decode(value, validate=True).decode()
+            yield decoded
+            yield decoded.partition(":")[2]

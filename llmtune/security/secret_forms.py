@@ -9,15 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
-from urllib.parse import unquote
-
-from llmtune.security.secret_urls import users_of
+from typing import NamedTuple
 
 #: Words for what opens something, in names of variables, of parts of a connection string, and of
 #: fields in JSON.
@@ -28,9 +23,6 @@ SECRET_WORDS = re.compile(
     r"|COOKIE(?!CUTTER)|(?<![A-Z0-9])BEARER",
     re.IGNORECASE,
 )
-#: The same where a name is no variable's: ``pwd`` and ``auth`` alone are none of the shell's
-#: folders there.
-_PART_WORDS = re.compile(rf"{SECRET_WORDS.pattern}|^(pwd|pw|pass|auth|key|sig|sas)$", re.IGNORECASE)
 
 #: Below this, what is left of a value in base64 would be found by chance.
 _MIN_ENCODED = 8
@@ -40,51 +32,6 @@ _MAX_SPELLING = 48
 
 #: Beginnings of the spellings of a character that are not the character itself.
 _STARTERS = ("\\", "%", "&", "'", '"')
-
-_URL_VALUE = re.compile(r"[?&;]([\w.%-]+)=([^\s&;#\"'<>]+)")
-_URL_PATH = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+(/\S+)")
-_PAIR = re.compile(r"(?:^|[;\s,])([A-Za-z][\w .-]*?)\s*=\s*([^;\s]+)")
-
-
-def secret_parts(value: str, is_secret: bool) -> Iterator[str]:
-    """Yield the parts of a variable's value that are secret by themselves.
-
-    Args:
-        is_secret: The variable's name says that all of it is secret; a password in a URL always is.
-    """
-    for user in users_of(value):
-        name, _, password = user.partition(":")
-        # A token alone has letters and digits; a name is a word that may occur anywhere.
-        secret = password or (name if not (name.isalpha() or name.isdigit()) else "")
-        yield from (secret, unquote(secret)) if secret else ()
-    for name, part in _URL_VALUE.findall(value) if "://" in value else ():
-        if _PART_WORDS.search(name):
-            yield part
-            yield unquote(part)
-    if not is_secret:
-        return
-    yield value
-    yield from (line.strip() for line in value.splitlines())
-    yield from _URL_PATH.findall(value)
-    yield from (part for name, part in _PAIR.findall(value) if _PART_WORDS.search(name))
-    with contextlib.suppress(ValueError, RecursionError):
-        yield from _leaves(json.loads(value), "")
-
-
-def _leaves(value: Any, name: str) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, str(key))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, name)
-    elif isinstance(value, str) and _PART_WORDS.search(name):
-        yield value
-        with contextlib.suppress(ValueError):
-            # What ``docker login`` stores: user and password.
-            decoded = base64.b64decode(value, validate=True).decode()
-            yield decoded
-            yield decoded.partition(":")[2]
 
 
 class Spelled(NamedTuple):

@@ -31,7 +31,6 @@ and ``SAVE`` is an empty file by which a user asks a run to save and stop
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,51 +38,22 @@ from typing import Any
 
 from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_atomically
+from llmtune.storage.phase_record import PhaseRecord
 from llmtune.storage.plain_fields import from_plain
 from llmtune.storage.plain_json import parse_json
-
-#: Bytes of a phase record, which is written over itself in one call.
-_PHASE_WIDTH = 240
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseRecord:
-    """The phase that a rank is in, and its memory; readable however the rank ends."""
-
-    phase: str = "start"
-    """One of ``start load answer forward backward step evaluate save``."""
-    step: int = 0
-    """The optimizer step under way, from 1; 0 before the first."""
-    peak_bytes: int = 0
-    """Most memory that was resident on the host."""
-    beats: int = 0
-    """Counts the records, so that no two are the same while the rank makes progress."""
-    device_peak_bytes: int = 0
-    """Most memory that torch allocated on the GPU."""
-    at_limit: str | None = None
-    """``device`` or ``host``, where the rank has nearly all the memory that it may have."""
-
-    @staticmethod
-    def open(path: Path) -> int:
-        """Open a descriptor to write records to."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-
-    def write(self, descriptor: int) -> None:
-        """Overwrite the previous record, with one system call."""
-        os.pwrite(descriptor, json.dumps(asdict(self)).ljust(_PHASE_WIDTH).encode(), 0)
-
-    @classmethod
-    def read(cls, folder: Path, rank: int) -> PhaseRecord:
-        """Read the last record of a rank; ``start`` where there is none yet."""
-        try:
-            return from_plain(cls, parse_json(read_raw_phase(folder, rank)))
-        except ValueError:
-            return cls()
 
 
 def phase_file(folder: Path, rank: int) -> Path:
     """Return the file in which a rank keeps its :class:`PhaseRecord`."""
     return folder / f"phase-{rank}.json"
+
+
+def read_phase(folder: Path, rank: int) -> PhaseRecord:
+    """Read the last record of a rank; ``start`` where there is none yet."""
+    try:
+        return from_plain(PhaseRecord, parse_json(read_raw_phase(folder, rank)))
+    except ValueError:
+        return PhaseRecord()
 
 
 def read_raw_phase(folder: Path, rank: int) -> bytes:

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoint.best import resume_best
 from llmtune.checkpoint.mirror import Mirror
+from llmtune.checkpoint.resume_best import resume_best
 from llmtune.checkpoint.retention import Retention, list_checkpoints
 from llmtune.checkpoint.save import load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
-from llmtune.config.best_model import NO, BestModel, resolve_best_model, strategy_name
+from llmtune.config.best_model import BestModel, resolve_best_model
 from llmtune.config.stored import to_plain
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
@@ -106,7 +106,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
     evaluator = Evaluator(
         module=module,
-        rows=open_rows(request.data, "eval") if has_evaluations(request) else None,
+        rows=open_rows(request.data, "eval") if request.evaluates else None,
         batch_size=eval_batch_size(request),
         collator=collator,
         max_rows=eval_max_rows(request),
@@ -279,11 +279,6 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
         last_row=request.steps.total_rows,
         settings=settings,
     )
-
-
-def has_evaluations(request: RunRequest) -> bool:
-    """Tell whether the run evaluates: there are rows, and ``train.eval_strategy`` is not ``no``."""
-    return request.data.eval is not None and strategy_name(request.config.train.eval_strategy) != NO
 
 
 def eval_batch_size(request: RunRequest) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -20,8 +21,7 @@ from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
 from llmtune.plan.steps import Interval, StepsPlan
 from llmtune.storage.manifest import is_complete
-from llmtune.track.tracker import Trackers
-from llmtune.train.checkpointing import CheckpointSaver
+from llmtune.track.tracker import Record, Trackers
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.line_sums import LineSums
@@ -39,6 +39,42 @@ class Hook(Protocol):
 
     def on_end(self, progress: TrainingState) -> None:
         """Run after the last step, on every rank."""
+
+
+class Saver(Protocol):
+    """Saves checkpoints; :class:`llmtune.train.checkpointing.CheckpointSaver` in a run.
+
+    All ranks call its methods in the same order.
+    """
+
+    @property
+    def is_writing(self) -> bool:
+        """Tell whether this rank still writes a checkpoint in the background."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Tell whether this rank knows that the save in progress has failed."""
+
+    def prepare(self, steps_to_come: int) -> None:
+        """Check the room for all checkpoints, before the first step."""
+
+    def record_evaluation(self, record: Record) -> None:
+        """Record an evaluation, for the next checkpoint."""
+
+    def save(self, progress: TrainingState) -> Path:
+        """Begin to write the checkpoint of a step, and return its folder."""
+
+    def finish(self) -> None:
+        """Wait for the save in progress."""
+
+    def pause_seconds(self) -> float | None:
+        """Return how long saves stopped training since the last call; None without a save."""
+
+    def publish_result(self, progress: TrainingState) -> Path:
+        """Publish the trained model, mark the run's end, and return the model's folder."""
+
+    def close(self, timeout_seconds: float) -> None:
+        """Wait for copies that are made elsewhere."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +95,7 @@ class Job:
     best: BestModel | None
     """The rule by which the best model is chosen, and training ends early; None without one."""
     evaluator: Evaluator
-    saver: CheckpointSaver
+    saver: Saver
     divergence: DivergenceMonitor
     trackers: Trackers
     hooks: list[Hook]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtune.config.groups.train import NO, strategy_name
 from llmtune.config.schema import Config
 from llmtune.config.stored import from_plain, to_plain
 from llmtune.plan.plan import Plan
@@ -31,6 +32,11 @@ class RunRequest:
     """A complete checkpoint, or None for a new run."""
     run_id: str
     """The id that marks this run's folder at ``checkpoint.mirror``."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Tell whether there are rows to evaluate on, and ``train.eval_strategy`` is not ``no``."""
+        return self.data.eval is not None and strategy_name(self.config.train.eval_strategy) != NO
 
     def to_json(self) -> str:
         """Serialize the request, for a file or a broadcast."""

@@ -192,12 +192,12 @@ def main() -> None:
 
 def embedded_model() -> Path:
     """The folder of SmolLM2-135M, from llmtune's cache."""
+    from llmtune.config.cache_folder import open_cache
     from llmtune.config.compose import compose_config
     from llmtune.model.source import resolve_model_folder
-    from llmtune.run.prepare import cache_dir
 
     config = compose_config(["model=smollm2_135m"]).config
-    return resolve_model_folder(config.model, cache_dir(config))
+    return resolve_model_folder(config.model, open_cache(config.paths))
 
 
 if __name__ == "__main__":

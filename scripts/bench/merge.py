@@ -35,12 +35,8 @@ import merge_peers
 import torch
 from watch import anonymous_bytes
 
-from llmtune.storage.tensors.safetensors_writer import (
-    TensorFile,
-    TensorSpec,
-    plan_shards,
-    write_index,
-)
+from llmtune.storage.tensors.safetensors_writer import TensorFile, plan_shards, write_index
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, RANK = 2048, 5632, 32000, 32, 8, 64
 SHARD_BYTES = 2_000_000_000
@@ -175,8 +171,8 @@ def run_llmtune(base: Path, adapter: Path, output: Path, parity: bool) -> dict[s
     from transformers import AutoTokenizer, GenerationConfig  # noqa: F401 - so that it is not timed
 
     from llmtune.config.groups.export import ExportConfig
-    from llmtune.export.model import ExportRequest
     from llmtune.export.pipeline import run_export
+    from llmtune.export.request import ExportRequest
 
     waited, flush = 0.0, os.fsync
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from llmtune.config.compose import compose_config
 from llmtune.plan.batch_sizes import BatchPlan
-from llmtune.plan.devices.hardware import resolve_hardware
-from llmtune.plan.ladder import Candidate, Search
+from llmtune.plan.devices.probe import resolve_hardware
+from llmtune.plan.ladder import Candidate
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.search import Search
 
 GIB = 2**30
 

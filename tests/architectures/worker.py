@@ -31,8 +31,9 @@ from llmtune.plan.abilities import check_row_length, check_stage
 from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed
-from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
+from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import make_placement
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.run.check_model import check_model, check_quantized
 from llmtune.task.losses import sum_cross_entropy

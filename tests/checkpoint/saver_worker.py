@@ -19,7 +19,7 @@ from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.checkpoint.writer import Buffers
 from llmtune.engine.distributed import Rank, barrier
 from llmtune.errors import CheckpointError
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 from tests.joined import join_ranks
 
 

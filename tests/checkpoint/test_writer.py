@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from llmtune.checkpoint.writer import Buffers, CheckpointWriter
 from llmtune.storage.hashing import hash_file
-from llmtune.storage.tensors.safetensors_writer import TensorFile, TensorSpec
+from llmtune.storage.tensors.safetensors_writer import TensorFile
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 SPECS = {
     "a.safetensors": [

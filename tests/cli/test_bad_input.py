@@ -13,7 +13,7 @@ from llmtune.cli.arguments import parse
 from llmtune.cli.main import main
 from llmtune.cli.verbs import VERBS
 from llmtune.errors import ConfigError
-from llmtune.plan.devices.hardware import fp16_supported
+from llmtune.plan.devices.probe import fp16_supported
 
 TINY = [
     "model=tiny",

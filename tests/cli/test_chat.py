@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from llmtune.cli.main import main
 from llmtune.errors import ConfigError, DataError
-from llmtune.model.tokenizer import end_of_turn_ids
+from llmtune.model.chat_turns import end_of_turn_ids
 
 WRITES = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"  # noqa: E501

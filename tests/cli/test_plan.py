@@ -12,7 +12,7 @@ import pytest
 from llmtune.cli import plan
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
-from llmtune.plan.plan import resolve_plan
+from llmtune.plan.resolve import resolve_plan
 from tests.support import TINY, run_cli
 
 REFERENCE = ["plan", "model=llama3_70b", "hardware=8xa100_80gb", "data.train=rows.jsonl"]

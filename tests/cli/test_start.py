@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.config.compose import compose_config
-from llmtune.plan.plan import resolve_ladder
+from llmtune.plan.resolve import resolve_ladder
 from tests.support import TINY, losses, run
 
 #: Tells what stood when the ranks were started, and what the supervisor has left of their variables
@@ -19,7 +19,7 @@ from tests.support import TINY, losses, run
 _PROGRAM = """
 import os, sys
 from llmtune.cli import main
-from llmtune.plan import plan as planner
+from llmtune.plan import resolve as planner
 from llmtune.run import ranks_ahead
 def spy(module, name, what):
     real = getattr(module, name)

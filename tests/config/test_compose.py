@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmtune.config.compose import Composed, compose_config, config_groups, with_overrides
+from llmtune.config.compose import compose_config, config_groups
+from llmtune.config.composed import Composed, with_overrides
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.keys import known_keys
 from llmtune.config.schema import Precision
@@ -200,7 +201,7 @@ def test_no_file_of_conf_is_left_out() -> None:
     composed = {f"{group}/{option}.yaml" for group, option in every_option()}
     rest = {"train.yaml", "sweep/lora.yaml"}
     assert set(files) == composed | rest
-    assert len(files) == 61
+    assert len(files) == 80
     for file in files:
         assert yaml.safe_load((CONF / file).read_text()) is not None, file
 

@@ -13,7 +13,7 @@ from llmtune.cli.main import HELP
 from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config
 from llmtune.plan.batch_sizes import resolve_batch
-from llmtune.plan.plan import resolve_ladder
+from llmtune.plan.resolve import resolve_ladder
 from tests.support import ROOT
 
 #: The program and what is behind it, up to a comment in another column or a sign of the shell.

@@ -13,7 +13,8 @@ from hydra.errors import HydraException
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from llmtune.config.compose import compose_config, config_groups, with_overrides
+from llmtune.config.compose import compose_config, config_groups
+from llmtune.config.composed import with_overrides
 from llmtune.config.keys import is_text, known_keys, may_be_null
 from llmtune.config.overrides import Setting, read_override, unquote
 from llmtune.config.schema import Config

@@ -19,7 +19,7 @@ from rich.console import Console
 from llmtune.config.schema import Precision
 from llmtune.errors import LlmtuneError
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.plan import _check_precision
+from llmtune.plan.resolve import _check_precision
 from scripts.gpu_check import __main__ as program
 from scripts.gpu_check.bench import Bench, SkippedError, trained
 from scripts.gpu_check.checks import Check, all_checks, select

@@ -21,10 +21,12 @@ from llmtune.launch.launchers.environment import set_allocator_default, set_defa
 from llmtune.launch.preflight.affinity import bind_to_gpu
 from llmtune.plan.devices import gpus
 from llmtune.plan.devices.cards import CARDS, find_card
-from llmtune.plan.devices.hardware import Hardware, probe_host_memory_bytes, resolve_hardware
+from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.devices.probe import probe_host_memory_bytes, resolve_hardware
 from llmtune.plan.memory import peak_memory
-from llmtune.plan.memory.peak_memory import MemoryPlan
-from llmtune.plan.plan import Plan, resolve_ladder, resolve_plan
+from llmtune.plan.memory.memory_plan import MemoryPlan
+from llmtune.plan.plan import Plan
+from llmtune.plan.resolve import resolve_ladder, resolve_plan
 
 GIB = 2**30
 EXPERIMENT = ["experiment=llama3_70b_lora_8xa100", "data.train=x.jsonl"]

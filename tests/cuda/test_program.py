@@ -94,7 +94,7 @@ def test_a_run_with_the_optimizer_on_the_host_is_that_of_a_cpu(
 _TELLING = """
 import sys
 from llmtune.cli import main
-from llmtune.plan import plan as planner
+from llmtune.plan import resolve as planner
 from llmtune.run import ranks_ahead
 real = ranks_ahead.RankGroup, planner.resolve_ladder
 def start(command, world_size, ahead):

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from llmtune.data.store.token_store import Rows, TokenStore, write_store
-from llmtune.data.tokenize.workers import TokenBlock
+from llmtune.data.store.store_writer import write_store
+from llmtune.data.store.token_store import Rows, TokenStore
+from llmtune.data.tokenize.token_row import TokenBlock
 
 
 def make_rows(folder: Path, ids: list[list[int]], masks: list[list[bool]] | None = None) -> Rows:

@@ -16,9 +16,9 @@ from llmtune.config.groups.data import Overlong
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
-from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import Overflow, TokenRow
+from llmtune.data.tokenize.workers import make_encoder
 from llmtune.errors import ConfigError
 from llmtune.model.random_tokenizer import build_tokenizer
 from tests.data.tokenizers import FAMILIES, load_smollm2, with_template
@@ -57,7 +57,7 @@ def encode(
     overlong: Overlong = Overlong.drop,
     inputs: bool = False,
 ) -> Any:
-    (outcome,) = Encoder(
+    (outcome,) = make_encoder(
         tokenizer, EncodeSettings(max_seq_length=length, overlong=overlong, train_on_inputs=inputs)
     ).encode([conversation])
     return outcome
@@ -138,7 +138,7 @@ def test_masks_equal_those_of_transformers_where_a_template_marks_generation(cac
     """TRL's ``assistant_only_loss`` takes its masks from this call."""
     tokenizer = load_smollm2(cache)
     tokenizer.chat_template = MARKED
-    encoder = Encoder(
+    encoder = make_encoder(
         tokenizer,
         EncodeSettings(max_seq_length=8192, overlong=Overlong.drop, train_on_inputs=False),
     )
@@ -430,7 +430,7 @@ def test_texts_with_special_tokens_on_purpose_have_the_tokens_of_their_chats(
     tokenizer = families[name]
     chat = only(encode(tokenizer, talk(*turns)))
     text = tokenizer.decode(chat.ids.tolist())
-    encoder = Encoder(
+    encoder = make_encoder(
         tokenizer,
         EncodeSettings(
             max_seq_length=512,
@@ -451,7 +451,7 @@ def test_texts_with_special_tokens_on_purpose_have_the_tokens_of_their_chats(
 
 
 def test_special_tokens_on_purpose_may_stand_in_chats_and_tools(families: dict[str, Any]) -> None:
-    encoder = Encoder(
+    encoder = make_encoder(
         families["qwen"],
         EncodeSettings(
             max_seq_length=512,

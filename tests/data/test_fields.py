@@ -17,7 +17,7 @@ from llmtune.config.groups.data import DataConfig
 from llmtune.data.formats.format import FORMATS
 from llmtune.data.formats.recipe import Recipe
 from llmtune.data.prepare import prepare_data
-from llmtune.data.read.sources import parse_sources
+from llmtune.data.read.parse_sources import parse_sources
 from llmtune.data.rows.fields import HARMLESS, MASKED, TRAINED
 from llmtune.data.rows.problems import RowError
 from llmtune.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llmtune.data.formats.format import FORMATS, detect_format
-from llmtune.data.rows.turns import rename
+from llmtune.data.rows.values import rename
 from llmtune.task.labels import Tags
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -25,10 +25,10 @@ from llmtune.data.prepared_data import open_rows, read_problems
 from llmtune.data.read.blocks import Block
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize import encode, workers
-from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenRow
 from llmtune.data.tokenize.windows import WindowTokenizer
+from llmtune.data.tokenize.workers import make_encoder
 from llmtune.data.tokenized_source import TokenizeProgress
 from llmtune.plan.prepared_data import PreparedData
 
@@ -197,7 +197,7 @@ def test_tokens_of_a_huge_text_come_from_a_worker_as_from_this_process(
 
     expected = list(
         workers.tokenize_block(
-            block(), Encoder(tokenizer, settings), recipe, most_tokens=workers.MOST_TOKENS
+            block(), make_encoder(tokenizer, settings), recipe, most_tokens=workers.MOST_TOKENS
         )
     )
     assert len(expected) > 1
@@ -261,9 +261,9 @@ def test_long_rows_come_out_as_if_they_were_encoded_at_once(
     row = KINDS[kind](size + 100)
     conversations = [detect_format(row).read(row)] * 2
     settings = EncodeSettings(max_seq_length=limit, overlong=overlong, train_on_inputs=False)
-    whole = Encoder(tokenizer, settings).encode(conversations)
+    whole = make_encoder(tokenizer, settings).encode(conversations)
     monkeypatch.setattr(encode, "WINDOW", 500)
-    encoder = Encoder(tokenizer, settings)
+    encoder = make_encoder(tokenizer, settings)
     encoder._windows = WindowTokenizer(tokenizer.backend_tokenizer, 500, 240, 60)
     for expected, outcome in zip(whole, encoder.encode(conversations), strict=True):
         if isinstance(outcome, SplitRows):

@@ -11,8 +11,9 @@ import fsspec
 import pytest
 
 from llmtune.data.read.blocks import count_rows, parse_rows, select_rows
+from llmtune.data.read.parse_sources import parse_sources
 from llmtune.data.read.readers import read_blocks
-from llmtune.data.read.sources import Source, parse_sources, resolve_files
+from llmtune.data.read.sources import Source, resolve_files
 from llmtune.data.read.stdlib_docs import read_stdlib_docs
 from llmtune.errors import ConfigError, DataError, MissingPrerequisiteError
 

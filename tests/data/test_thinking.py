@@ -12,9 +12,9 @@ from llmtune.config.groups.data import Overlong
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import load_chat_template
-from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import TokenRow
+from llmtune.data.tokenize.workers import make_encoder
 from llmtune.model.random_tokenizer import build_tokenizer
 
 #: Opens thinking in the prompt, and keeps none of it in the text: DeepSeek-R1.
@@ -49,7 +49,7 @@ def encode(
         for n, text in enumerate(turns)
     ]
     settings = EncodeSettings(max_seq_length=512, overlong=Overlong.drop, train_on_inputs=inputs)
-    (outcome,) = Encoder(tokenizer, settings).encode([Conversation(messages=tuple(messages))])
+    (outcome,) = make_encoder(tokenizer, settings).encode([Conversation(messages=tuple(messages))])
     if isinstance(outcome, RowError):
         return str(outcome)
     assert isinstance(outcome, list)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.doctor import software
 from llmtune.doctor.ops import inspect_locks
-from llmtune.doctor.versions import find_bad_pairs
 from llmtune.launch.preflight import deepspeed_ops
 from tests.support import run_cli
 
@@ -76,10 +76,19 @@ def test_a_healthy_machine_is_exit_0_and_tokens_are_not_shown() -> None:
         assert what in done.out
 
 
-def test_known_bad_pairs_are_named_with_their_symptom() -> None:
-    pairs = find_bad_pairs({"deepspeed": "0.14.0", "numpy": "2.1.0", "torch": "2.4.0"})
-    assert [pair.second for pair in pairs] == ["numpy"]
-    assert "BUFSIZE" in pairs[0].symptom
-    assert not find_bad_pairs(
-        {"deepspeed": "0.19.8", "numpy": "2.4.6", "torch": "2.13.0+cpu", "peft": "0.21.2"}
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [("deepspeed", "0.14.0"), ("deepspeed", "0.20.1"), ("peft", "0.17.1"), ("bitsandbytes", None)],
+)
+def test_a_version_that_is_known_to_break_is_an_unmet_requirement(
+    package: str, version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = software.installed_version
+    monkeypatch.setattr(
+        software, "installed_version", lambda name: version if name == package else real(name)
     )
+    (finding,) = software.inspect_packages()
+    assert finding.state == "bad"
+    assert f"{version or 'none'} is installed" in finding.message
+    assert finding.command is not None
+    assert package in finding.command

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmtune.engine.heartbeat import PhaseLog
-from llmtune.storage.rank_files import PhaseRecord, phase_file
+from llmtune.storage.rank_files import phase_file, read_phase
 
 
 def test_every_write_changes_the_record(tmp_path: Path) -> None:
     log = PhaseLog(phase_file(tmp_path, 0))
-    assert PhaseRecord.read(tmp_path, 0).phase == "start"
+    assert read_phase(tmp_path, 0).phase == "start"
     log.enter("evaluate")
     seen = [phase_file(tmp_path, 0).read_bytes()]
     for write in (log.beat, log.beat, lambda: log.enter("evaluate")):
@@ -18,5 +18,5 @@ def test_every_write_changes_the_record(tmp_path: Path) -> None:
         seen.append(phase_file(tmp_path, 0).read_bytes())
     assert len(set(seen)) == 4
     assert {len(record) for record in seen} == {len(seen[0])}
-    assert PhaseRecord.read(tmp_path, 0).phase == "evaluate"
+    assert read_phase(tmp_path, 0).phase == "evaluate"
     PhaseLog().beat()

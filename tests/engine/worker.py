@@ -30,8 +30,9 @@ from llmtune.engine.train_module import TrainModule
 from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
-from llmtune.plan import plan
-from llmtune.plan.plan import Plan, resolve_plan, with_nvme
+from llmtune.plan import resolve
+from llmtune.plan.plan import Plan, with_nvme
+from llmtune.plan.resolve import resolve_plan
 from llmtune.plan.steps import resolve_steps
 from llmtune.task.labels import Labels
 from llmtune.task.losses import sum_cross_entropy
@@ -143,7 +144,7 @@ def pretend_fp16() -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    patch.object(plan, "fp16_supported", lambda _: True).start()
+    patch.object(resolve, "fp16_supported", lambda _: True).start()
 
 
 def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: Any) -> PendingSave:

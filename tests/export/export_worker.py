@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.storage.tensors.safetensors_writer import TensorFile
 
 write = TensorFile.write

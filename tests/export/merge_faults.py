@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 Tensors = dict[str, torch.Tensor]
 

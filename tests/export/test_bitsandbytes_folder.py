@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
+from llmtune.export.export_model import ExportModel
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
-from llmtune.export.model import ExportModel, ExportRequest, open_export_model
+from llmtune.export.open_model import open_export_model
 from llmtune.export.pipeline import run_export, write_files
 from llmtune.export.publish.shards import Journal
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.bitsandbytes_base import Bnb4bitSource, is_bnb_folder, open_base
 from llmtune.export.sources.nf4 import Nf4RoundTripSource, quantized_names
 from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource, read_whole

@@ -29,8 +29,8 @@ from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, Me
 from llmtune.config.stored import dump_redacted
 from llmtune.export.card.card import write_model_card
 from llmtune.export.formats.format import FORMATS
-from llmtune.export.model import ExportRequest
-from llmtune.plan.memory.peak_memory import DeviceBytes, HostBytes, MemoryPlan
+from llmtune.export.request import ExportRequest
+from llmtune.plan.memory.memory_plan import DeviceBytes, HostBytes, MemoryPlan
 from tests.export.conftest import make_adapter
 from tests.support import TINY, run_cli
 

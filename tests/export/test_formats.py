@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.formats.format import FORMATS
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.storage import layout
 from llmtune.storage.manifest import find_damage
 from tests.export.conftest import make_adapter
@@ -73,7 +73,7 @@ def test_a_wrong_merge_is_published_in_no_format(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter")
-    monkeypatch.setattr("llmtune.export.merge.peft_adapter.Adapter.scale", lambda *_: 0.5)
+    monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
     for kind in ("safetensors", "gguf", "pt"):
         request = ExportRequest(
             base=base, base_name="tiny", adapter=adapter, run=None, output=tmp_path / "out"

@@ -46,8 +46,9 @@ from transformers.tokenization_utils_base import generate_merges
 
 from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.errors import ExportError
-from llmtune.export.model import ExportRequest, open_export_model
+from llmtune.export.open_model import open_export_model
 from llmtune.export.publish.shards import Journal
+from llmtune.export.request import ExportRequest
 from llmtune.export.writers.gguf.gguf_file import write_gguf
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 

@@ -21,12 +21,13 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError, MissingPrerequisiteError
-from llmtune.export.model import ExportRequest, open_export_model
+from llmtune.export.open_model import open_export_model
 from llmtune.export.pipeline import write_files
 from llmtune.export.publish.shards import Journal
+from llmtune.export.request import ExportRequest
 from llmtune.export.writers.graph.graph_comparison import compare_graph, make_probe_batches
 from llmtune.export.writers.graph.graph_model import GraphModel, find_loader, load_graph_model
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 from tests.export.conftest import copy_tokenizer, make_adapter
 
 SIZES = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -17,8 +17,8 @@ from llmtune.export.identity import (
     is_export_of,
     shaping_options,
 )
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.manifest import mark_complete, write_manifest
 from tests.export.conftest import make_adapter

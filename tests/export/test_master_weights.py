@@ -17,15 +17,16 @@ from llmtune.checkpoint.result import link_result
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
-from llmtune.export.model import ExportRequest, open_export_model
+from llmtune.export.open_model import open_export_model
 from llmtune.export.publish.shards import Journal, write_shards
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.master_weights import (
     MasterWeightsSource,
     find_master_weights,
     has_master_weights,
 )
 from llmtune.export.sources.tensor_source import read_whole
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 from tests.support import TINY, train_engines
 
 #: ZeRO stage and place of the optimizer's state.

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.merge.deltas import LowRank
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.storage.tensors.row_blocks import BLOCK_ELEMENTS, row_ranges
 from tests.export.conftest import TOKENS, make_adapter, make_base
 

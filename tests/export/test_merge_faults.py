@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.tensor_source import RetypedSource, SafetensorsSource, read_whole
 from llmtune.export.verify.expected_tensors import Expectations, find_expected
 from llmtune.export.verify.recompute import Agreement, Recomputation
@@ -135,7 +135,7 @@ def judge(base: Path, folder: Path) -> Judge:
     return Judge(
         source=source,
         reference=reference,
-        expected=find_expected(reference),
+        expected=find_expected(reference.units, reference.aliases),
         merged=merged,
         untied=untied,
     )

@@ -26,8 +26,8 @@ from transformers import (
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType
 from llmtune.errors import ExportError
 from llmtune.export.merge.peft_adapter import read_adapter
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.tensor_source import SafetensorsSource
 from llmtune.export.verify.parity import (
     ComparedModels,
@@ -360,7 +360,7 @@ def test_experts_whose_names_are_translated_are_compared_whole_or_by_their_numbe
     assert "parity: logits not compared; 4 adapted modules recomputed" in text
     monkeypatch.setattr("llmtune.export.verify.export_checks._MEMORY_FACTOR", 10**9)
     assert "they need the whole model in memory" in run()
-    monkeypatch.setattr("llmtune.export.merge.peft_adapter.Adapter.scale", lambda *_: 0.5)
+    monkeypatch.setattr("llmtune.export.merge.adapter.Adapter.scale", lambda *_: 0.5)
     with pytest.raises(ExportError, match=r"4 of 4[15] tensors are not"):
         run()
 

@@ -27,6 +27,7 @@ from llmtune.export.verify.module_outputs import HalfUlpSource
 from llmtune.export.verify.parity import ComparedModels, measure_parity, probe_tokens
 from llmtune.export.verify.recompute import Comparison, Recomputation, compare_tensor
 from llmtune.export.verify.streamed_model import StreamedModel
+from llmtune.export.verify.unit import Unit
 from tests.export.conftest import make_adapter, make_base
 from tests.export.merge_faults import Held
 from tests.export.test_merge import export
@@ -150,10 +151,10 @@ def test_numbers_that_are_none_are_wrong() -> None:
         assert compare(delta, base, merged).wrong == 1
 
 
-def unknown_modules(model: StreamedModel) -> Expectations:
+def unknown_modules(units: list[Unit], aliases: dict[str, list[str]]) -> Expectations:
     """As of a wrapper that nobody has taught the recomputation."""
-    found = find_expected(model)
-    unknown = [unit for unit in model.units if unit.wrapped]
+    found = find_expected(units, aliases)
+    unknown = [unit for unit in units if unit.wrapped]
     names = {f"{name}.weight" for unit in unknown for name, _ in unit.inner}
     return Expectations(
         {key: value for key, value in found.tensors.items() if key not in names}, {}, unknown
@@ -213,7 +214,7 @@ def test_a_tied_matrix_must_be_right_under_every_name_that_a_loader_takes(
     tensors = load_file(export(base, adapter, tmp_path / "out") / "model.safetensors")
     source = SafetensorsSource(base)
     reference = StreamedModel(base, source, read_adapter(adapter))
-    expected = find_expected(reference)
+    expected = find_expected(reference.units, reference.aliases)
     assert Recomputation(source, Held(tensors), reference.aliases, {}).run(expected).problems == []
     # With a configuration that ties them, a loader takes one for both.
     tied = Recomputation(source, Held(tensors), reference.aliases, reference.aliases).run(expected)

@@ -15,9 +15,9 @@ import pytest
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
 from llmtune.export.publish.shards import JOURNAL, Journal
+from llmtune.export.request import ExportRequest
 from llmtune.storage.manifest import find_damage
 from tests.export.conftest import make_adapter
 

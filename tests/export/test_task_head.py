@@ -18,8 +18,8 @@ from transformers import BertConfig, LlamaConfig, RobertaConfig
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
-from llmtune.export.model import ExportRequest
 from llmtune.export.pipeline import run_export
+from llmtune.export.request import ExportRequest
 from tests.export.conftest import TOKENS, copy_tokenizer
 
 SIZES: dict[str, Any] = {

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.export.model import ExportRequest, open_export_model
+from llmtune.export.open_model import open_export_model
 from llmtune.export.pipeline import run_export, write_files
 from llmtune.export.publish.shards import Journal
+from llmtune.export.request import ExportRequest
 from tests.export.conftest import TOKENS, make_adapter, make_base
 
 

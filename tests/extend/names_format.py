@@ -9,7 +9,7 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format
 
 if TYPE_CHECKING:
-    from llmtune.export.model import ExportModel
+    from llmtune.export.export_model import ExportModel
     from llmtune.export.publish.shards import Journal
     from llmtune.export.usage import Usage
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.model.chat_turns import end_of_turn_ids
 from llmtune.model.generate import generate
 from llmtune.model.source import resolve_model_folder
-from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer
+from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.weights.files import read_entries
 
 

@@ -19,7 +19,7 @@ from llmtune.config.schema import Precision
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.build import build_model
 from llmtune.model.weights.check import compare_weights
-from llmtune.plan.memory.model_shape import build_meta_model
+from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.run.check_model import check_model
 from tests.architectures.families import FAMILIES
 

@@ -11,9 +11,9 @@ from transformers import AutoConfig
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
 from llmtune.plan.abilities import attention_kernels, check_row_length, check_stage, max_positions
+from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.plan.attention_kernel import resolve_attention
-from llmtune.plan.memory.model_shape import build_meta_model
-from llmtune.plan.plan import resolve_ladder
+from llmtune.plan.resolve import resolve_ladder
 
 SIZE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 GATED = {**SIZE, "intermediate_size": 48, "num_key_value_heads": 2}

@@ -12,13 +12,14 @@ from llmtune.config.schema import Precision
 from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer
 from llmtune.plan import speed
 from llmtune.plan.ladder import Ladder
-from llmtune.plan.memory.model_shape import ModelShape, resolve_shape
+from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.peak_memory import checkpoint_bytes, gathered_bytes
 from llmtune.plan.memory.placement import Placement, make_placement
 from llmtune.plan.memory.rank_bytes import Arithmetic, StateBytes
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
-from llmtune.plan.plan import resolve_ladder
+from llmtune.plan.resolve import resolve_ladder
 
 #: Llama-3-8B: its parameters, its head (vocabulary x width), and one of its 32 layers.
 PARAMETERS, HEAD, LAYER = 8_030_261_248, 128_256 * 4096, 218_112_000

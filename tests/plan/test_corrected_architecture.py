@@ -24,9 +24,13 @@ from llmtune.model.task_folder import resolve_task_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.weights.files import read_entries
 from llmtune.model.weights.names import find_missing, match_names
-from llmtune.plan.memory.corrected_architecture import correct_architecture, describe_correction
-from llmtune.plan.memory.model_shape import build_meta_model, load_architecture
-from llmtune.plan.plan import resolve_ladder
+from llmtune.plan.architecture.corrected_architecture import (
+    correct_architecture,
+    describe_correction,
+)
+from llmtune.plan.architecture.load import load_architecture
+from llmtune.plan.architecture.meta_model import build_meta_model
+from llmtune.plan.resolve import resolve_ladder
 from llmtune.task.labels import LabelKind, Labels
 
 NUMBERS: dict[str, Any] = {
@@ -102,7 +106,7 @@ def test_a_bert_that_says_roberta_is_corrected_with_what_its_tables_hold(
     }
     # All weights of the classifier but its head are in the files.
     architecture = load_architecture(ModelConfig(name_or_path=str(folder)))
-    model, _ = build_meta_model(architecture, task="sequence_classification")
+    model, _ = build_meta_model(architecture, model_class="AutoModelForSequenceClassification")
     matching = match_names(model, read_entries(folder))
     missing, _ = find_missing(model, set(matching.direct))
     drawn = {"classifier.weight", "classifier.bias"}
@@ -137,7 +141,9 @@ def test_an_old_bert_is_left_alone_and_its_names_are_understood(tmp_path: Path) 
     assert renamed.keys() != tensors.keys()
     save_file(renamed, file, metadata={"format": "pt"})
     assert correct_architecture(folder) == {}
-    model, _ = build_meta_model(AutoConfig.from_pretrained(folder), task="token_classification")
+    model, _ = build_meta_model(
+        AutoConfig.from_pretrained(folder), model_class="AutoModelForTokenClassification"
+    )
     matching = match_names(model, read_entries(folder))
     assert find_missing(model, set(matching.direct))[0] == ["classifier.weight", "classifier.bias"]
 

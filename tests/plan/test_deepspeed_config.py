@@ -13,10 +13,11 @@ from llmtune.errors import ConfigError
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.deepspeed_overrides import KNOWN, OWNED, check_raw, merge_raw, resize
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.parameter_groups import parameter_groups, sub_groups
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.tensor_shapes import TensorShape
-from llmtune.plan.memory.zero_buffers import parameter_groups, resolve_zero_sizes, sub_groups
-from llmtune.plan.plan import plan_candidate, resolve_ladder
+from llmtune.plan.memory.shapes import TensorShape
+from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
+from llmtune.plan.resolve import plan_candidate, resolve_ladder
 from tests.support import ROOT, run
 
 ADAMW = OPTIMIZERS.find("adamw")

@@ -12,16 +12,14 @@ from llmtune.config.compose import compose_config
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
+from llmtune.plan.architecture.load import load_architecture
+from llmtune.plan.architecture.meta_model import set_outputs
 from llmtune.plan.ladder import Ladder
 from llmtune.plan.memory.activations import ActivationModel
 from llmtune.plan.memory.fake_run import TraceSettings, gpu_dropout
-from llmtune.plan.memory.model_shape import (
-    ModelShape,
-    load_architecture,
-    resolve_shape,
-    set_outputs,
-)
-from llmtune.plan.plan import resolve_ladder
+from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.resolve import resolve_ladder
 from llmtune.plan.speed import forward_flops, step_flops
 from llmtune.task.task import find_task
 from llmtune.tuner.head import Head
@@ -90,7 +88,7 @@ def build(config: ModelConfig, kernel: str = "eager") -> Any:
     import transformers
 
     task, architecture = find_task(config.task), load_architecture(config)
-    set_outputs(architecture, task)
+    set_outputs(architecture, task.default_labels.names)
     return getattr(transformers, task.model_class).from_config(
         architecture, dtype=torch.float32, attn_implementation=kernel
     )

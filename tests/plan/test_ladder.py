@@ -7,11 +7,10 @@ from __future__ import annotations
 import pytest
 
 from llmtune.config.compose import compose_config
-from llmtune.plan.advice import list_advice
+from llmtune.plan.advice import describe_misfit, list_advice
 from llmtune.plan.ladder import Ladder, Rung, next_candidate
 from llmtune.plan.memory.placement import RUNGS
-from llmtune.plan.plan import resolve_ladder
-from llmtune.plan.report import describe_misfit
+from llmtune.plan.resolve import resolve_ladder
 
 REFERENCE = ["model=llama3_70b", "hardware=8xa100_80gb", "data.train=rows.jsonl"]
 FULL = [*REFERENCE, "tuner=full"]

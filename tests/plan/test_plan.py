@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtune.config.byte_sizes import parse_bytes
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import TrainConfig
@@ -22,10 +23,11 @@ from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
-from llmtune.plan.plan import Plan, resolve_ladder, resolve_plan
+from llmtune.plan.plan import Plan
+from llmtune.plan.resolve import resolve_ladder, resolve_plan
 from llmtune.plan.steps import resolve_steps
 from llmtune.tuner.tuner import TUNERS
-from llmtune.units import counted, format_bytes, format_count, format_seconds, parse_bytes
+from llmtune.units import counted, format_bytes, format_count, format_seconds
 
 
 def test_the_70b_shape_is_exact() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from llmtune.config.compose import compose_config
-from llmtune.plan.plan import resolve_plan
 from llmtune.plan.prepared_data import PreparedData, SplitSummary
+from llmtune.plan.resolve import resolve_plan
 from llmtune.plan.run_record import BeganFrom, MemoryFailure, RunRecord
 from llmtune.plan.steps import StepsPlan
 

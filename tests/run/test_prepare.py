@@ -23,14 +23,16 @@ from tests.support import TINY
 ONCE = (
     "llmtune.config.compose.compose_config",
     "llmtune.run.prepare.RunFolder.find_changes",
+    "llmtune.run.prepare.resume_point",
     "llmtune.run.prepare.resolve_model_folder",
     "llmtune.run.prepare.check_exportable",
     "llmtune.run.prepare.load_tokenizer",
     "llmtune.run.prepare.prepare_data",
     "llmtune.data.prepare.hash_tokenizer",
 )
-#: Done once per attempt.
-EACH = ("llmtune.run.prepare.resume_point", "llmtune.run.prepare.RunFolder.begin")
+#: Done once per attempt, and once per attempt after the first.
+EACH = ("llmtune.run.attempt.RunFolder.begin",)
+FURTHER = ("llmtune.run.attempt.resume_point",)
 
 
 #: 13 M parameters, all trained: enough for another rung to need clearly less memory.
@@ -56,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return counted
 
-    for name in (*ONCE, *EACH):
+    for name in (*ONCE, *EACH, *FURTHER):
         monkeypatch.setattr(name, count(name, pkgutil.resolve_name(name)))
     return counts
 
@@ -100,4 +102,5 @@ def test_a_restart_and_a_fallback_compose_and_prepare_nothing_again(
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["placement"]["optimizer"] == "nvme"
     assert [entry["message"] for entry in plan["history"]] == ["std::bad_alloc"]
-    assert calls == dict.fromkeys(ONCE, 1) | dict.fromkeys(EACH, 3)
+    times = dict.fromkeys(ONCE, 1) | dict.fromkeys(EACH, 3) | dict.fromkeys(FURTHER, 2)
+    assert calls == times

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from llmtune.checkpoint.find import find_checkpoints
-from llmtune.config.compose import Composed
+from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, LlmtuneError, StoppedError
 from llmtune.launch.supervise import restarts as restarts_module
@@ -27,8 +27,8 @@ from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan
 from llmtune.run import fallback
+from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.fallback import FallbackRunner
-from llmtune.run.prepare import RunInputs, RunTarget
 from llmtune.storage import layout
 from llmtune.storage.plain_fields import from_plain
 from llmtune.storage.rank_files import RestartRecord
@@ -81,7 +81,6 @@ class FakeRun:
         monkeypatch.setattr(fallback, "plan_candidate", lambda *_: None)
         monkeypatch.setattr(fallback, "place_swap", lambda *_: None)
         monkeypatch.setattr(fallback, "describe", lambda _: {})
-        monkeypatch.setattr(fallback, "prepare_run", self._prepare)
         monkeypatch.setattr(fallback, "attempt", self._request)
         monkeypatch.setattr(RunInputs, "find_checkpoint", lambda *given: self._find_newest(*given))
         monkeypatch.setattr(fallback, "run_request", lambda request, *_: self.attempt(request))
@@ -127,7 +126,12 @@ class FakeRun:
         composed = Composed(config=self.config, choices={}, overrides=[], unnamed=frozenset())
         target = RunTarget("run", self.folder)
         return FallbackRunner(
-            composed, ladder, target, RunFolder(self.folder), Console(self.printed)
+            composed=composed,
+            ladder=ladder,
+            target=target,
+            folder=RunFolder(self.folder),
+            console=Console(self.printed),
+            prepare=self._prepare,
         ).run()
 
     @property

@@ -21,7 +21,8 @@ from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import ChatTemplates, check_chat_template
 from llmtune.errors import ConfigError
 from llmtune.export.verify.serving_checks import _find_template_problems
-from llmtune.model.tokenizer import end_of_turn_ids, load_tokenizer, render_prompt
+from llmtune.model.chat_turns import end_of_turn_ids, render_prompt
+from llmtune.model.tokenizer import load_tokenizer
 from llmtune.template_bounds import bounded_template
 
 #: More than a machine does in a lifetime, by means that Jinja's sandbox allows.

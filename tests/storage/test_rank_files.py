@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 
 from llmtune.storage import layout
+from llmtune.storage.phase_record import PhaseRecord
 from llmtune.storage.rank_files import (
     FailureReport,
     FinishedRecord,
     KernelKills,
-    PhaseRecord,
     RestartRecord,
     SkippedSteps,
     phase_file,
+    read_phase,
     read_raw_phase,
 )
 
@@ -29,21 +30,21 @@ LARGEST = PhaseRecord(
 
 def test_a_record_is_written_over_the_one_before_whatever_its_length(tmp_path: Path) -> None:
     descriptor = PhaseRecord.open(phase_file(tmp_path, 3))
-    assert PhaseRecord.read(tmp_path, 3) == PhaseRecord()
+    assert read_phase(tmp_path, 3) == PhaseRecord()
     sizes = set()
     for record in (LARGEST, PhaseRecord(phase="load", step=1), LARGEST, PhaseRecord()):
         record.write(descriptor)
-        assert PhaseRecord.read(tmp_path, 3) == record
+        assert read_phase(tmp_path, 3) == record
         sizes.add(len(read_raw_phase(tmp_path, 3)))
     os.close(descriptor)
     assert len(sizes) == 1
 
 
 def test_a_rank_without_a_record_or_with_half_of_one_is_starting(tmp_path: Path) -> None:
-    assert PhaseRecord.read(tmp_path, 0) == PhaseRecord(phase="start", step=0)
+    assert read_phase(tmp_path, 0) == PhaseRecord(phase="start", step=0)
     for text in ('{"phase": "st', "", "7", "[]"):
         phase_file(tmp_path, 0).write_text(text)
-        assert PhaseRecord.read(tmp_path, 0).phase == "start"
+        assert read_phase(tmp_path, 0).phase == "start"
 
 
 def test_reports_that_say_what_to_do_come_first_then_the_earliest(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmtune.checkpoint.best import resume_best
+from llmtune.checkpoint.resume_best import resume_best
 from llmtune.checkpoint.retention import CheckpointInfo, Retention
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.config.best_model import BestModel

@@ -18,7 +18,8 @@ from transformers.trainer_callback import EarlyStoppingCallback, TrainerControl
 from transformers.trainer_callback import TrainerState as TheirState
 from transformers.trainer_utils import SaveStrategy
 
-from llmtune.checkpoint.best import BestSoFar, ends_early, resume_best, update_best
+from llmtune.checkpoint.best import BestSoFar, ends_early, update_best
+from llmtune.checkpoint.resume_best import resume_best
 from llmtune.checkpoint.retention import CheckpointInfo, Retention
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.config.best_model import BestModel

@@ -14,13 +14,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import compose_config
 from llmtune.data.load.loader import TrainLoader
 from llmtune.data.prepared_data import open_rows
 from llmtune.model.source import resolve_model_folder
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.prepared_data import PreparedData
-from llmtune.run.prepare import cache_dir
 from tests.support import TINY, pairs, product, run_cli
 from tests.train import plain_loop
 
@@ -149,7 +149,7 @@ def check(
         *("export=none", f"output_dir={run}"),
     ]
     config = compose_config(["model=tiny"]).config
-    base = resolve_model_folder(config.model, cache_dir(config), print)
+    base = resolve_model_folder(config.model, open_cache(config.paths), print)
     adapter = make_adapter(base, tmp_path) if tuner == "lora" else None
     if adapter is not None:
         overrides += [f"tuner.adapter_path={adapter}", "tuner.lora_r=4", "tuner.lora_alpha=8"]

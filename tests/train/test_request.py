@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmtune.data.prepare import prepare_data
-from llmtune.plan.plan import resolve_plan
+from llmtune.plan.resolve import resolve_plan
 from llmtune.plan.steps import resolve_steps
 from llmtune.task.labels import LabelKind, Labels
 from llmtune.train.request import RunRequest

@@ -14,7 +14,7 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError
 from llmtune.plan.memory.model_shape import resolve_shape
-from llmtune.plan.plan import plan_candidate, resolve_ladder
+from llmtune.plan.resolve import plan_candidate, resolve_ladder
 from llmtune.tuner.peft_model import add_lora
 from tests.architectures.families import FAMILIES
 

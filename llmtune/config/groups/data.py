@@ -8,6 +8,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+#: The value of ``data.format`` that follows the fields of each file's first row.
+AUTO = "auto"
+
 
 class _ByNameOrValue(EnumMeta):
     """An enum that OmegaConf also looks up by values: ``raise`` cannot be a member's name."""
@@ -59,7 +62,7 @@ class DataConfig:
 
     A long text is split off whole, whatever ``overlong`` says.
     """
-    format: str = "auto"
+    format: str = AUTO
     """Format of the rows (``data/formats/``).
 
     ``auto`` derives it from the fields of each file's first row.

@@ -14,6 +14,10 @@ class OnNan(Enum):
     rollback = "rollback"
 
 
+#: Values of ``train.eval_strategy`` and ``train.save_strategy``.
+STEPS, EPOCH, NO = "steps", "epoch", "no"
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
@@ -89,3 +93,8 @@ class TrainConfig:
 
     ``auto`` skips this for large models that are sharded or offloaded.
     """
+
+
+def strategy_name(value: bool | str) -> str:
+    """Return the name of a strategy; YAML reads a bare ``no`` as false."""
+    return NO if value is False else str(value)

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmtune.config.groups.data import AUTO
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.values import Row
 from llmtune.registry import Registry
-
-#: The value of ``data.format`` that follows the fields of each file's first row.
-AUTO = "auto"
 
 
 def _no_fields(_row: Row) -> frozenset[str]:

@@ -9,8 +9,7 @@ from llmtune.data.formats.format import FORMATS
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.fields import find_unknown_fields, without_fields
 from llmtune.data.rows.json_text import with_lists
-from llmtune.data.rows.turns import rename
-from llmtune.data.rows.values import Row
+from llmtune.data.rows.values import Row, rename
 from llmtune.errors import ConfigError
 
 

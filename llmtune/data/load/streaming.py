@@ -24,16 +24,18 @@ from llmtune.data.formats.recipe import Recipe
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, StepBatch, load, share_of_rank
 from llmtune.data.read.blocks import Block
+from llmtune.data.read.find_recipes import find_recipe
+from llmtune.data.read.parse_sources import parse_sources
 from llmtune.data.read.readers import read_blocks
-from llmtune.data.read.sources import DataFile, Source, parse_sources, resolve_files
-from llmtune.data.rows.problems import Problem, refuse, write_problems
+from llmtune.data.read.sources import DataFile, Source, resolve_files
+from llmtune.data.rows.problem_report import refuse, write_problems
+from llmtune.data.rows.problems import Problem
 from llmtune.data.store.packing import pack_rows
 from llmtune.data.store.token_store import Row, join_documents
 from llmtune.data.store.vocabulary import check_block
-from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
-from llmtune.data.tokenize.workers import TokenBlock, tokenize_block
-from llmtune.data.tokenized_source import find_recipe
+from llmtune.data.tokenize.token_row import TokenBlock
+from llmtune.data.tokenize.workers import make_encoder, tokenize_block
 from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError, DataError
 from llmtune.plan.batch_sizes import BatchPlan
@@ -88,7 +90,7 @@ class RowStream:
         self.config = config
         self.seed = seed
         self._bad_rows = bad_rows
-        self._encoder = Encoder(tokenizer, EncodeSettings.from_config(config))
+        self._encoder = make_encoder(tokenizer, EncodeSettings.from_config(config))
         self._sources = parse_sources(config.train, "data.train", config.format)
         self._files = [resolve_files(source) for source in self._sources]
         self._recipes: dict[str, Recipe | None] = {}

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmtune.data.read.json_files import describe_broken
-from llmtune.data.rows.json_objects import parse_json
+from llmtune.data.rows.json_objects import describe_broken, parse_json
 from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.values import Row, not_utf8
 

@@ -14,7 +14,7 @@ from typing import Any
 from llmtune.data.formats.format import has_marks
 from llmtune.data.read.sources import Source
 from llmtune.data.rows.fields import refuse_changing_fields
-from llmtune.data.rows.json_objects import decode_json, parse_json
+from llmtune.data.rows.json_objects import decode_json, describe_broken, parse_json
 from llmtune.data.rows.problems import RowError, short
 from llmtune.errors import DataError
 
@@ -117,12 +117,6 @@ def find_rows(path: str, text: str, source: Source) -> Iterator[tuple[int, Any]]
         following = _skip(text, end, _BETWEEN)
         line += text.count("\n", position, following)
         position = following
-
-
-def describe_broken(error: json.JSONDecodeError) -> str:
-    """Describe broken JSON, with the text around it."""
-    near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-    return f"broken JSON at column {error.colno}: {error.msg}: {near!r}"
 
 
 def _lists_of_rows(row: Any, source: Source | None) -> list[str]:

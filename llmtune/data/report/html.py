@@ -9,7 +9,8 @@ from pathlib import Path
 import jinja2
 
 from llmtune.data.report.statistics import Lengths, Padding, TextSpan
-from llmtune.data.rows.problems import Problem, group_by_kind
+from llmtune.data.rows.problem_report import group_by_kind
+from llmtune.data.rows.problems import Problem
 from llmtune.security.redaction import redact
 
 #: Trained and masked text: the same two colors in picture, page and terminal.

@@ -46,3 +46,9 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
         ValueError: As :func:`parse_json`.
     """
     return plain_json.decode_json(text, start, _DECODER)
+
+
+def describe_broken(error: json.JSONDecodeError) -> str:
+    """Describe broken JSON, with the text around it."""
+    near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+    return f"broken JSON at column {error.colno}: {error.msg}: {near!r}"

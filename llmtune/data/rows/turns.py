@@ -10,14 +10,7 @@ from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.fields import MASKED, REASONING, SPELLINGS, TRAINED, says_nothing_else
 from llmtune.data.rows.problems import RowError, short
 from llmtune.data.rows.tool_calls import parse_tool_calls, read_tool_calls, read_tools
-from llmtune.data.rows.values import (
-    Row,
-    check_unicode,
-    describe_missing,
-    read_list,
-    read_text,
-    texts_within,
-)
+from llmtune.data.rows.values import Row, check_unicode, read_list, read_text, texts_within
 
 #: Names of roles in common formats; capitals mean nothing.
 ROLES = {
@@ -49,24 +42,6 @@ _MAY_BE_SILENT = (Role.system, Role.tool)
 EXTRA = ("tool_call_id", "name")
 
 _SWITCHES = frozenset((*TRAINED, *MASKED))
-
-
-def rename(row: Row, fields: Mapping[str, str]) -> Row:
-    """Rename the columns of a row to the names that formats know.
-
-    Args:
-        fields: Name of the format -> name in the row.
-    """
-    if not fields:
-        return row
-    missing = [name for name in fields.values() if name not in row]
-    if missing:
-        raise RowError(describe_missing(row, missing[0]))
-    taken = set(fields.values())
-    return {
-        **{key: row[key] for key in row if key not in taken},
-        **{key: row[name] for key, name in fields.items()},
-    }
 
 
 def from_turns(row: Row, field: str) -> Conversation:

@@ -94,3 +94,21 @@ def not_utf8(byte: int) -> str:
 def describe_missing(row: Row, field: str) -> str:
     """Return the message about a missing field."""
     return f"the field {field!r} is missing (the row has: {', '.join(map(str, row))})"
+
+
+def rename(row: Row, fields: Mapping[str, str]) -> Row:
+    """Rename the columns of a row to the names that formats know.
+
+    Args:
+        fields: Name of the format -> name in the row.
+    """
+    if not fields:
+        return row
+    missing = [name for name in fields.values() if name not in row]
+    if missing:
+        raise RowError(describe_missing(row, missing[0]))
+    taken = set(fields.values())
+    return {
+        **{key: row[key] for key in row if key not in taken},
+        **{key: row[name] for key, name in fields.items()},
+    }

@@ -120,6 +120,30 @@ class ChatTemplates:
         return self._tool_use if conversation.uses_tools else self._default
 
 
+class ChatRenderer:
+    """Renders chats by a tokenizer's templates, which are read when the first chat comes.
+
+    Plain texts need none, and a tokenizer may have one that is broken.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, every_answer: bool):
+        self._tokenizer, self._every_answer = tokenizer, every_answer
+
+    @cached_property
+    def _templates(self) -> ChatTemplates:
+        return ChatTemplates(self._tokenizer, self._every_answer)
+
+    def __call__(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Text and spans of a row; see :meth:`ChatTemplate.render`.
+
+        Raises:
+            RowError: There is no template, or :meth:`ChatTemplate.render` raises it.
+        """
+        if not self._tokenizer.chat_template:
+            raise RowError("the tokenizer has no chat template; name one with data.chat_template")
+        return self._templates.render(conversation)
+
+
 class ChatTemplate:
     """One template, ready to render many conversations."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from enum import Enum
 from functools import cached_property
@@ -14,7 +14,6 @@ from llmtune.config.groups.data import Overlong
 from llmtune.data.rows.conversation import Conversation, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.rows.values import texts_within
-from llmtune.data.tokenize.chat_template import ChatTemplates
 from llmtune.data.tokenize.fit_row import RenderedRow, RowFitter
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.span import Span
@@ -23,6 +22,9 @@ from llmtune.data.tokenize.windows import WINDOW, Pulse, WindowTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: Renders a chat: its text, and the spans of the answers.
+RenderChat = Callable[[Conversation], tuple[str, list[Span]]]
 
 #: Letters that are tokenized together: an encoding takes some 200 bytes for each.
 BATCH_LETTERS = 1 << 20
@@ -48,15 +50,18 @@ class Encoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         settings: EncodeSettings,
+        render_chat: RenderChat,
         folder: Path | None = None,
     ):
         """
         Args:
+            render_chat: Renders a chat, and finds the spans of its answers; raises RowError.
             folder: For the ids of texts of millions of tokens; None keeps them in memory.
         """
         known: Any = tokenizer
         self.settings = settings
         self.tokenizer = tokenizer
+        self._render_chat = render_chat
         self._backend = known.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -71,12 +76,6 @@ class Encoder:
             reverse=True,
         )
         self._special_text = re.compile("|".join(map(re.escape, texts))) if texts else None
-
-    @cached_property
-    def _template(self) -> ChatTemplates | None:
-        # Plain texts need none, and a tokenizer may have one that is broken.
-        every_answer = self.settings.train_on_inputs
-        return ChatTemplates(self.tokenizer, every_answer) if self.tokenizer.chat_template else None
 
     @cached_property
     def _word_prefix(self) -> str:
@@ -216,9 +215,7 @@ class Encoder:
         if conversation.plain:
             text = "".join(texts)
             return text, [Span(len(text) - len(texts[-1]), len(text), True)]
-        if self._template is None:
-            raise RowError("the tokenizer has no chat template; name one with data.chat_template")
-        return self._template.render(conversation)
+        return self._render_chat(conversation)
 
     def _check_special(self, conversation: Conversation) -> None:
         if self._special_text is None or self.settings.allow_special_tokens:

@@ -1,14 +1,17 @@
-"""The outcomes of a row of the data: one row of tokens, several, or an overflow."""
+"""The outcomes of a row of the data: one row of tokens, several, or an overflow.
+
+A block holds the rows of many of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from llmtune.data.rows.problems import RowError
+from llmtune.data.rows.problems import Problem, RowError
 from llmtune.task.labels import Label, Tags
 
 if TYPE_CHECKING:
@@ -113,3 +116,33 @@ class Overflow:
 
 
 Outcome = list[TokenRow] | SplitRows | Overflow | RowError
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenBlock:
+    """The tokens of one block. Shapes: (tokens,) for ``ids`` and ``mask``, (rows,) for the rest."""
+
+    file: str
+    position: int
+    """Position of the next block in the file: byte of JSON lines, row of anything else."""
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    lengths: NDArray[np.int32]
+    trained: NDArray[np.int32]
+    """Trained tokens of each row."""
+    hashes: NDArray[np.uint64]
+    """Hash of the ids of the whole document, to find duplicates; its pieces share it."""
+    begins: NDArray[np.bool_]
+    """True for each row that begins a document; pieces of a split document follow the first."""
+    lines: NDArray[np.int64]
+    labels: list[Label] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    overlong: list[int] = field(default_factory=list)
+    """Tokens of the rows that were dropped as too long; 0 of long texts, which were not counted."""
+    truncated: int = 0
+    special: frozenset[int] = frozenset()
+    """Special tokens that occur."""
+    unknown: frozenset[str] = frozenset()
+    """Fields that no format reads and that are not known to be harmless."""
+    format: str = ""
+    """The format of the rows."""

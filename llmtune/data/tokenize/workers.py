@@ -27,15 +27,14 @@ from llmtune.data.formats.recipe import Recipe
 from llmtune.data.read.blocks import Block, parse_rows
 from llmtune.data.rows.conversation import Conversation
 from llmtune.data.rows.problems import Problem, RowError
+from llmtune.data.tokenize.chat_template import ChatRenderer
 from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
-from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenRow
+from llmtune.data.tokenize.token_row import Overflow, SplitRows, TokenBlock, TokenRow
 from llmtune.data.tokenize.windows import Pulse
 from llmtune.errors import DataError
-from llmtune.task.labels import Label
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 #: Blocks read ahead of the workers, for each of them: enough that none waits, and few enough to
@@ -50,36 +49,6 @@ PULSE_SECONDS = 0.5
 
 
 Work = tuple[Block, Recipe]
-
-
-@dataclass(slots=True, kw_only=True)
-class TokenBlock:
-    """The tokens of one block. Shapes: (tokens,) for ``ids`` and ``mask``, (rows,) for the rest."""
-
-    file: str
-    position: int
-    """Position of the next block in the file: byte of JSON lines, row of anything else."""
-    ids: NDArray[np.int32]
-    mask: NDArray[np.bool_]
-    lengths: NDArray[np.int32]
-    trained: NDArray[np.int32]
-    """Trained tokens of each row."""
-    hashes: NDArray[np.uint64]
-    """Hash of the ids of the whole document, to find duplicates; its pieces share it."""
-    begins: NDArray[np.bool_]
-    """True for each row that begins a document; pieces of a split document follow the first."""
-    lines: NDArray[np.int64]
-    labels: list[Label] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    overlong: list[int] = field(default_factory=list)
-    """Tokens of the rows that were dropped as too long; 0 of long texts, which were not counted."""
-    truncated: int = 0
-    special: frozenset[int] = frozenset()
-    """Special tokens that occur."""
-    unknown: frozenset[str] = frozenset()
-    """Fields that no format reads and that are not known to be harmless."""
-    format: str = ""
-    """The format of the rows."""
 
 
 @dataclass(slots=True)
@@ -111,6 +80,18 @@ class _Document:
     def read(self, index: int) -> TokenRow:
         """Read one of the rows."""
         return self.rows.read(index) if isinstance(self.rows, SplitRows) else self.rows[index]
+
+
+def make_encoder(
+    tokenizer: PreTrainedTokenizerBase, settings: EncodeSettings, folder: Path | None = None
+) -> Encoder:
+    """Make an encoder that renders chats by the tokenizer's own template.
+
+    Args:
+        folder: As :class:`~llmtune.data.tokenize.encode.Encoder` takes it.
+    """
+    render_chat = ChatRenderer(tokenizer, every_answer=settings.train_on_inputs)
+    return Encoder(tokenizer, settings, render_chat, folder)
 
 
 def tokenize_block(
@@ -233,7 +214,7 @@ class TokenizerPool:
         Args:
             folder: For the tokens of long texts on their way; nothing is left in it.
         """
-        self._encoder = Encoder(tokenizer, settings, folder)
+        self._encoder = make_encoder(tokenizer, settings, folder)
         self._ahead = AHEAD * workers
         self._pool: ProcessPoolExecutor | None = None
         self._started: Future[None] | None = None
@@ -345,7 +326,7 @@ def _start_worker(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The workers share the work; each tokenizes with one thread.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _WORKER.append(_Worker(Encoder(tokenizer, settings, folder), folder))
+    _WORKER.append(_Worker(make_encoder(tokenizer, settings, folder), folder))
     # Rows make millions of small objects and no cycles: looking for some takes a tenth of the time.
     gc.freeze()
     gc.set_threshold(200_000, 50, 1000)

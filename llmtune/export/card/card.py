@@ -29,9 +29,9 @@ from llmtune.export.card.tables import (
     describe_versions,
 )
 from llmtune.export.formats.format import find_format
-from llmtune.export.identity import find_repo, is_hub_id
+from llmtune.export.identity import find_repo
 from llmtune.export.markdown import escape, render
-from llmtune.export.model import ExportRequest
+from llmtune.export.request import ExportRequest, is_hub_id
 from llmtune.export.usage import Usage
 from llmtune.metrics.confusion import ConfusionTable
 from llmtune.metrics.report import format_scores, write_confusion

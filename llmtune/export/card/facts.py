@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 
 from llmtune.errors import ExportError
-from llmtune.export.identity import is_hub_id
-from llmtune.export.model import ExportRequest
+from llmtune.export.request import ExportRequest, is_hub_id
 from llmtune.plan.run_record import RunRecord
 from llmtune.security.redaction import redact_values
 from llmtune.security.trust import read_foreign

@@ -8,8 +8,7 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.export.card.facts import Facts, find_hub_datasets, list_sources, read_metrics_after
 from llmtune.export.card.license import License
 from llmtune.export.formats.format import find_format
-from llmtune.export.identity import is_hub_id
-from llmtune.export.model import ExportRequest
+from llmtune.export.request import ExportRequest, is_hub_id
 from llmtune.export.usage import Usage
 from llmtune.security.redaction import redact_values
 from llmtune.storage.yaml_text import to_yaml

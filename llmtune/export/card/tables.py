@@ -13,9 +13,9 @@ from llmtune.export.card.facts import Facts, list_sources, read_metrics_after
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.memory.model_shape import ModelShape
-from llmtune.plan.memory.peak_memory import MemoryPlan
+from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.prepared_data import SplitSummary
 from llmtune.plan.run_record import RunRecord
 from llmtune.units import format_bytes

@@ -20,7 +20,7 @@ from llmtune.registry import NONE, Registry
 if TYPE_CHECKING:
     import torch
 
-    from llmtune.export.model import ExportModel
+    from llmtune.export.export_model import ExportModel
     from llmtune.export.publish.shards import Journal
     from llmtune.export.usage import Usage
 

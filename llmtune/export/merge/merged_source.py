@@ -14,18 +14,18 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
+from llmtune.export.merge.adapter import Adapter, ModuleTensors, is_module_to_save
 from llmtune.export.merge.deltas import Delta, LoraBias, LowRank, Replacement, TokenRows
-from llmtune.export.merge.peft_adapter import Adapter, ModuleTensors, is_module_to_save
 from llmtune.export.sources.tensor_source import (
     TensorSource,
     find_name,
     is_embedding,
     is_input_embedding,
     read_whole,
-    some,
 )
 from llmtune.storage.tensors.row_blocks import row_ranges
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
+from llmtune.units import some
 
 
 @dataclass(frozen=True, slots=True)

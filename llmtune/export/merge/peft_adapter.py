@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmtune.errors import CheckpointError, ExportError
 from llmtune.export.architecture import headed_task
-from llmtune.export.sources.tensor_source import open_tensors, some
+from llmtune.export.merge.adapter import Adapter, ModuleTensors, is_module_to_save
+from llmtune.export.sources.tensor_source import open_tensors
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.tensors.tensor_checks import (
     find_bad_tensors,
     find_untrained_adapter,
 )
-from llmtune.tuner.lora_settings import lora_scale, match_pattern
 from llmtune.tuner.stored_adapter import (
     CHANGES_BASE,
     PREFIX,
     read_adapter_config,
     with_peft_defaults,
 )
+from llmtune.units import some
 
 #: Ends of peft's names -> the role of a tensor in its module. Older versions wrote some with
 #: ``.weight``.
@@ -89,54 +87,6 @@ _HARMLESS = frozenset(
         "prune_temporary_fields",
     }
 )
-
-
-@dataclass(slots=True)
-class ModuleTensors:
-    """The tensors of one module of an adapter."""
-
-    module: str
-    keys: dict[str, str] = field(default_factory=dict)
-    """Role, a value of ``_PARTS`` -> name in the file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """An opened adapter folder; tensors are mapped, and read on demand."""
-
-    folder: Path
-    settings: dict[str, Any]
-    modules: dict[str, ModuleTensors]
-    shapes: dict[str, tuple[int, ...]]
-    handle: Any
-
-    def read(self, key: str) -> torch.Tensor:
-        """Read one tensor by its name in the file."""
-        tensor: torch.Tensor = self.handle.get_tensor(key)
-        return tensor
-
-    def scale(self, module: str, rank: int) -> float:
-        """Return the factor of ``B @ A``: alpha / r, or alpha / sqrt(r) for rsLoRA.
-
-        Raises:
-            ExportError: The matrices have another rank than the settings say.
-        """
-        expected = int(match_pattern(self.settings["rank_pattern"], module, self.settings["r"]))
-        if rank != expected:
-            raise ExportError(
-                f"{self.folder}: {module} has rank {rank}, {ADAPTER_CONFIG} says {expected}"
-            )
-        alpha = float(
-            match_pattern(self.settings["alpha_pattern"], module, self.settings["lora_alpha"])
-        )
-        return lora_scale(alpha, rank, bool(self.settings["use_rslora"]))
-
-    def token_indices(self, module: str) -> tuple[int, ...]:
-        """Return the trained rows of an embedding; a plain list is for the input embedding."""
-        indices = self.settings.get("trainable_token_indices") or []
-        if isinstance(indices, dict):
-            indices = next((rows for name, rows in indices.items() if module.endswith(name)), [])
-        return tuple(int(index) for index in indices)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -245,18 +195,6 @@ def _find_contradictions(adapter: Adapter) -> Iterator[str]:
         is_saved = any(is_module_to_save(module, name) for module in saved_modules)
         if not is_saved and not (name in heads and has_head):
             yield f"{ADAPTER_CONFIG} has {name} among modules_to_save, and no tensor of it"
-
-
-def is_module_to_save(module: str, name: str) -> bool:
-    """Return whether a name in ``modules_to_save`` is that of a module or of one around it.
-
-    Ends of names are compared, as peft does.
-    """
-    while module:
-        if module.endswith(name):
-            return True
-        module = module.rpartition(".")[0]
-    return False
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -15,18 +15,13 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.architecture import Task, find_architecture, headed_task, is_renamed, task_of
-from llmtune.export.merge.peft_adapter import Adapter
-from llmtune.export.sources.tensor_source import (
-    TensorSource,
-    find_name,
-    is_embedding,
-    some,
-    usual_dtype,
-)
+from llmtune.export.merge.adapter import Adapter
+from llmtune.export.sources.tensor_source import TensorSource, find_name, is_embedding, usual_dtype
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.tensors.row_blocks import row_ranges
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
+from llmtune.units import some
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,23 +12,19 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmtune.export.progress import ProgressCallbacks
 from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.storage.atomic import append_line, flush, remove_folder
 from llmtune.storage.hashing import hash_file
-from llmtune.storage.tensors.safetensors_writer import (
-    TensorFile,
-    TensorSpec,
-    plan_shards,
-    write_index,
-)
+from llmtune.storage.tensors.safetensors_writer import TensorFile, plan_shards, write_index
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 JOURNAL = "journal.jsonl"
 
@@ -87,16 +83,6 @@ def _parse(line: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     return record
-
-
-@dataclass(frozen=True, slots=True)
-class ProgressCallbacks:
-    """Functions that are told the progress of an export."""
-
-    total: Callable[[int], None]
-    """Bytes that will be written."""
-    done: Callable[[int], None]
-    """Bytes that were."""
 
 
 def write_shards(

@@ -11,9 +11,10 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.sources.nf4 import dequantize, load_bitsandbytes, quantized_names
-from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource, some
+from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
+from llmtune.units import some
 
 _STATE_NAME = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _REQUIRED = ("absmax", "quant_map")

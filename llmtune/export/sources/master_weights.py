@@ -15,10 +15,11 @@ import torch
 from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.checkpoint.stored_states import StoredParameter, map_slices, read_stored_states
 from llmtune.errors import CheckpointError, ExportError
-from llmtune.export.sources.tensor_source import SafetensorsSource, some
+from llmtune.export.sources.tensor_source import SafetensorsSource
 from llmtune.storage import layout
 from llmtune.storage.manifest import read_manifest
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
+from llmtune.units import some
 
 
 def has_master_weights(folder: Path) -> bool:

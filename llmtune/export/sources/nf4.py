@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.errors import ConfigError, ExportError
-from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole, some
-from llmtune.plan.memory.model_shape import build_meta_model
+from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole
+from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.storage.tensors.row_blocks import row_ranges
+from llmtune.units import some
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

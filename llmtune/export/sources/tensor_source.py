@@ -20,7 +20,8 @@ from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.tensors.dtypes import WRITABLE, to_torch
 from llmtune.storage.tensors.row_blocks import row_ranges
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
+from llmtune.units import some
 
 #: Names of the modules that turn tokens into vectors, and vectors into logits.
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
@@ -215,9 +216,3 @@ def _check_index(folder: Path, names: Iterable[str]) -> None:
         raise ExportError(
             f"{folder}: {MODEL_INDEX} names tensors that no file holds: {some(missing)}"
         )
-
-
-def some(names: list[str], shown: int = 4) -> str:
-    """List the first few names, and count the rest."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

@@ -8,14 +8,14 @@ skeleton of the base, and filled from the adapter's file. Rows are computed bloc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from llmtune.export.sources.tensor_source import TensorSource, find_name
-from llmtune.export.verify.streamed_model import StreamedModel, Unit
+from llmtune.export.verify.unit import Unit
 from llmtune.model.skeleton import is_hollow
 
 #: Relative error of one rounding to fp32, in which merges are computed.
@@ -191,10 +191,15 @@ class Expectations:
     """Wrappers whose arithmetic is not known here; their outputs have to be compared."""
 
 
-def find_expected(model: StreamedModel) -> Expectations:
-    """Find what the adapter on a skeleton makes of its base."""
+def find_expected(units: Iterable[Unit], aliases: Mapping[str, Sequence[str]]) -> Expectations:
+    """Find what the adapter on a skeleton makes of its base.
+
+    Args:
+        units: All modules of the skeleton.
+        aliases: Parameter -> other names of the same parameter.
+    """
     expectations = Expectations({}, {}, [])
-    for unit in model.units:
+    for unit in units:
         tensors = _expect_unit(unit)
         if tensors is None:
             expectations.unknown.append(unit)
@@ -206,7 +211,7 @@ def find_expected(model: StreamedModel) -> Expectations:
 
     # What is tied to an adapted parameter keeps the base's numbers, unless it is adapted too.
     for name in list(expectations.tensors):
-        for other in model.aliases.get(name, ()):
+        for other in aliases.get(name, ()):
             expectations.tensors.setdefault(other, ExpectedTensor(name=other))
 
     # Nothing is expected of the modules inside unknown wrappers.

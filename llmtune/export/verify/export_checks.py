@@ -13,15 +13,14 @@ import torch
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.architecture import is_renamed
+from llmtune.export.export_model import ExportModel
 from llmtune.export.formats.format import find_format
-from llmtune.export.model import ExportModel
 from llmtune.export.sources.tensor_source import (
     FilteredSource,
     RetypedSource,
     SafetensorsSource,
     TensorSource,
     is_input_embedding,
-    some,
     usual_dtype,
 )
 from llmtune.export.verify.parity import (
@@ -34,7 +33,7 @@ from llmtune.export.verify.parity import (
 )
 from llmtune.export.verify.serving_checks import find_serving_problems
 from llmtune.export.writers.model_files import copy_model_files, update_config
-from llmtune.units import format_bytes
+from llmtune.units import format_bytes, some
 
 #: Memory for comparing in memory, in sizes of the model in fp32: two models, and activations.
 _MEMORY_FACTOR = 3

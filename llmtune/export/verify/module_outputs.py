@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.tensor_source import TensorSource, some
-from llmtune.export.verify.streamed_model import StreamedModel, Unit
+from llmtune.export.sources.tensor_source import TensorSource
+from llmtune.export.verify.unit import Unit
+from llmtune.units import some
+
+#: Runs the only base module of a unit on some inputs, with the weights of a source;
+#: :meth:`llmtune.export.verify.streamed_model.StreamedModel.run_unit`.
+RunUnit = Callable[[TensorSource, Unit, tuple[Any, ...]], torch.Tensor]
 
 #: Error of summing fp32 products in another order, relative to the norm of the output.
 _ARITHMETIC = 1e-5
@@ -87,7 +92,7 @@ class OutputComparison:
 
     def __init__(
         self,
-        reference: StreamedModel,
+        run_unit: RunUnit,
         merged: TensorSource,
         units: Sequence[Unit],
         dtype: torch.dtype,
@@ -95,10 +100,11 @@ class OutputComparison:
         """Choose the modules.
 
         Args:
+            run_unit: Runs a unit of the reference with other weights.
             units: Units of the reference that are compared.
             dtype: The dtype that the merged weights were rounded to.
         """
-        self._reference = reference
+        self._run_unit = run_unit
         self._merged = merged
         self._half_ulps = HalfUlpSource(merged, dtype)
         self._outer = {id(unit.outer) for unit in units}
@@ -116,13 +122,13 @@ class OutputComparison:
             # It has no own weights to replace; only the logits show a difference.
             self.errors[unit.name] = math.nan
             return
-        merged_output = self._reference.run_unit(self._merged, unit, arguments)
+        merged_output = self._run_unit(self._merged, unit, arguments)
         self.errors[name] = relative_error(merged_output, output, centered=False)
         # The bound: half an ULP of every weight, times the absolute inputs.
         absolute = tuple(
             tensor.abs() if tensor.is_floating_point() else tensor for tensor in arguments
         )
-        bound = self._reference.run_unit(self._half_ulps, unit, absolute).abs()
+        bound = self._run_unit(self._half_ulps, unit, absolute).abs()
         arithmetic = _ARITHMETIC * output.norm(dim=-1, keepdim=True)
         inside = (merged_output - output).abs() <= bound + arithmetic
         if not bool(inside.all()):

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.peft_adapter import Adapter
-from llmtune.export.sources.tensor_source import TensorSource, some
+from llmtune.export.merge.adapter import Adapter
+from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.export.verify.expected_tensors import find_expected
 from llmtune.export.verify.module_outputs import (
     OutputComparison,
@@ -32,6 +32,7 @@ from llmtune.export.verify.module_outputs import (
 from llmtune.export.verify.recompute import Agreement, Recomputation
 from llmtune.export.verify.streamed_model import StreamedModel
 from llmtune.model.skeleton import build_skeleton, tied_aliases
+from llmtune.units import some
 
 #: Relative error of one rounding.
 ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
@@ -215,13 +216,15 @@ def _recompute(
     Raises:
         ExportError: A number is wrong.
     """
-    expectations = find_expected(reference)
+    expectations = find_expected(reference.units, reference.aliases)
     merged_aliases = tied_aliases(build_skeleton(models.merged_folder))
     agreement = Recomputation(models.base, models.merged, reference.aliases, merged_aliases).run(
         expectations
     )
     agreement.check()
-    return agreement, OutputComparison(reference, models.merged, expectations.unknown, dtype)
+    return agreement, OutputComparison(
+        reference.run_unit, models.merged, expectations.unknown, dtype
+    )
 
 
 def measure_parity_in_memory(

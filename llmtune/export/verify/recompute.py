@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.tensor_source import TensorSource, find_name, some
+from llmtune.export.sources.tensor_source import TensorSource, find_name
 from llmtune.export.verify.expected_tensors import Expectations, ExpectedTensor, find_start
 from llmtune.storage.tensors.row_blocks import row_ranges
+from llmtune.units import some
 
 #: Standard deviations that chance may explain, and the share of the change that is ignored.
 _SIGMAS, _LEAST_SHARE = 6.0, 1e-3

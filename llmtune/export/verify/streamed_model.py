@@ -7,8 +7,7 @@ also those below LoRA's matrices, compute block by block and hold even less.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -17,38 +16,15 @@ from typing import Any
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.merge.peft_adapter import Adapter
+from llmtune.export.merge.adapter import Adapter
 from llmtune.export.sources.tensor_source import (
     TensorSource,
     find_name,
     is_input_embedding,
     read_whole,
 )
+from llmtune.export.verify.unit import Unit, UnitHook
 from llmtune.model.skeleton import build_skeleton, hollow, is_hollow, tied_aliases
-
-#: Called with a unit, its inputs and its output, while the unit's weights are in memory.
-UnitHook = Callable[["Unit", tuple[Any, ...], torch.Tensor], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """Modules that are loaded together: a module with parameters, or peft's wrapper around one."""
-
-    name: str
-    outer: Any
-    inner: list[tuple[str, Any]]
-    """The base's modules in it, with their names in the unwrapped model."""
-
-    by_rows: bool
-    """True if only the inner modules' own ``forward`` uses their weights.
-
-    It can then compute block by block.
-    """
-
-    @property
-    def wrapped(self) -> bool:
-        """Return whether an adapter is on it."""
-        return len(self.inner) != 1 or self.inner[0][1] is not self.outer
 
 
 class StreamedModel:

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.identity import is_hub_id
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.shards import Journal
+from llmtune.export.request import is_hub_id
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.nf4 import (
     BLOCK_SIZE,
@@ -31,7 +31,7 @@ from llmtune.storage.atomic import write_atomically
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.tensors.row_blocks import row_ranges
-from llmtune.storage.tensors.safetensors_writer import TensorSpec
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 _STATE = "quant_state.bitsandbytes__nf4"
 

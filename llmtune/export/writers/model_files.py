@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ExportError
 from llmtune.export.architecture import TEXT, TEXT_TO_TEXT, find_architecture, task_of
-from llmtune.model.tokenizer import end_of_turn_ids
+from llmtune.model.chat_turns import end_of_turn_ids
 from llmtune.security.trust import check_foreign, copy_foreign
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.tensor_source import SafetensorsSource
 from llmtune.storage.atomic import link_or_copy

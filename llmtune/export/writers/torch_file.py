@@ -12,7 +12,7 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.tensor_source import SafetensorsSource

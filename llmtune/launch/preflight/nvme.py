@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmtune.errors import DoesNotFitError, MissingPrerequisiteError
 from llmtune.launch.preflight.deepspeed_ops import build_in_child
-from llmtune.plan.devices.hardware import resolve_nvme_folder
+from llmtune.plan.devices.probe import resolve_nvme_folder
 from llmtune.security.trust import make_own
 from llmtune.storage.hashing import sha256_bytes
 from llmtune.units import format_bytes

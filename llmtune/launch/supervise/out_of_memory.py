@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmtune.errors import DoesNotFitError
 from llmtune.launch.supervise.memory_errors import memory_pool_of_text
-from llmtune.storage.rank_files import FailureReport, KernelKills, PhaseRecord
+from llmtune.storage.rank_files import FailureReport, KernelKills, read_phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +93,12 @@ def find_event(
 def event_at_limit(folder: Path, rank: int, message: str) -> MemoryEvent | None:
     """Return the event that may have ended a rank near its memory limit, whatever it reported."""
     event = _event(folder, rank, "host", message)
-    pool = PhaseRecord.read(folder, rank).at_limit
+    pool = read_phase(folder, rank).at_limit
     return replace(event, pool=pool) if pool else None
 
 
 def _event(folder: Path, rank: int, pool: str, message: str) -> MemoryEvent:
-    record = PhaseRecord.read(folder, rank)
+    record = read_phase(folder, rank)
     peak = record.device_peak_bytes if pool == "device" else record.peak_bytes
     return MemoryEvent(
         rank=rank,

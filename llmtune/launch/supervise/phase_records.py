@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from llmtune.storage.rank_files import PhaseRecord, read_raw_phase
+from llmtune.storage.phase_record import PhaseRecord
+from llmtune.storage.rank_files import read_phase, read_raw_phase
 
 #: Phases that follow the step which they name.
 _AFTER_STEP = ("evaluate", "save", "answer")
@@ -19,7 +20,7 @@ _LONGEST_LOOK = 1.0
 
 def finished_step(folder: Path, world_size: int) -> int:
     """Return the last optimizer step that is known to be done; 0 where none is."""
-    return max(_finished(PhaseRecord.read(folder, rank)) for rank in range(world_size))
+    return max(_finished(read_phase(folder, rank)) for rank in range(world_size))
 
 
 def _finished(record: PhaseRecord) -> int:
@@ -54,6 +55,6 @@ class HangDetector:
             self._still_seconds = 0.0
         if self._still_seconds < self._timeout:
             return False
-        phases = [PhaseRecord.read(self._folder, rank).phase for rank in self._ranks]
+        phases = [read_phase(self._folder, rank).phase for rank in self._ranks]
         patient = any(phase in _WITHOUT_NOTES for phase in phases)
         return self._still_seconds >= self._timeout * (_WITHOUT_NOTES_FACTOR if patient else 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmtune.errors import EXIT_UNEXPECTED
 from llmtune.launch.supervise.phase_records import HangDetector
-from llmtune.storage.rank_files import PhaseRecord, phase_file
+from llmtune.storage.rank_files import phase_file, read_phase
 
 _POLL_SECONDS = 0.5
 #: Time to write the stacks, after which the rank ends without them: with the network, the file
@@ -73,7 +73,7 @@ class RankWatchdog:
         late = threading.Timer(_WRITE_SECONDS, os._exit, (EXIT_UNEXPECTED,))
         late.daemon = True
         late.start()
-        record = PhaseRecord.read(self._folder, 0)
+        record = read_phase(self._folder, 0)
         where = f"rank {self._rank} on {socket.gethostname()} ({record.phase}, step {record.step})"
         why = (
             f"{where} made no progress for {timeout_seconds:g} s (launch.hang_timeout; ten times"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llmtune.launch.processes.rank_process import RankProcess
-from llmtune.storage.rank_files import PhaseRecord, stack_file
+from llmtune.storage.rank_files import read_phase, stack_file
 
 _ANSWER_SECONDS = 2.0
 
@@ -41,7 +41,7 @@ def save_stacks(ranks: Sequence[RankProcess], folder: Path, run_folder: Path, wh
     # Collect the answers, each with the phase of its rank.
     parts, silent = [why], []
     for rank in ranks:
-        record = PhaseRecord.read(folder, rank.number)
+        record = read_phase(folder, rank.number)
         stack = _read(stack_file(folder, rank.number))
         if rank.exit_code() is not None:
             stack = f"ended with exit code {rank.exit_code()}\n"

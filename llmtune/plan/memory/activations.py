@@ -6,38 +6,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
+from llmtune.plan.architecture.load import load_architecture
+from llmtune.plan.architecture.meta_model import set_outputs
 from llmtune.plan.memory.fake_run import TRACED_LAYERS, TraceSettings, trace_layers
-from llmtune.plan.memory.model_shape import (
-    ModelShape,
-    load_architecture,
-    set_outputs,
-)
+from llmtune.plan.memory.rank_bytes import ActivationBytes
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import Task, find_task
 from llmtune.tuner.tuner import TUNERS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationBytes:
-    """Bytes of one micro-batch on one rank."""
-
-    saved: int
-    """Held from the forward pass to the backward pass, over all layers."""
-    working: int
-    """Peak of one layer's backward pass, recomputed or not, beyond ``saved``."""
-    logits: int
-    """Peak of head and loss beyond ``saved``, forward and backward."""
-    origin: str = "traced"
-    """``traced``, or ``estimated`` if the architecture could not be run on fake tensors."""
-
 
 #: Traces of this process, because advice plans the same model many times.
 _TRACES: dict[str, dict[TraceSettings, ActivationBytes]] = {}
@@ -115,7 +99,7 @@ class ActivationModel:
         logits = loss_bytes(judged, shape.outputs, settings.precision)
         if self._architecture is None:
             self._architecture = load_architecture(self.model)
-            set_outputs(self._architecture, find_task(self.model.task))
+            set_outputs(self._architecture, find_task(self.model.task).default_labels.names)
         try:
             trace = trace_layers(self._architecture, self.tuner, settings, task)
         except Exception as error:

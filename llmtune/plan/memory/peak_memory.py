@@ -10,16 +10,16 @@ before they are reduced), and the optimizer step. The categories add up to it: `
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from llmtune.plan.devices.gpus import pins_exactly
 from llmtune.plan.devices.hardware import Hardware
-from llmtune.plan.memory.activations import ActivationBytes
-from llmtune.plan.memory.model_shape import ModelShape
+from llmtune.plan.memory.memory_plan import DeviceBytes, HostBytes, MemoryPlan
+from llmtune.plan.memory.parameter_groups import partition_numel
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.rank_bytes import Arithmetic, StateBytes
-from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
+from llmtune.plan.memory.rank_bytes import ActivationBytes, Arithmetic, StateBytes
+from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.memory.zero_buffers import ZeroSizes
 from llmtune.units import format_bytes
 
 #: Share of a memory that a plan may fill; the rest is fragmentation, other processes, the operating
@@ -31,76 +31,6 @@ CUDA_RUNTIME_BYTES = 1_600_000_000
 #: Python, torch and the libraries in one rank's host memory: with CUDA's, and of a CPU rank (0.75
 #: GB measured).
 HOST_RUNTIME_BYTES = {"cuda": 3_000_000_000, "cpu": 800_000_000}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceBytes:
-    """One rank's peak on its accelerator; the fields add up to it."""
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    adapters: int = 0
-    activations: int = 0
-    logits: int = 0
-    buffers: int = 0
-    """Reduction buckets, resident small weights, the layer that is gathered."""
-    working_set: int = 0
-    step: int = 0
-    runtime: int = 0
-
-    @property
-    def total(self) -> int:
-        """Return the sum of all fields."""
-        return sum(asdict(self).values())
-
-    @property
-    def persistent(self) -> int:
-        """Return the bytes that do not depend on the micro-batch."""
-        return self.total - self.activations - self.logits - self.working_set
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostBytes:
-    """One rank's peak in host memory; a CPU rank counts its accelerator's share in DeviceBytes."""
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    adapters: int = 0
-    buffers: int = 0
-    """Pinned buffers of the swapper."""
-    load: int = 0
-    """Bytes that loading needs beyond the other fields.
-
-    Below ZeRO 3 every rank reads the full model, with adapters through the host.
-    """
-    save: int = 0
-    """One tensor on its way to a file."""
-    runtime: int = 0
-
-    @property
-    def total(self) -> int:
-        """Return the sum of all fields."""
-        return sum(asdict(self).values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """Bytes of one rank, and of a checkpoint of the run."""
-
-    device: DeviceBytes
-    host: HostBytes
-    nvme: int
-    nvme_written_per_step: int
-    checkpoint: int
-    """Files of one checkpoint, from all ranks; states on NVMe are written into it."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MemoryPlan:
-        """Build the plan from what JSON made of it."""
-        parts = {"device": DeviceBytes(**values["device"]), "host": HostBytes(**values["host"])}
-        return cls(**{**values, **parts})
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +94,11 @@ def find_rung(optimizer: str, param: str) -> str:
     return pairs[optimizer, param]
 
 
-def named_rung(offload: OffloadConfig) -> str | None:
-    """Return the rung that the config names; None for ``auto``."""
-    if offload.optimizer is OffloadDevice.auto:
-        return None
-    return find_rung(offload.optimizer.value, offload.param.value)
+def read_placement(config: dict[str, Any]) -> Placement:
+    """Read the placement from DeepSpeed's dictionary (:mod:`llmtune.plan.deepspeed_config`)."""
+    zero = config["zero_optimization"]
+    devices = [
+        zero.get(section, {}).get("device", "none")
+        for section in ("offload_optimizer", "offload_param")
+    ]
+    return Placement(int(zero["stage"]), *devices)

@@ -1,4 +1,4 @@
-"""Bytes of one rank's training states: the fields that are counted, and the size of an element."""
+"""Bytes of one rank: its training states, its activations, and the size of an element."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmtune.config.schema import Precision
 from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
-from llmtune.plan.memory.model_shape import ModelShape
+from llmtune.plan.memory.shapes import ModelShape
 
 #: NF4 with double quantization takes half a byte per element, one byte per block of 64 elements,
 #: and four bytes per 256 blocks.
@@ -80,3 +80,17 @@ def fp32_gradient_bytes(numel: int, size: int) -> int:
     """Return the bytes of a step's gradients: flattened in the training dtype, then fp32."""
     flattened = size * numel if size < FP32_BYTES else 0
     return flattened + FP32_BYTES * numel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationBytes:
+    """Bytes of one micro-batch on one rank."""
+
+    saved: int
+    """Held from the forward pass to the backward pass, over all layers."""
+    working: int
+    """Peak of one layer's backward pass, recomputed or not, beyond ``saved``."""
+    logits: int
+    """Peak of head and loss beyond ``saved``, forward and backward."""
+    origin: str = "traced"
+    """``traced``, or ``estimated`` if the architecture could not be run on fake tensors."""

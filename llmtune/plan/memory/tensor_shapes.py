@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.groups.tuner import TunerConfig
+from llmtune.plan.memory.shapes import TensorShape
 from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
 from llmtune.tuner.head import in_modules
 from llmtune.tuner.lora_settings import check_patterns, lora_rank
 from llmtune.tuner.tuner import Tuner, is_trained
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorShape:
-    """One parameter, in the order in which the model names them."""
-
-    name: str
-    numel: int
-    trained: bool
-    vector: bool
-    """One-dimensional, as norms and biases, which have a parameter group of their own."""
-    adapter: bool = False
-    quantized: bool = False
-    """Stored as 4-bit NF4."""
 
 
 def list_tensors(

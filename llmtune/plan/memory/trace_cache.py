@@ -20,10 +20,12 @@ _SOURCES = (
     "activations.py",
     "fake_run.py",
     "model_shape.py",
+    "rank_bytes.py",
+    "shapes.py",
     "tensor_shapes.py",
     "../abilities.py",
 )
-_ROOMS = ("../../task", "../../tuner")
+_ROOMS = ("../architecture", "../../task", "../../tuner")
 
 
 def read_cached(folder: Path | None, kind: str, key: str) -> Any:

@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
-from llmtune.plan.memory.model_shape import ModelShape
+from llmtune.plan.memory.parameter_groups import (
+    parameter_groups,
+    partition_numel,
+    rank_numel,
+    sub_groups,
+)
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
     NF4_BYTES,
@@ -21,14 +26,8 @@ from llmtune.plan.memory.rank_bytes import (
     fp32_gradient_bytes,
     largest_trained_numel,
 )
-from llmtune.plan.memory.tensor_shapes import TensorShape
-from llmtune.plan.memory.zero_buffers import (
-    ZeroSizes,
-    parameter_groups,
-    partition_numel,
-    rank_numel,
-    sub_groups,
-)
+from llmtune.plan.memory.shapes import ModelShape, TensorShape
+from llmtune.plan.memory.zero_buffers import ZeroSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ compares the result with the tensors of a live engine and with its swap folder.
 from __future__ import annotations
 
 from llmtune.optimizer.optimizer import FP32_BYTES
-from llmtune.plan.memory.model_shape import ModelShape
+from llmtune.plan.memory.parameter_groups import partition_numel
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
     NF4_BYTES,
@@ -22,13 +22,14 @@ from llmtune.plan.memory.rank_bytes import (
     fp32_gradient_bytes,
     largest_trained_numel,
 )
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero3_states import (
     partition_states,
     stage_3_on_device,
     stage_3_on_host,
     stage_3_on_nvme,
 )
-from llmtune.plan.memory.zero_buffers import ZeroSizes, partition_numel
+from llmtune.plan.memory.zero_buffers import ZeroSizes
 
 
 def state_bytes(

@@ -7,11 +7,9 @@ length, a JSON header padded with spaces to 8 bytes, the tensors' bytes.
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,23 +19,10 @@ import torch
 from llmtune.storage.hashing import FileHash
 from llmtune.storage.layout import MODEL_INDEX, MODEL_WEIGHTS
 from llmtune.storage.tensors.dtypes import to_safetensors
+from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 #: Bytes written and hashed at once.
 _BLOCK = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Name, dtype and shape of one tensor of a file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Return the size of its data in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFile:

@@ -45,7 +45,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "deepspeed.accelerator.real_accelerator": _register,
     # It limits the memory of a rank before that looks for an accelerator.
     "llmtune.launch.supervise.rank_report": _register,
-    "llmtune.plan.devices.hardware": _show_gpus,
+    "llmtune.plan.devices.probe": _show_gpus,
     # Of ``eval`` and ``chat``, which need no DeepSpeed.
     "llmtune.run.artifact": _register_always,
 }

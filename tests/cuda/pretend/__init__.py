@@ -213,13 +213,13 @@ def _module(device: Any) -> ModuleType:
 
 def show_gpus() -> None:
     """Have llmtune's planning see them, as cards that it knows."""
-    from llmtune.plan.devices import gpus, hardware
+    from llmtune.plan.devices import gpus, probe
 
     card = gpus.Gpu("NVIDIA A100-SXM4-80GB", _total_memory(), 80)
     count = int(os.environ.get("PRETEND_DEVICES", 2))
-    for module in (gpus, hardware):
+    for module in (gpus, probe):
         patch.object(module, "visible_gpus", lambda: [card] * count).start()
-    patch.object(hardware, "check_kernels", lambda gpu: None).start()
+    patch.object(probe, "check_kernels", lambda gpu: None).start()
 
 
 def _total_memory() -> int:

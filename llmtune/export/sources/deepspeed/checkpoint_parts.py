@@ -11,10 +11,11 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
-from llmtune.export.sources.tensor_source import TensorSource, some
+from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.security.trust import copy_foreign
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.tensors.safetensors_writer import TensorFile
+from llmtune.units import some
 
 _PREFIX = "base_model.model."
 

@@ -17,7 +17,7 @@ from typing import Any
 from llmtune.errors import ExportError
 from llmtune.export.sources.deepspeed.pickle_reader import StoredTensor, read_archive
 from llmtune.export.sources.deepspeed.step_folder import COPY_AGAIN
-from llmtune.export.sources.tensor_source import some
+from llmtune.units import some
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _ANY_OPTIMIZER_FILE = "*_optim_states.pt"

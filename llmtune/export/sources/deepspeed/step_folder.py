@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.tensor_source import some
+from llmtune.units import some
 
 #: The next step of a user whose checkpoint is not complete.
 COPY_AGAIN = "copy the whole folder again, or take an older checkpoint"

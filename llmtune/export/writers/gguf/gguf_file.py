@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.export import ExportConfig, GgufType
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.gguf.gguf_hyperparameters import (

@@ -18,7 +18,8 @@ import torch
 
 from llmtune.config.groups.export import GgufType
 from llmtune.errors import ExportError
-from llmtune.export.sources.tensor_source import TensorSource, some
+from llmtune.export.sources.tensor_source import TensorSource
+from llmtune.units import some
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,8 +17,8 @@ from typing import Any
 from gguf import TokenType
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.tensor_source import some
-from llmtune.model.tokenizer import end_of_turn_ids
+from llmtune.model.chat_turns import end_of_turn_ids
+from llmtune.units import some
 
 _SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")

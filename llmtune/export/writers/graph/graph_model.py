@@ -24,13 +24,13 @@ from llmtune.export.architecture import (
     find_architecture,
     task_of,
 )
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
-from llmtune.export.sources.tensor_source import RetypedSource, some
+from llmtune.export.sources.tensor_source import RetypedSource
 from llmtune.export.writers.model_files import copy_model_files
 from llmtune.storage.plain_json import parse_json
-from llmtune.units import format_count
+from llmtune.units import format_count, some
 
 #: Writing a graph takes one to three times its size in memory: up to 36 GB for this size.
 MOST_PARAMETERS = 3_000_000_000

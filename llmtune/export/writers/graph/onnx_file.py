@@ -10,7 +10,7 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError, MissingPrerequisiteError
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.graph.graph_comparison import (
     Run,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.export.model import ExportModel
+from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.graph.graph_comparison import (
     compare_graph,

@@ -1,9 +1,8 @@
-"""The model that is exported: opened and checked before anything is written."""
+"""Open and check the model that is exported, before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import torch
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.card.license import check_licenses
+from llmtune.export.export_model import ExportModel
+from llmtune.export.merge.adapter import Adapter
 from llmtune.export.merge.merged_source import MergedSource
-from llmtune.export.merge.peft_adapter import Adapter, read_adapter
+from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.merge.task_head import TaskHeadSource, find_task_head
-from llmtune.export.publish.shards import ProgressCallbacks
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.bitsandbytes_base import open_base
 from llmtune.export.sources.deepspeed.checkpoint_parts import (
     has_adapter,
@@ -33,76 +34,11 @@ from llmtune.export.sources.tensor_source import (
     is_embedding,
     is_input_embedding,
     is_output_embedding,
-    usual_dtype,
 )
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
 from llmtune.storage.plain_json import parse_json
-from llmtune.storage.signature import Signer
 from llmtune.storage.tensors.dtypes import configured_dtype
-
-
-def _silent(_: str) -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRequest:
-    """The inputs and the output folder of an export."""
-
-    base: Path
-    """Model folder; for full fine-tuning, the trained model itself."""
-    base_name: str
-    """The name of the base in the model card."""
-    adapter: Path | None
-    """None for full fine-tuning."""
-    run: Path | None
-    """The run folder whose files describe the training."""
-    output: Path
-    zero: Path | None = None
-    """DeepSpeed's own checkpoint, which holds the tensors; ``base`` only describes the model."""
-    unpacked_from: Path | None = None
-    """DeepSpeed's own checkpoint that ``adapter``, a folder of this start alone, was made from."""
-    progress: ProgressCallbacks | None = None
-    say: Callable[[str], None] = _silent
-    """Takes a line for the user."""
-    signer: Signer | None = None
-    """Signs what is published."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportModel:
-    """A model that is ready to be written in any format."""
-
-    request: ExportRequest
-    base: TensorSource
-    """The model that the adapter is added to; without an adapter, the trained model itself."""
-    source: TensorSource
-    """The tensors as they are to be stored, an adapter merged."""
-    model_files: list[Path]
-    """Folders with configuration and tokenizer; a later one wins."""
-    config_changes: dict[str, Any]
-    """Keys of ``config.json`` that are no longer the base's."""
-    adapter: Adapter | None
-    merged: MergedSource | None
-    """The base with the adapter merged into it; None without one."""
-    base_changes: dict[str, Any] = field(default_factory=dict)
-    """Changes of ``config.json`` that describe a head which the adapter brings."""
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Return the dtype that most of the floating numbers are stored in."""
-        return usual_dtype(self.source)
-
-    @property
-    def computed(self) -> bool:
-        """Tell whether tensors are computed on the way, rather than copied."""
-        return self.source is not self.base
-
-    @property
-    def nbytes(self) -> int:
-        """Return the size of all tensors as they are stored."""
-        return sum(spec.nbytes for spec in self.source.specs.values())
 
 
 def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportModel:

@@ -1,0 +1,16 @@
+"""Tell how far the writing of an export is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressCallbacks:
+    """Functions that are told the progress of an export."""
+
+    total: Callable[[int], None]
+    """Bytes that will be written."""
+    done: Callable[[int], None]
+    """Bytes that were."""

@@ -1,0 +1,1 @@
+"""A model's architecture: its settings, checked and corrected, and a model without weights."""

@@ -1,0 +1,71 @@
+"""Group parameters for the optimizer, and cut the groups as ZeRO 3 does: slices and sub-groups."""
+
+from __future__ import annotations
+
+from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.shapes import TensorShape
+
+#: A gradient is read back into the middle of a buffer by O_DIRECT, which needs this alignment; else
+#: DeepSpeed silently trains on wrong gradients.
+SECTOR_BYTES = 512
+
+
+def partition_numel(numel: int, world_size: int) -> int:
+    """Return the elements of a rank's slice, padding included."""
+    return -(-numel // world_size)
+
+
+def parameter_groups(
+    tensors: list[TensorShape], placement: Placement, world_size: int
+) -> list[list[TensorShape]]:
+    """Return the optimizer's parameter groups: matrices, then vectors, which have no weight decay.
+
+    With the optimizer on NVMe the groups also keep gradients right. A matrix whose slice is not a
+    whole number of sectors has its own group, where its offset is 0, and vectors, which shift
+    offsets, are apart.
+    """
+    matrices = [tensor for tensor in tensors if tensor.trained and not tensor.vector]
+    vectors = [tensor for tensor in tensors if tensor.trained and tensor.vector]
+    groups: list[list[TensorShape]] = [[]]
+    for tensor in matrices:
+        is_aligned = is_sector_aligned(partition_numel(tensor.numel, world_size))
+        if placement.optimizer == "nvme" and not is_aligned:
+            groups.append([tensor])
+        else:
+            groups[0].append(tensor)
+    return [group for group in (*groups, vectors) if group]
+
+
+def is_sector_aligned(numel: int) -> bool:
+    """Tell whether ``numel`` fp32 elements fill whole sectors."""
+    return numel * 4 % SECTOR_BYTES == 0
+
+
+def sub_groups(
+    groups: list[list[TensorShape]], world_size: int, sub_group_size: int
+) -> list[list[TensorShape]]:
+    """Split the groups into the sub-groups that stage 3 steps one after the other.
+
+    Follows ``runtime/zero/stage3.py: _create_fp16_sub_groups``.
+    """
+    result: list[list[TensorShape]] = []
+    for group in groups:
+        if sub_group_size >= rank_numel(group, world_size):
+            result.append(group)
+            continue
+        current: list[TensorShape] = []
+        held = 0
+        for tensor in group:
+            current.append(tensor)
+            held += partition_numel(tensor.numel, world_size)
+            if held >= sub_group_size:
+                result.append(current)
+                current, held = [], 0
+        if current:
+            result.append(current)
+    return result
+
+
+def rank_numel(tensors: list[TensorShape], world_size: int) -> int:
+    """Count the elements that one rank holds of these tensors."""
+    return sum(partition_numel(tensor.numel, world_size) for tensor in tensors)

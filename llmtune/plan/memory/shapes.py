@@ -1,0 +1,89 @@
+"""The sizes of a model and of its tensors, as a plan counts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorShape:
+    """One parameter, in the order in which the model names them."""
+
+    name: str
+    numel: int
+    trained: bool
+    vector: bool
+    """One-dimensional, as norms and biases, which have a parameter group of their own."""
+    adapter: bool = False
+    quantized: bool = False
+    """Stored as 4-bit NF4."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A model's sizes; counts are in elements."""
+
+    parameters: int
+    """Elements of the model without adapters; tied weights are counted once."""
+    trainable_parameters: int
+    adapter_parameters: int
+    """0 for full fine-tuning."""
+    tied: bool
+    head_parameters: int
+    """Elements of the output projection, tied or not, or of the task's head; 0 without one."""
+    matrix_parameters: int
+    """Weights that a token is multiplied with, without embeddings.
+
+    They are the matrices of active experts and other layers, and the head unless it judges rows.
+    """
+    largest_tensor: int
+    largest_adapter_tensor: int
+    layer_parameters: int
+    """Elements of the largest layer, adapters included."""
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    vocab_size: int
+    attention_width: int
+    """Heads times head size, which is attention's cost per pair of positions."""
+    task: str = "causal_lm"
+    """Name of the task whose head the model has."""
+    outputs: int = 0
+    """Logits of a judged token or row: the vocabulary, classes or values."""
+    judges_rows: bool = False
+    """A row has one vector of logits, and not one per token."""
+    bidirectional: bool = False
+    """Tokens attend to later ones, so that padding is masked."""
+    attention_products: int = 2
+    """Products of attention per pair of positions; DeBERTa has more, of relative positions."""
+    trainable: bool = True
+    """transformers has the task's class for it; other architectures can only be planned."""
+    kernels: tuple[str, ...] = ("eager",)
+    """Names of its attention kernels in transformers."""
+    max_positions: int | None = None
+    """Tokens of the longest row that it has positions for; None without a limit."""
+    adapted: tuple[str, ...] = ()
+    """Last parts of the names of the layers that get adapters."""
+    left_alone: tuple[str, ...] = ()
+    """Last parts of the names of linear layers that ``all-linear`` does not reach, such as routers.
+
+    See :mod:`llmtune.tuner.adapted_layers`.
+    """
+    stacked_parameters: int = 0
+    """Elements of experts that are stacked in one tensor, which takes no adapter."""
+    kind: str = ""
+    """The architecture's ``model_type``."""
+    tensors: tuple[TensorShape, ...] = field(default=(), repr=False)
+    """Empty in a plan that was read back from a file."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelShape:
+        """Build the shape from what JSON made of it."""
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
+
+    @property
+    def quantized_parameters(self) -> int:
+        """Return the number of elements that are stored in 4 bits."""
+        return sum(tensor.numel for tensor in self.tensors if tensor.quantized)

@@ -1,0 +1,250 @@
+"""Search the rungs of a job: evaluate all placements, micro-batch sizes and checkpointing.
+
+Rungs never change what is computed: precision of states, optimizer and row length are the user's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+from llmtune.config.cache_folder import find_cache
+from llmtune.config.groups.train import TrainConfig
+from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
+from llmtune.config.schema import Config, Precision
+from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.plan.batch_sizes import BatchPlan, batch_options, resolve_batch
+from llmtune.plan.deepspeed_overrides import resize
+from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.ladder import Candidate, Ladder, Rung, choose
+from llmtune.plan.memory.activations import ActivationModel
+from llmtune.plan.memory.fake_run import TraceSettings
+from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.peak_memory import Workload, estimate_memory, find_shortfall
+from llmtune.plan.memory.placement import RUNGS, Placement, find_rung, make_placement
+from llmtune.plan.memory.rank_bytes import Arithmetic
+from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
+from llmtune.plan.memory.zero_states import state_bytes
+from llmtune.plan.speed import Cluster, estimate_speed
+from llmtune.tuner.tuner import TUNERS
+
+
+def build_ladder(
+    config: Config,
+    hardware: Hardware,
+    shape: ModelShape,
+    world_size: int,
+    attn_implementation: str,
+    begun: TrainConfig | None = None,
+) -> Ladder:
+    """Evaluate every rung and choose.
+
+    Args:
+        begun: The settings that the run was started with, where it is resumed.
+
+    Raises:
+        ConfigError: The batch arithmetic is impossible.
+    """
+    search = Search(
+        config=config,
+        hardware=hardware,
+        shape=shape,
+        world_size=world_size,
+        attn_implementation=attn_implementation,
+        begun=begun,
+    )
+
+    # Candidates of every rung, or why there are none.
+    asked = _named_rung(config.offload)
+    by_rung: dict[str, list[Candidate]] = {}
+    blocked: dict[str, str] = {}
+    for rung in RUNGS:
+        reason = _blocked(rung, config, hardware)
+        by_rung[rung] = []
+        if reason is None:
+            by_rung[rung] = list(search.candidates(rung))
+        if not by_rung[rung]:
+            blocked[rung] = reason or f"needs ZeRO 3, and zero.stage is {config.zero.stage}"
+
+    # The fastest of those that the user left open.
+    allowed: list[Candidate] = []
+    for rung, candidates in by_rung.items():
+        if asked in (None, rung):
+            allowed += candidates
+    chosen = choose(allowed)
+    rungs = tuple(_rung(name, by_rung[name], blocked.get(name), chosen, asked) for name in RUNGS)
+    rows = resolve_batch(config.train, world_size, begun)
+    return Ladder(
+        hardware=hardware,
+        shape=shape,
+        world_size=world_size,
+        rows=rows,
+        candidates=tuple(allowed),
+        rungs=rungs,
+        chosen=chosen,
+        attn_implementation=attn_implementation,
+        activations_origin=search.origin,
+        plan_again=partial(_plan_again, shape, world_size, hardware.nodes, attn_implementation),
+    )
+
+
+def _plan_again(
+    shape: ModelShape,
+    world_size: int,
+    nodes: int,
+    attn_implementation: str,
+    config: Config,
+    hardware: Hardware,
+) -> Ladder:
+    """Evaluate a job of so many ranks and nodes for changed config or hardware."""
+    world_size = world_size * hardware.nodes // nodes
+    rows = config.train.global_batch_size
+    if isinstance(rows, int) and rows % world_size:
+        # More ranks than before: rows rounded up to a multiple of them.
+        rounded_up = math.ceil(rows / world_size) * world_size
+        config = replace(config, train=replace(config.train, global_batch_size=rounded_up))
+    if not TUNERS.find(config.tuner.kind).trains_all:
+        shape = resolve_shape(config.model, config.tuner)
+    return build_ladder(config, hardware, shape, world_size, attn_implementation)
+
+
+def _rung(
+    name: str,
+    candidates: list[Candidate],
+    blocked: str | None,
+    chosen: Candidate | None,
+    asked: str | None,
+) -> Rung:
+    if blocked:
+        return Rung(name, None, blocked)
+    best = choose(candidates)
+    if chosen is not None and chosen.placement.rung == name:
+        why = f"offload={name}" if asked == name else "the fastest that fits"
+        return Rung(name, chosen, f"chosen: {why}")
+    if best is None:
+        smallest = min(candidates, key=lambda c: (c.memory.device.total, c.memory.host.total))
+        return Rung(name, smallest, f"does not fit; {smallest.lacks}")
+    if asked is not None:
+        return Rung(name, best, f"fits; offload={asked} was asked for")
+    assert chosen is not None
+    return Rung(name, best, f"slower: bound by {best.speed.bound_by}")
+
+
+def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
+    """Say why a rung is not possible, whatever the memory; None where it is."""
+    option = RUNGS[rung]
+    if rung != "none" and config.precision is Precision.fp16:
+        return "offload is not supported with precision=fp16"
+    tuner = TUNERS.find(config.tuner.kind)
+    if option.for_large_optimizers and not tuner.trains_all:
+        return "pointless: the optimizer of what is trained is small"
+    if option.uses_nvme and not hardware.nvme_bytes:
+        return "no NVMe: set offload.nvme_path=/path, or hardware.nvme_bytes=4TB to plan with it"
+    if rung != "none" and tuner.is_quantized:
+        return "weights in 4 bits are not offloaded"
+    return None
+
+
+class Search:
+    """Evaluate candidates; what they share is computed once."""
+
+    def __init__(
+        self,
+        config: Config,
+        hardware: Hardware,
+        shape: ModelShape,
+        world_size: int,
+        attn_implementation: str,
+        begun: TrainConfig | None = None,
+    ):
+        self.config = config
+        self.tuner = TUNERS.find(config.tuner.kind)
+        self.arithmetic = Arithmetic(config.precision, OPTIMIZERS.find(config.optim.kind))
+        self.shape = shape
+        self.cluster = Cluster(hardware, world_size)
+        self.attn_implementation = attn_implementation
+        self.trace = ActivationModel(config.model, config.tuner, shape, find_cache(config.paths))
+        length = config.data.max_seq_length
+        self.batches = batch_options(config.train, world_size, length, hardware.accelerator, begun)
+        self.origin = "traced"
+
+    def candidates(self, rung: str) -> Iterator[Candidate]:
+        """Evaluate every stage, micro-batch and checkpointing that the config leaves open."""
+        asked = self.config.zero.stage
+        stages = [stage for stage in RUNGS[rung].stages if asked in ("auto", stage)]
+        setting = self.config.train.gradient_checkpointing
+        checkpointing = [setting] if isinstance(setting, bool) else [False, True]
+        for stage, batch, recompute in product(stages, self.batches, checkpointing):
+            placement = make_placement(stage, rung, self.tuner.trains_all)
+            yield self.evaluate(placement, batch, recompute)
+
+    def evaluate(self, placement: Placement, batch: BatchPlan, recompute: bool) -> Candidate:
+        """Estimate memory and speed of one candidate."""
+        config, shape, world = self.config, self.shape, self.cluster.world_size
+        hardware, length = self.cluster.hardware, config.data.max_seq_length
+        optimizer = self.arithmetic.optimizer
+        sizes = resize(
+            resolve_zero_sizes(shape, placement, optimizer, world, hardware.accelerator),
+            config.zero.deepspeed,
+        )
+        states = state_bytes(
+            shape, placement, sizes, self.arithmetic, world, batch.accumulation_steps
+        )
+        settings = TraceSettings(
+            rows=batch.micro_batch_size,
+            length=length,
+            gradient_checkpointing=recompute,
+            attn_implementation=self.attn_implementation,
+            precision=config.precision,
+            zero3=placement.zero_stage == 3,
+            masked=config.data.packing or shape.bidirectional,
+            bidirectional=shape.bidirectional,
+            accelerator=hardware.accelerator,
+        )
+        activations = self.trace(settings)
+        self.origin = activations.origin
+        memory = estimate_memory(
+            shape,
+            placement,
+            sizes,
+            states,
+            self.arithmetic,
+            world,
+            Workload(activations, self._eval_logits(batch), hardware.accelerator),
+        )
+
+        # What is too small, and how fast it is.
+        lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
+        speed = estimate_speed(
+            shape, placement, batch, length, recompute, self.arithmetic, self.cluster
+        )
+        return Candidate(
+            placement=placement,
+            batch=batch,
+            gradient_checkpointing=recompute,
+            sizes=sizes,
+            memory=memory,
+            speed=speed,
+            lacks=lacks,
+        )
+
+    def _eval_logits(self, batch: BatchPlan) -> int:
+        """Return the bytes of evaluation logits, their fp32 copy and the log-probabilities."""
+        if self.config.data.val_set_size == 0 and self.config.data.eval is None:
+            return 0
+        rows = self.config.train.per_device_eval_batch_size
+        count = rows if isinstance(rows, int) else batch.micro_batch_size
+        size = self.arithmetic.element_bytes + 8
+        judged = count if self.shape.judges_rows else count * self.config.data.max_seq_length
+        return judged * self.shape.outputs * size
+
+
+def _named_rung(offload: OffloadConfig) -> str | None:
+    """Return the rung that the config names; None for ``auto``."""
+    if offload.optimizer is OffloadDevice.auto:
+        return None
+    return find_rung(offload.optimizer.value, offload.param.value)
