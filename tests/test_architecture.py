@@ -76,7 +76,7 @@ LAYERS: dict[str, set[str]] = {
         "export",
         *("launch", "doctor"),
     },
-    "cli": {
+    "predict": {
         "security",
         "storage",
         "config",
@@ -93,6 +93,23 @@ LAYERS: dict[str, set[str]] = {
         "export",
         *("launch", "doctor", "run"),
     },
+    "cli": {
+        "security",
+        "storage",
+        "config",
+        "metrics",
+        "task",
+        "tuner",
+        "plan",
+        "track",
+        "data",
+        "model",
+        "engine",
+        "checkpoint",
+        "train",
+        "export",
+        *("launch", "doctor", "run", "predict"),
+    },
 }
 #: Folders within a folder, from the lowest to the highest; what stands beside them is above all of
 #: them.
@@ -108,7 +125,7 @@ ROOMS: dict[str, list[str]] = {
 }
 
 #: Who may see the whole ``Config``.
-SEES_CONFIG = {"config", "plan", "run", "cli"}
+SEES_CONFIG = {"config", "plan", "run", "predict", "cli"}
 SEES_CONFIG_FILES = {
     f"train/{name}.py"
     for name in ("build", "request", "run_folder", "resume", "begun", "mirror_owner")

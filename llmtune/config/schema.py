@@ -18,6 +18,7 @@ from llmtune.config.groups.launch import LaunchConfig
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.paths import PathsConfig
+from llmtune.config.groups.predict import PredictConfig
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.target import TargetConfig
 from llmtune.config.groups.tracker import TrackerConfig
@@ -55,6 +56,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     run_name: str | None = None

@@ -1,4 +1,4 @@
-"""Resolve and load the target of ``export``, ``eval`` and ``chat``.
+"""Resolve and load the target of ``export``, ``eval``, ``predict`` and ``chat``.
 
 A target is a run, a checkpoint, or a base with or without an adapter.
 """
@@ -137,19 +137,25 @@ def load_model(target: Target) -> tuple[Any, Any]:
     """
     if target.config.model.trust_remote_code and (note := describe_own_code(target.model_folder)):
         sys.stderr.write(to_terminal(f"{note}\n"))
-    tokenizer = _load_tokenizer(target)
+    tokenizer = load_target_tokenizer(target)
     with explain_own_code(target.model_folder, target.code_asked_by):
         model = _load_weights(target)
     if target.adapter is not None:
         model = load_peft_adapter(model, target.adapter)
     model.config.use_cache = True
+    if target.labels.kind is not None and model.config.pad_token_id is None:
+        # A model that judges rows looks for their last token, which is the one before the padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
-def _load_tokenizer(target: Target) -> Any:
+def load_target_tokenizer(target: Target) -> Any:
     """Load the tokenizer of the adapter, which may have tokens of its own, or else the base's.
 
     Code is the base's alone.
+
+    Raises:
+        As :func:`load_model`.
     """
     from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
 

@@ -117,7 +117,7 @@ class Encoder:
         refused: dict[int, Outcome] = {}
         for index, conversation in enumerate(conversations):
             try:
-                self._check_special(conversation)
+                self.check_special(conversation)
                 self._check_switches(conversation)
                 text, spans = self._render(conversation)
             except RowError as error:
@@ -218,7 +218,12 @@ class Encoder:
             raise RowError("the tokenizer has no chat template; name one with data.chat_template")
         return self._template.render(conversation)
 
-    def _check_special(self, conversation: Conversation) -> None:
+    def check_special(self, conversation: Conversation) -> None:
+        """Refuse a text that the tokenizer reads as a special token, unless they are allowed.
+
+        Raises:
+            RowError: With the text.
+        """
         if self._special_text is None or self.settings.allow_special_tokens:
             return
         for number, message in enumerate(conversation.messages):
