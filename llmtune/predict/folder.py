@@ -88,7 +88,8 @@ class JobFolder:
 
     def begin(self, job: str) -> None:
         """Note whose folder it is."""
-        write_atomically(self.path / _JOB, json.dumps({"job": job}))
+        if self.job is None:
+            write_atomically(self.path / _JOB, json.dumps({"job": job}))
 
     def write_prepared(self, prepared: Prepared) -> None:
         """Note that all rows are prepared."""

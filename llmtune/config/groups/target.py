@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, kw_only=True)
 class TargetConfig:
-    """What ``export``, ``eval``, ``chat`` and ``verify`` work on.
+    """What ``export``, ``eval``, ``predict``, ``chat`` and ``verify`` work on.
 
     Each has a short spelling (:data:`llmtune.config.keys.ALIASES`): ``run=``, ``checkpoint=``,
     ``base=`` and ``adapter=``.
