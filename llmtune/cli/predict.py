@@ -41,8 +41,8 @@ def run(composed: Composed, options: Options) -> int:
 
 def _describe(composed: Composed, summary: dict[str, Any]) -> str:
     rows = summary["rows"]
-    if summary.get("finished_before"):
-        text = f"{summary['output']} is finished: {rows:,} rows"
+    if not summary["predicted"]:
+        text = f"the output is finished: {rows:,} rows"
     else:
         text = (
             f"{rows:,} rows predicted in {summary['seconds']:.1f} s"

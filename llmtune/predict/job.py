@@ -79,35 +79,32 @@ def run_prediction(composed: Composed, console: Console, printed: BinaryIO) -> d
         raise ConfigError("predict needs rows: add predict.input=FILE")
     sources = parse_input(settings.input)
     files = find_files(sources)
-    with Status(console, "preparing the rows") as status:
-        job = _resolve(composed, sources, files)
-        with ExitStack() as stack:
-            if settings.output in PRINTED:
-                path = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtune-"))
-                folder = JobFolder(Path(path))
-            else:
-                output = Path(str(settings.output)).expanduser()
-                if (summary := _find_finished(output, job)) is not None:
-                    return {**summary, "predicted": 0, "finished_before": True}
-                folder = stack.enter_context(_open_folder(output, job))
+    output = None if settings.output in PRINTED else Path(str(settings.output)).expanduser()
+    with ExitStack() as stack:
+        with Status(console, "preparing the rows"):
+            job = _resolve(composed, sources, files)
+            if output is not None and (summary := _find_finished(output, job)) is not None:
+                return {**summary, "predicted": 0, **_measure(0, started)}
+            folder = stack.enter_context(_open_folder(output, job))
             prepared = folder.prepared or _prepare(job, folder)
-            before = _count_rows_done(folder, prepared, job)
-            status.doing = "predicting"
-            _predict(job, folder, prepared, console)
-            status.doing = "writing the output"
-            if settings.output in PRINTED:
+        done_before = _count_rows_done(folder, prepared, job)
+        _predict(job, folder, prepared, console)
+        summary = _summarize(job, prepared, settings.output)
+        with Status(console, "writing the output"):
+            if output is None:
                 _join(folder, prepared, job, printed)
             else:
                 with open_atomically(output) as file:
                     _join(folder, prepared, job, file)
-            seconds = time.monotonic() - started
-            summary = _summarize(job, prepared, settings.output)
-            if settings.output not in PRINTED:
                 _note_finished(output, job, summary)
                 remove_folder(folder.path)
-    predicted = prepared.rows - before
-    speed = {"seconds": round(seconds, 3), "rows_per_second": round(predicted / seconds, 3)}
-    return {**summary, "predicted": predicted, **speed}
+    predicted = prepared.rows - done_before
+    return {**summary, "predicted": predicted, **_measure(predicted, started)}
+
+
+def _measure(rows: int, started: float) -> dict[str, float]:
+    seconds = time.monotonic() - started
+    return {"seconds": round(seconds, 3), "rows_per_second": round(rows / seconds, 3)}
 
 
 def _resolve(composed: Composed, sources: list[Source], files: list[list[DataFile]]) -> _Job:
@@ -187,19 +184,19 @@ def _parts_folder(output: Path) -> Path:
 
 
 @contextmanager
-def _open_folder(output: Path, job: _Job) -> Iterator[JobFolder]:
-    """The folder beside the output, held against other commands.
+def _open_folder(output: Path | None, job: _Job) -> Iterator[JobFolder]:
+    """The folder beside the output, held against other commands; without one, a passing folder.
 
     Raises:
         CheckpointError: It is another job's, or in use.
     """
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="llmtune-") as place:
+            yield JobFolder(Path(place))
+        return
     path = _parts_folder(output)
     folder = JobFolder(path)
-    known = {layout.LOCK, f".{layout.LOCK}"}
-    is_foreign = path.exists() and folder.job is None and path.is_dir()
-    others = [file.name for file in path.iterdir() if file.name not in known] if is_foreign else []
-    others = [name for name in others if not name.startswith(".job.json")]
-    if others or (path.exists() and not path.is_dir()):
+    if path.exists() and folder.job is None and not _is_unused(path):
         raise CheckpointError(
             f"{path} is needed for the results on their way, and is something else; remove it, or"
             " take another predict.output="
@@ -214,6 +211,13 @@ def _open_folder(output: Path, job: _Job) -> Iterator[JobFolder]:
             )
         folder.begin(job.identity)
         yield folder
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether nobody has written to a folder but a command that was killed at its beginning."""
+    return path.is_dir() and all(
+        file.name == layout.LOCK or file.name.startswith(".job.json") for file in path.iterdir()
+    )
 
 
 def _prepare(job: _Job, folder: JobFolder) -> Prepared:
@@ -245,7 +249,7 @@ def _join(folder: JobFolder, prepared: Prepared, job: _Job, output: BinaryIO) ->
 
 def _count_rows_done(folder: JobFolder, prepared: Prepared, job: _Job) -> int:
     """Rows of the windows that an earlier command predicted."""
-    size = window_size(PredictRequest(target=job.target, folder=folder.path))
+    size = window_size(job.target)
     return sum(
         min(size, prepared.rows - window * size)
         for window in range(prepared.windows)

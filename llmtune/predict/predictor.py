@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmtune.config.groups.predict import PredictConfig
+from llmtune.config.groups.verbs.predict import PredictConfig
 from llmtune.data.load.collate import Collator
 from llmtune.data.store.token_store import Row
 from llmtune.draws import Draw, draw_shares

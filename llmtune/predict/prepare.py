@@ -23,15 +23,13 @@ from llmtune.data.tokenize.token_row import Outcome, Overflow, TokenRow
 from llmtune.errors import DataError
 from llmtune.plan.abilities import check_row_length, max_positions
 from llmtune.predict.folder import JobFolder, Prepared, PreparedRow
+from llmtune.predict.share import window_size
 from llmtune.run.artifact import Target
 from llmtune.task.labels import Tags
 from llmtune.task.task import find_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-#: Rows of a window: answers take seconds, labels do not.
-ANSWER_WINDOW, LABEL_WINDOW = 64, 512
 
 _ADVICE = (
     "Fix them, or take data.on_bad_row=skip, which gives such rows no prediction and says why; no"
@@ -136,8 +134,7 @@ def prepare_windows(rows: Iterator[PromptRow], encoder: RowEncoder, folder: JobF
         DataError: There is no row, or some cannot be predicted; with ``file:line``.
     """
     config = encoder.target.config
-    generates = find_task(config.model.task).generates
-    size = ANSWER_WINDOW if generates else LABEL_WINDOW
+    size = window_size(encoder.target)
     refuses = config.data.on_bad_row is OnBadRow.error
     problems: list[Problem] = []
     count = windows = skipped = truncated = 0

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 
 from llmtune.predict.folder import JobFolder, Prepared
-from llmtune.predict.prepare import ANSWER_WINDOW, LABEL_WINDOW
 from llmtune.predict.request import PredictRequest
+from llmtune.run.artifact import Target
 from llmtune.task.task import find_task
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
 from llmtune.track.status import Status
 from llmtune.units import format_seconds
+
+#: Rows of a window: answers take seconds, labels do not.
+ANSWER_WINDOW, LABEL_WINDOW = 64, 512
 
 
 def predict_share(request: PredictRequest, rank: int, world_size: int, console: Console) -> None:
@@ -28,7 +31,7 @@ def predict_share(request: PredictRequest, rank: int, world_size: int, console: 
     folder = JobFolder(request.folder)
     prepared = folder.prepared
     assert prepared is not None
-    size = window_size(request)
+    size = window_size(request.target)
     mine = [
         window
         for window in range(rank, prepared.windows, world_size)
@@ -49,9 +52,9 @@ def predict_share(request: PredictRequest, rank: int, world_size: int, console: 
             line.end_window()
 
 
-def window_size(request: PredictRequest) -> int:
+def window_size(target: Target) -> int:
     """Rows of a window."""
-    generates = find_task(request.target.config.model.task).generates
+    generates = find_task(target.config.model.task).generates
     return ANSWER_WINDOW if generates else LABEL_WINDOW
 
 

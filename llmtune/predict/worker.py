@@ -9,8 +9,6 @@ from typing import NoReturn
 
 from llmtune.launch.processes.parent_death import die_with_supervisor
 from llmtune.launch.supervise.rank_report import redirect_output, report_failure
-from llmtune.predict.request import PredictRequest
-from llmtune.predict.share import predict_share
 from llmtune.track.console import Console
 
 
@@ -18,13 +16,17 @@ def main(request_file: str) -> NoReturn:
     """Predict this process's share, and report an error to the command that started it."""
     die_with_supervisor()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _take_gpu(rank)
+    # They import torch.
+    from llmtune.predict.request import PredictRequest
+    from llmtune.predict.share import predict_share
+
     request = PredictRequest.from_json(Path(request_file).read_text())
     # The first process shows the progress of all; standard output belongs to the rows.
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
     output = redirect_output(Path(request_file).with_name(f"process-{rank}.log"))
     code = 0
     try:
-        _take_gpu(rank)
         predict_share(request, rank, world_size, Console(terminal if rank == 0 else None))
     except BaseException as error:
         code = report_failure(error, rank, output, request.target.config.trace)

@@ -93,7 +93,7 @@ def test_the_output_of_another_command_is_kept(
 
     # The same command has nothing to do; any other one is refused.
     assert main(command(model, rows, out)) == 0
-    assert "is finished: 2 rows" in capsys.readouterr().out
+    assert "the output is finished: 2 rows" in capsys.readouterr().out
     assert main(command(model, rows, out, "predict.top_k=1")) == 2
     assert "exists, and is not the output of this command" in capsys.readouterr().err
     assert out.read_bytes() == written
