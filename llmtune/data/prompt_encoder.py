@@ -11,7 +11,7 @@ import numpy as np
 
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
-from llmtune.data.tokenize.chat_template import ChatTemplates
+from llmtune.data.tokenize.chat_template import ChatTemplates, check_chat_template
 from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import TokenRow
@@ -43,12 +43,17 @@ class PromptEncoder:
         self._most_tokens = most_tokens
 
     @cached_property
-    def _templates(self) -> ChatTemplates | None:
+    def _templates(self) -> ChatTemplates:
         # Plain texts need none.
-        return ChatTemplates(self._tokenizer) if self._tokenizer.chat_template else None
+        check_chat_template(self._tokenizer, self._tokenizer.name_or_path)
+        return ChatTemplates(self._tokenizer)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[TokenRow | RowError]:
-        """The tokens of each prompt, or why there are none."""
+        """The tokens of each prompt, or why there are none.
+
+        Raises:
+            ConfigError: A chat template is needed, and there is none that works.
+        """
         outcomes: list[TokenRow | RowError] = []
         for conversation in conversations:
             try:
@@ -79,8 +84,6 @@ class PromptEncoder:
         return TokenRow(ids=row, mask=np.zeros(len(row), dtype=bool))
 
     def _render(self, conversation: Conversation) -> str:
-        if self._templates is None:
-            raise RowError("the tokenizer has no chat template; name one with data.chat_template")
         answer = Message(role=Role.assistant, content="")
         whole = replace(conversation, messages=(*conversation.messages, answer))
         return self._templates.render_prompt(whole)

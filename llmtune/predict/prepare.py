@@ -16,7 +16,6 @@ from llmtune.data.store.vocabulary import (
     describe_unknown_token,
     embedding_rows,
 )
-from llmtune.data.tokenize.chat_template import check_chat_template
 from llmtune.data.tokenize.encode import Encoder
 from llmtune.data.tokenize.settings import EncodeSettings
 from llmtune.data.tokenize.token_row import Outcome, Overflow, TokenRow
@@ -84,8 +83,6 @@ class RowEncoder:
             ConfigError: A chat template is needed, and there is none that works.
         """
         prompts = [row.prompt for row in rows if not isinstance(row.prompt, RowError)]
-        if any(prompt.label is None and not prompt.plain for prompt in prompts):
-            check_chat_template(self.tokenizer, self.target.base_name)
         outcomes = iter(self.encoder.encode(prompts))
         made: list[tuple[PreparedRow, bool, bool]] = []
         for row in rows:

@@ -157,17 +157,14 @@ def load_target_tokenizer(target: Target) -> Any:
     Raises:
         As :func:`load_model`.
     """
-    from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
+    from llmtune.data.tokenize.chat_template import load_chat_template
 
     folder, code_of = target.model_folder, None
     if target.adapter is not None and (target.adapter / "tokenizer.json").is_file():
         folder, code_of = target.adapter, target.model_folder
     template = load_chat_template(target.config.data.chat_template)
     with explain_own_code(folder, target.code_asked_by, of_adapter=code_of is not None):
-        tokenizer = load_tokenizer(folder, target.config.model, template, code_of)
-    if target.labels.kind is None:
-        check_chat_template(tokenizer, target.base_name)
-    return tokenizer
+        return load_tokenizer(folder, target.config.model, template, code_of)
 
 
 def _load_weights(target: Target) -> Any:

@@ -24,18 +24,32 @@ HEADS = {
 
 
 @pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def heads(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("heads")
     found = {}
     for name, (kind, names, problem) in HEADS.items():
         settings = {"problem_type": problem} if problem else {}
         found[name] = make_bert(folder / name, kind, names, **settings)
+    found["decoder"] = make_decoder(tiny_model, folder / "decoder")
     return found
+
+
+def make_decoder(base: Path, folder: Path) -> Path:
+    """A Llama with a head, whose configuration names no padding token."""
+    torch.manual_seed(4)
+    config = transformers.AutoConfig.from_pretrained(
+        base, num_labels=3, id2label=dict(enumerate(HEADS["classes"][1])), pad_token_id=None
+    )
+    config.initializer_range = 0.3
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 def predict(model: Path, rows: Path, out: Path, *more: str) -> list[dict[str, Any]]:
     command = ["predict", f"base={model}", f"predict.input={rows}", f"predict.output={out}"]
-    assert main([*command, "precision=fp32", "data.max_seq_length=48", *more]) == 0
+    same = ["precision=fp32", "data.max_seq_length=48", "data.overlong=truncate"]
+    assert main([*command, *same, *more]) == 0
     return read_rows(out)
 
 
@@ -50,7 +64,7 @@ def plain_logits(model: Path, *texts: Any, **settings: Any) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", ["classes", "sets", "number", "numbers"])
+@pytest.mark.parametrize("name", ["classes", "sets", "number", "numbers", "decoder"])
 def test_texts_and_pairs_get_what_transformers_gives_them(
     name: str, heads: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -62,12 +76,12 @@ def test_texts_and_pairs_get_what_transformers_gives_them(
         del rows[n]["sentence2"]
     found = predict(heads[name], write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
     assert [row["row"] for row in found] == list(range(37))
-    _, names, _ = HEADS[name]
+    _, names, _ = HEADS["classes" if name == "decoder" else name]
     for given, row in zip(rows, found, strict=True):
         assert {key: row[key] for key in given} == given
         texts = [given[key] for key in ("sentence1", "sentence2") if key in given]
         logits = plain_logits(heads[name], *texts)
-        if name == "classes":
+        if name in ("classes", "decoder"):
             assert row["prediction"] == names[int(logits.argmax())]
             shares = dict(zip(names, logits.softmax(-1).tolist(), strict=True))
         elif name == "sets":
