@@ -88,7 +88,7 @@ class JobFolder:
 
     def begin(self, job: str) -> None:
         """Note whose folder it is."""
-        if self.job is None:
+        if self.job != job:
             write_atomically(self.path / _JOB, json.dumps({"job": job}))
 
     def write_prepared(self, prepared: Prepared) -> None:

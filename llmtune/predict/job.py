@@ -19,7 +19,7 @@ from llmtune.config.compose import Composed
 from llmtune.config.stored import to_plain
 from llmtune.data.prompt_rows import find_files, parse_input, read_prompts
 from llmtune.data.read.fingerprint import hash_files, hash_tokenizer
-from llmtune.errors import CheckpointError, ConfigError
+from llmtune.errors import CheckpointError, ConfigError, LlmtuneError
 from llmtune.model.weights.files import identify_weights
 from llmtune.predict.folder import JobFolder, Prepared
 from llmtune.predict.output_row import make_output_row, write_line
@@ -203,7 +203,8 @@ def _open_folder(output: Path | None, job: _Job) -> Iterator[JobFolder]:
         )
     path.mkdir(parents=True, exist_ok=True)
     with hold_lock(path / layout.LOCK, "predict.output="):
-        if folder.job not in (None, job.identity):
+        # Of another one that was ended before it had predicted anything, nothing is lost.
+        if folder.job not in (None, job.identity) and folder.prepared is not None:
             raise CheckpointError(
                 f"{path} holds the results of another prediction: other rows, another model or"
                 " other settings. Give its command again to end it; or remove the folder, or take"
@@ -224,7 +225,12 @@ def _prepare(job: _Job, folder: JobFolder) -> Prepared:
     from llmtune.predict.prepare import RowEncoder, prepare_windows
 
     rows = read_prompts(job.sources, job.files, job.target.labels.kind)
-    return prepare_windows(rows, RowEncoder.of(job.target, job.tokenizer), folder)
+    try:
+        return prepare_windows(rows, RowEncoder.of(job.target, job.tokenizer), folder)
+    except LlmtuneError:
+        # Refused: nothing of it is needed again.
+        remove_folder(folder.path)
+        raise
 
 
 def _predict(job: _Job, folder: JobFolder, prepared: Prepared, console: Console) -> None:

@@ -83,7 +83,8 @@ class RowEncoder:
             ConfigError: A chat template is needed, and there is none that works.
         """
         prompts = [row.prompt for row in rows if not isinstance(row.prompt, RowError)]
-        outcomes = iter(self.encoder.encode(prompts))
+        encoded: Any = self.encoder.encode(prompts)
+        outcomes: Iterator[Outcome | TokenRow] = iter(encoded)
         made: list[tuple[PreparedRow, bool, bool]] = []
         for row in rows:
             outcome: Outcome | TokenRow = (
@@ -103,8 +104,8 @@ class RowEncoder:
             )
             return PreparedRow(fields=row.fields, error=error), False, False
         (tokens,) = outcome if isinstance(outcome, list) else [outcome]
-        if error := self._find_unknown_token(tokens):
-            return PreparedRow(fields=row.fields, error=error), True, False
+        if (unknown := self._find_unknown_token(tokens)) is not None:
+            return PreparedRow(fields=row.fields, error=unknown), True, False
         assert not isinstance(row.prompt, RowError)
         label = row.prompt.label
         prepared = PreparedRow(

@@ -57,7 +57,7 @@ def plain_logits(model: Path, *texts: Any, **settings: Any) -> torch.Tensor:
     """The logits of transformers for one row by itself."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     architecture = json.loads((model / "config.json").read_text())["architectures"][0]
-    loaded = getattr(transformers, architecture).from_pretrained(model).eval()
+    loaded = getattr(transformers, architecture).from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         encoded = tokenizer(*texts, return_tensors="pt", truncation=True, max_length=48, **settings)
         logits: torch.Tensor = loaded(**encoded).logits[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -115,15 +116,28 @@ def test_two_processes_write_the_same_bytes(
     assert [row["id"] for row in read_rows(out)] == list(range(ROWS))
 
 
+def find_workers(pid: int) -> list[psutil.Process]:
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "llmtune.predict.worker" in child.cmdline():
+                    found.append(child)
+    return found
+
+
 @pytest.mark.process
+@pytest.mark.usefixtures("started_cold")
 def test_killed_with_its_processes_it_leaves_none_and_goes_on(
     setting: tuple[Path, Path], undisturbed: bytes, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
-    arguments = command(setting, out, "launch.nproc=2", "predict.batch_size=1")
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)):
+    arguments = command(setting, out, "predict.batch_size=1")
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
         running = subprocess.Popen(
-            [sys.executable, "-m", "llmtune", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "llmtune", *arguments, "launch.nproc=2"],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
         )
         parts = JobFolder(tmp_path / "out.jsonl.parts")
         deadline = time.monotonic() + 120
@@ -131,11 +145,8 @@ def test_killed_with_its_processes_it_leaves_none_and_goes_on(
         children: list[psutil.Process] = []
         while len(children) < 2 and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-            children = [
-                one
-                for one in psutil.Process(running.pid).children(recursive=True)
-                if parts.prepared and "llmtune.predict.worker" in " ".join(one.cmdline())
-            ]
+            if parts.prepared:
+                children = find_workers(running.pid)
         os.kill(running.pid, number)
         assert running.wait(20) == code
         psutil.wait_procs(children, timeout=10)

@@ -39,7 +39,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         max_position_embeddings=64,
         initializer_range=0.3,
     )
-    transformers.BertForMaskedLM(config).save_pretrained(folder / "base")
+    transformers.BertModel(config).save_pretrained(folder / "base")
     rows = write_rows(folder / "rows.jsonl", ROWS)
     command = [
         *(f"model.name_or_path={folder / 'base'}", f"data.train={rows}", "data=classification"),
@@ -50,13 +50,18 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder / "run"
 
 
+def find_whole_model(run: Path) -> Path:
+    """A folder that plain transformers loads."""
+    return next(folder for name in ("merged", "model") if (folder := run / name).is_dir())
+
+
 def test_a_run_predicts_what_transformers_says_of_its_model(run: Path, tmp_path: Path) -> None:
     more = [{"text": sentence(3, 40)}]
     rows = write_rows(tmp_path / "in.jsonl", [*ROWS, *more])
     out = tmp_path / "out.jsonl"
     command = ["predict", f"run={run}", f"predict.input={rows}", f"predict.output={out}"]
     assert main(command) == 0
-    merged = run / "merged"
+    merged = find_whole_model(run)
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(merged).eval()
     for given, row in zip([*ROWS, *more], read_rows(out), strict=True):
@@ -73,7 +78,8 @@ def test_a_run_predicts_what_transformers_says_of_its_model(run: Path, tmp_path:
 def test_eval_agrees_and_refuses_labels_that_the_model_does_not_know(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = write_rows(tmp_path / "held.jsonl", ROWS[:20])
+    others = [{**row, "text": f"house {row['text']}"} for row in ROWS]
+    held = write_rows(tmp_path / "held.jsonl", others[:20])
     out = tmp_path / "out.jsonl"
     assert main(["predict", f"run={run}", f"predict.input={held}", f"predict.output={out}"]) == 0
     right = [row["prediction"] == row["label"] for row in read_rows(out)]
@@ -83,12 +89,13 @@ def test_eval_agrees_and_refuses_labels_that_the_model_does_not_know(
     assert found["eval_accuracy"] == pytest.approx(sum(right) / 20)
     assert {"eval_f1", "eval_precision", "eval_recall", "eval_matthews", "eval_loss"} <= set(found)
 
-    wrong = write_rows(tmp_path / "wrong.jsonl", [*ROWS[:5], {"text": "a", "label": "third"}])
+    wrong = write_rows(tmp_path / "wrong.jsonl", [*others[:5], {"text": "a", "label": "third"}])
     assert main(["eval", f"run={run}", f"data.eval={wrong}"]) == 4
     error = capsys.readouterr().err
     assert f"{wrong}:6: " in error
     assert "'third'" in error
-    base = ["eval", f"base={run / 'merged'}", "data.max_seq_length=16"]
-    assert main([*base, f"data.train={wrong}", f"data.eval={wrong}", "precision=fp32"]) == 4
+    base = ["eval", f"base={find_whole_model(run)}", "data.max_seq_length=16"]
+    train = write_rows(tmp_path / "train.jsonl", [*ROWS, {"text": "b", "label": "third"}])
+    assert main([*base, f"data.train={train}", f"data.eval={wrong}", "precision=fp32"]) == 4
     error = capsys.readouterr().err
     assert f"{wrong}:6: the model knows no class 'third', only even, odd" in error

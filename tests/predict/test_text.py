@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.cli.main import main
 from llmtune.model.sampling import make_sampler
@@ -26,7 +26,7 @@ def predict(model: Path, rows: Path, out: Path, *more: str) -> list[dict[str, An
 def answer_alone(model: Path, text: str, special: bool) -> str:
     """The greedy answer of transformers to one text by itself."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     encoded = tokenizer(text, add_special_tokens=special, return_tensors="pt")
     output = loaded.generate(
         **encoded, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -35,7 +35,7 @@ def answer_alone(model: Path, text: str, special: bool) -> str:
     return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
-def test_every_shape_of_row_is_answered_as_by_itself(tiny_model: Path, tmp_path: Path) -> None:
+def test_every_shape_of_row_is_answered_as_by_itself(writer: Path, tmp_path: Path) -> None:
     asked = {"role": "user", "content": "hi there"}
     before = {"role": "assistant", "content": "hello"}
     rows: dict[str, dict[str, Any]] = {
@@ -49,16 +49,16 @@ def test_every_shape_of_row_is_answered_as_by_itself(tiny_model: Path, tmp_path:
     files = [write_rows(tmp_path / f"{name}.jsonl", [row]) for name, row in rows.items()]
     source = "[" + ",".join(map(str, files)) + "]"
     (tmp_path / "source.txt").write_text(source)
-    command = ["predict", f"base={tiny_model}", f"predict.input={source}", *SHORT]
+    command = ["predict", f"base={writer}", f"predict.input={source}", *SHORT]
     assert main([*command, f"predict.output={tmp_path / 'out.jsonl'}"]) == 0
     found = dict(zip(rows, read_rows(tmp_path / "out.jsonl"), strict=True))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(writer)
 
     def chat(*turns: dict[str, str]) -> str:
         text = tokenizer.apply_chat_template(
             list(turns), tokenize=False, add_generation_prompt=True
         )
-        return answer_alone(tiny_model, text, False).strip()
+        return answer_alone(writer, text, False).strip()
 
     assert found["messages"]["text"] == chat(asked, before, asked)
     assert found["answered"]["text"] == found["messages"]["text"]
@@ -66,7 +66,8 @@ def test_every_shape_of_row_is_answered_as_by_itself(tiny_model: Path, tmp_path:
     assert found["conversations"]["text"] == chat(asked)
     assert found["instruction"]["text"] == chat({"role": "user", "content": "add\n\n1 2"})
     assert found["instruction"]["output"] == "3"
-    assert found["prompt"]["text"] == answer_alone(tiny_model, "once upon", True)
+    assert found["prompt"]["text"] == answer_alone(writer, "once upon", True)
+    assert len({row["text"] for row in found.values()}) > 3
     assert found["text"] == {
         "input_text": "once upon",
         "label": 1,
@@ -75,17 +76,27 @@ def test_every_shape_of_row_is_answered_as_by_itself(tiny_model: Path, tmp_path:
     }
 
 
+@pytest.fixture(scope="module")
+def writer(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose next token depends on all before it."""
+    folder = tmp_path_factory.mktemp("writer")
+    torch.manual_seed(6)
+    config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=False)
+    config.initializer_range = 0.3
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("how", [[], ["predict.temperature=0.9", "predict.top_p=0.95"]])
-def test_no_row_changes_the_answer_of_another(
-    how: list[str], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_no_row_changes_the_answer_of_another(how: list[str], writer: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "in.jsonl", [{"instruction": text} for text in QUESTIONS])
-    together = predict(tiny_model, rows, tmp_path / "a.jsonl", *how)
-    alone = predict(tiny_model, rows, tmp_path / "b.jsonl", *how, "predict.batch_size=1")
+    together = predict(writer, rows, tmp_path / "a.jsonl", *how)
+    alone = predict(writer, rows, tmp_path / "b.jsonl", *how, "predict.batch_size=1")
     assert together == alone
-    assert len({row["text"] for row in together}) > 1
+    assert len({row["text"] for row in together}) > 5
     if how:
-        other = predict(tiny_model, rows, tmp_path / "c.jsonl", *how, "predict.seed=7")
+        other = predict(writer, rows, tmp_path / "c.jsonl", *how, "predict.seed=7")
         assert [row["text"] for row in other] != [row["text"] for row in together]
 
 
