@@ -115,6 +115,8 @@ def test_the_folder_of_another_command_is_kept(
     assert [path.name for path in parts.iterdir()] == ["thesis.txt"]
     (parts / "thesis.txt").unlink()
     (parts / "job.json").write_text('{"job": "another"}')
+    counts = {"rows": 1, "windows": 1, "skipped": 0, "truncated": 0}
+    (parts / "prepared.json").write_text(json.dumps(counts))
     assert main(command(model, rows, out)) == 5
     assert "holds the results of another prediction" in capsys.readouterr().err
     assert not out.exists()

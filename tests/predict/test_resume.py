@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -104,6 +105,31 @@ def test_rows_that_were_predicted_are_not_predicted_again(
         assert main(command(setting, out)) == 0
     assert windows == [0, 1, 2]
     assert out.read_bytes() == undisturbed
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    setting: tuple[Path, Path],
+    undisturbed: bytes,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out.jsonl"
+    real = JobFolder.write_results
+
+    def write(folder: JobFolder, window: int, results: Any) -> None:
+        if window == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder.path))
+        real(folder, window, results)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JobFolder, "write_results", write)
+        assert main(command(setting, out)) == 7
+    error = capsys.readouterr().err
+    assert f"No space left on device ({out}.parts): free space" in error
+    assert not out.exists()
+    assert main(command(setting, out)) == 0
+    assert out.read_bytes() == undisturbed
+    assert "512 of them by an earlier command" in capsys.readouterr().out
 
 
 @pytest.mark.process
