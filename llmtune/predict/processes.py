@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import tempfile
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmtune.errors import ERRORS_BY_CODE, LlmtuneError
+from llmtune.errors import ERRORS_BY_CODE, ConfigError, LlmtuneError
 from llmtune.launch.launchers.environment import restored_environment, set_defaults
 from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.supervisor import POLL_SECONDS
@@ -27,28 +28,29 @@ def count_processes(target: Target, windows: int) -> int:
 
     Args:
         windows: Pieces of work; more processes would have nothing to do.
+
+    Raises:
+        ConfigError: More processes are asked for than there are GPUs.
     """
     asked = target.config.launch.nproc
-    if asked is None:
-        asked = 1
-        if resolve_accelerator(target.config.hardware.accelerator) == "cuda":
-            gpus = visible_gpus()
-            smallest = min(gpu.memory_bytes for gpu in gpus)
-            # A model that one GPU does not hold is spread over all, by one process.
-            if _weight_bytes(target) < WEIGHTS_SHARE * smallest:
-                asked = len(gpus)
-    return max(1, min(asked, windows))
+    if resolve_accelerator(target.config.hardware.accelerator) == "cuda":
+        gpus = visible_gpus()
+        smallest = min(gpu.memory_bytes for gpu in gpus)
+        # A model that one GPU does not hold is spread over all, by one process.
+        if asked is None and _weight_bytes(target) < WEIGHTS_SHARE * smallest:
+            asked = len(gpus)
+        if asked is not None and asked > len(gpus):
+            raise ConfigError(
+                f"launch.nproc={asked}: there are {len(gpus)} GPUs, and each process of a"
+                " prediction has one; leave it out"
+            )
+    return max(1, min(asked or 1, windows))
 
 
 def _weight_bytes(target: Target) -> int:
+    entries = read_entries(target.model_folder).values()
     size = configured_dtype(target.config.precision.value).itemsize
-    elements = 0
-    for entry in read_entries(target.model_folder).values():
-        count = 1
-        for extent in entry.shape:
-            count *= extent
-        elements += count
-    return size * elements
+    return size * sum(math.prod(entry.shape) for entry in entries)
 
 
 def run_processes(request: PredictRequest, world_size: int) -> None:

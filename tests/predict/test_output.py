@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.config.compose import compose_config
+from llmtune.errors import ConfigError
+from llmtune.plan.devices.gpus import Gpu
+from llmtune.predict import processes
 from llmtune.predict.output_row import make_output_row, write_line
 from llmtune.predict.predictor import split_batches
+from llmtune.predict.processes import count_processes
+from llmtune.run.artifact import Target
 from tests.predict.models import make_bert, read_rows, write_rows
 
 
@@ -120,6 +126,27 @@ def test_the_folder_of_another_command_is_kept(
     assert main(command(model, rows, out)) == 5
     assert "holds the results of another prediction" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_each_gpu_that_holds_the_model_gets_a_process(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose_config([f"model.name_or_path={model}", "launch.nproc=null"]).config
+    target = Target(config=config, model_folder=model, adapter=None, run=None, base_name="bert")
+    assert count_processes(target, 10) == 1
+    monkeypatch.setattr(processes, "resolve_accelerator", lambda _: "cuda")
+    for memory_bytes, expected in ((10**9, 4), (10_000, 1)):
+        gpus = [Gpu("card", memory_bytes, 80)] * 4
+        monkeypatch.setattr(processes, "visible_gpus", lambda gpus=gpus: gpus)
+        assert count_processes(target, 10) == expected
+    assert count_processes(target, 1) == 1
+    for count, works in ((3, True), (5, False)):
+        config.launch.nproc = count
+        if works:
+            assert count_processes(target, 10) == count
+        else:
+            with pytest.raises(ConfigError, match="there are 4 GPUs"):
+                count_processes(target, 10)
 
 
 def test_rows_are_printed_without_an_output(
