@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +14,18 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.pipeline import run_export
+from llmtune.export.progress import ProgressCallbacks
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.deepspeed.checkpoint_parts import has_adapter, write_adapter
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
-from llmtune.run.progress_bar import show_progress
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 
 if TYPE_CHECKING:
-    from llmtune.run.artifact import Target
+    from llmtune.run.target import Target
 
 
 def export_run(run: Path, config: Config, output: Path, say: Callable[[str], None]) -> None:
@@ -127,3 +131,59 @@ def output_folder(given: Config, target: Target) -> Path:
     if target.run is not None:
         return layout.export_folder(target.run, given.export.format)
     raise ConfigError("export base= adapter= needs output_dir=FOLDER")
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Callbacks with which an export reports its progress."""
+
+    progress: ProgressCallbacks | None
+    """Told of bytes; None where there is no bar."""
+    say: Callable[[str], None]
+    """Writes a line, above the bar."""
+
+
+@contextmanager
+def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
+    """Show bytes written, speed and time left on standard error, if it is a terminal.
+
+    Args:
+        say: Writes a line to standard output.
+    """
+    # Not on a terminal: lines with the time so far, less and less often.
+    if not sys.stderr.isatty():
+        with Status(Console(sys.stderr), what):
+            yield Shown(None, say)
+        return
+    from rich.console import Console as RichConsole
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    # On a terminal: a bar, which is removed at the end.
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def say_above(text: str) -> None:
+            # Both are one terminal: a line would begin at the end of the bar.
+            bar.stop()
+            say(text)
+            sys.stdout.flush()
+            bar.start()
+
+        progress = ProgressCallbacks(
+            lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size)
+        )
+        yield Shown(progress, say_above)
