@@ -104,6 +104,39 @@ def test_a_decoder_with_lora_under_zero_3_merges_into_what_peft_computes(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("model=tiny_bert",),
+        ("model=tiny_roberta",),
+        ("model=tiny", "+model.config.tie_word_embeddings=false"),
+    ],
+    ids=["bert", "roberta", "untied llama"],
+)
+def test_the_head_that_the_base_had_before_is_left_out_of_what_is_merged(
+    model: tuple[str, ...], rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(rows, run, *model, "tuner=lora", "export.dtype=fp32")
+    loaded: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+        run / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    merged, info = loaded
+    assert not any(info.values()), info
+
+    from peft import PeftModel
+
+    record = RunRecord.from_json((run / "plan.json").read_text())
+    assert record.model_folder is not None
+    base: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+        record.model_folder, dtype=torch.float32
+    )
+    adapted = PeftModel.from_pretrained(base, str(run / "adapter"))
+    expected = logits_of(adapted, run / "merged")
+    assert torch.allclose(logits_of(merged, run / "merged"), expected, atol=1e-5)
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("form", ["onnx", "torchscript", "pt"])
 def test_a_graph_of_a_classifier_computes_what_the_model_does(
     form: str, rows: Path, tmp_path: Path
