@@ -25,7 +25,8 @@ from llmtune.plan.memory.tensor_shapes import (
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.task.task import AUTO, Task, find_task
 from llmtune.tuner.adapted_layers import stacked_parameters
-from llmtune.tuner.tuner import TUNERS
+from llmtune.tuner.blocks import count_frozen_layers
+from llmtune.tuner.tuner import TUNERS, find_trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,6 +76,8 @@ class ModelShape:
     """Names of its attention kernels in transformers."""
     max_positions: int | None = None
     """Tokens of the longest row that it has positions for; None without a limit."""
+    frozen_layers: int = 0
+    """Layers before everything that is trained: no gradient flows back through them."""
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()
@@ -218,14 +221,14 @@ def resolve_shape(
         cache_dir: Where shapes are cached, so that a second start need not build the model.
 
     Raises:
-        ConfigError: ``tuner.target_modules`` matches nothing, or the order of a pattern's keys
-            matters.
+        ConfigError: ``tuner.target_modules`` or ``tuner.freeze`` matches nothing, or the order of a
+            pattern's keys matters.
     """
     identity = _identify(config)
     if identity is None:
         return _count(config, tuner)
     patterns = (tuner.rank_pattern, tuner.alpha_pattern)
-    sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules)
+    sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules, tuner.freeze)
     key = repr((identity, config.task, *sizes))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
@@ -259,9 +262,11 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     meta_model, trainable = build_meta_model(architecture, config.trust_remote_code, config.task)
     model: Any = meta_model
     head = task.head_modules(model) if trainable else []
-    adapted = TUNERS.find(tuner.kind).choose_layers(model, tuner, head)
+    kind = TUNERS.find(tuner.kind)
+    adapted = kind.choose_layers(model, tuner, head)
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
-    tensors = list_tensors(model, adapters, TUNERS.find(tuner.kind), head)
+    trained = find_trained(kind, model, tuner, head)
+    tensors = list_tensors(model, adapters, trained, kind.is_quantized, head)
     if not any(tensor.trained for tensor in tensors):
         raise ConfigError(
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
@@ -300,6 +305,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         trainable=trainable,
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
+        frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
         adapted=tuple(adapted.endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
         stacked_parameters=stacked_parameters(model),
