@@ -32,6 +32,7 @@ _POSITIVE = (
     "data.shuffle_buffer",
     "tuner.lora_r",
     "tuner.lora_alpha",
+    "tuner.freeze.last_layers",
     "checkpoint.keep_every",
     "launch.nproc",
     "launch.hang_timeout",
