@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from llmtune.cli.main import main
 from llmtune.config.groups.tuner import FreezeConfig, TunerConfig
 from llmtune.errors import ConfigError
-from llmtune.plan.memory.model_shape import build_meta_model
+from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.task.task import find_task
 from llmtune.tuner.blocks import count_frozen_layers
 from llmtune.tuner.tuner import TUNERS, find_trained
@@ -33,7 +33,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 def build(kind: str, task: str, **more: Any) -> Any:
     heads = {} if kind == "gpt2" else HEADS
     architecture = AutoConfig.for_model(kind, vocab_size=128, **heads, **SIZES[kind], **more)
-    return build_meta_model(architecture, task=task)[0]
+    return build_meta_model(architecture, model_class=find_task(task).model_class)[0]
 
 
 def config_of(**chosen: Any) -> TunerConfig:
