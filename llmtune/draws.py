@@ -45,6 +45,8 @@ class Draw(StrEnum):
     """The documents with which packing is tried on a model, the same in every run."""
     dropout = "dropout"
     """The elements that dropout leaves out. [steps done, rank]"""
+    answer = "answer"
+    """The tokens of a sampled answer. [row]"""
 
 
 def generator(seed: int, draw: Draw, *position: int) -> np.random.Generator:
@@ -55,6 +57,11 @@ def generator(seed: int, draw: Draw, *position: int) -> np.random.Generator:
 def draw_rows(rows: int, count: int, seed: int, draw: Draw, *position: int) -> NDArray[np.int64]:
     """Draw ``count`` different row numbers below ``rows``. Shape (count,)."""
     return generator(seed, draw, *position).permutation(rows)[:count].astype(np.int64)
+
+
+def draw_shares(count: int, seed: int, draw: Draw, *position: int) -> NDArray[np.float64]:
+    """Draw numbers in [0, 1). Shape (count,)."""
+    return generator(seed, draw, *position).random(count)
 
 
 def torch_seed(seed: int, draw: Draw, *position: int) -> int:

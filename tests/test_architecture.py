@@ -101,7 +101,7 @@ LAYERS: dict[str, set[str]] = {
         "export",
         *("launch", "doctor"),
     },
-    "cli": {
+    "predict": {
         "security",
         "storage",
         "config",
@@ -119,6 +119,23 @@ LAYERS: dict[str, set[str]] = {
         "export",
         *("launch", "doctor", "run"),
     },
+    "cli": {
+        "security",
+        "storage",
+        "config",
+        "metrics",
+        "task",
+        "tuner",
+        "plan",
+        "track",
+        "data",
+        "model",
+        "engine",
+        "checkpoint",
+        "train",
+        "export",
+        *("launch", "doctor", "run", "predict"),
+    },
 }
 #: Folders within a folder, from the lowest to the highest; what stands beside them is above all of
 #: them.
@@ -135,7 +152,7 @@ ROOMS: dict[str, list[str]] = {
 }
 
 #: Who may see the whole ``Config``.
-SEES_CONFIG = {"config", "plan", "run", "cli"}
+SEES_CONFIG = {"config", "plan", "run", "predict", "cli"}
 SEES_CONFIG_FILES = {
     f"train/{name}.py"
     for name in ("build", "request", "run_folder", "resume", "begun", "mirror_owner")
@@ -770,6 +787,7 @@ SUBJECTS = {
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "intervals"},
+    "predict": {"labels", "output", "resume", "runs", "text"},
     "run": {"adapter_path", "best_model", "restarts"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),

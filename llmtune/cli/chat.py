@@ -14,6 +14,7 @@ def run(composed: Composed, _options: Options) -> int:
     """Answer ``chat.prompt``, or each line of the standard input with the conversation so far."""
     settings = composed.config.chat
     with Status(Console(sys.stderr), "loading the libraries and the model"):
+        from llmtune.data.tokenize.chat_template import check_chat_template
         from llmtune.model.generate import generate
         from llmtune.run.artifact import load_model, resolve_target
         from llmtune.task.task import find_task
@@ -26,6 +27,7 @@ def run(composed: Composed, _options: Options) -> int:
                 f" is trained for {task.title}; take predict, with predict.input=FILE"
             )
         model, tokenizer = load_model(target)
+        check_chat_template(tokenizer, target.base_name)
     history = [{"role": "system", "content": settings.system}] if settings.system else []
 
     def reply(text: str) -> str:

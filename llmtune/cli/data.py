@@ -37,7 +37,7 @@ from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.batch_sizes import resolve_batch
 from llmtune.plan.prepared_data import PreparedData
-from llmtune.run.target import resolve_run_target
+from llmtune.run.attempt import resolve_run_target
 from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json_line
 from llmtune.track.console import Console
 from llmtune.units import counted

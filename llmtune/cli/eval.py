@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from llmtune.data.load.collate import Batch
-    from llmtune.run.artifact import Target
+    from llmtune.run.target import Target
     from llmtune.task.labels import Labels
     from llmtune.task.task import Task
 
@@ -106,6 +106,8 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     from llmtune.data.load.loader import iterate_eval
     from llmtune.data.prepare import prepare_data
     from llmtune.data.prepared_data import open_rows
+    from llmtune.data.report.label_checks import find_unknown_labels
+    from llmtune.data.rows.problem_report import refuse
     from llmtune.data.store.vocabulary import check_stores
     from llmtune.errors import DataError
     from llmtune.model.build import sees_padding
@@ -126,6 +128,8 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     device = next(model.parameters()).device
     asked = config.train.per_device_eval_batch_size
     held_out = open_rows(data, "eval")
+    if problems := list(find_unknown_labels(held_out, labels)):
+        raise refuse(problems, "Correct the labels, or name other rows with data.eval=FILE")
     longest = int(held_out.lengths.max())
     check_row_length(longest, max_positions(model, model.config), target.base_name)
     outputs = 1 if task.judges_rows else len(labels.names) or len(tokenizer)

@@ -54,6 +54,7 @@ examples
                                          '+group=x' and 'group=x' mean the same
   python -m llmtune data data.train=my.jsonl
                                          problems by line, masks, lengths
+  python -m llmtune predict run=runs/NAME predict.input=rows.jsonl predict.output=out.jsonl
   python -m llmtune chat run=runs/NAME chat.prompt="..."
   python -m llmtune export run=runs/NAME export=safetensors
   python -m llmtune plan model=llama3_70b hardware=8xa100_80gb tuner=full
@@ -65,13 +66,13 @@ examples
 options
   --cfg job          print the composed configuration and stop
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
-  --json             plan, data, eval, verify, doctor: print one JSON object
+  --json             plan, data, eval, predict, verify, doctor: print one JSON object
   --fix              doctor: fix what is safe to fix
   --mirror           verify: then copy to checkpoint.mirror what of a run is not there
   --version, --help
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
-            75 training stopped by a signal, saved: the same command resumes,
+            75 train or predict stopped by a signal, saved: the same command resumes,
             130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM,
             and with its terminal (SIGHUP)
 

@@ -29,7 +29,7 @@ from llmtune.units import format_seconds
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Options
     from llmtune.config.composed import Composed
-    from llmtune.run.target import RunTarget
+    from llmtune.run.attempt import RunTarget
 
 
 def join_launcher() -> Launcher | None:
@@ -79,10 +79,10 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     from llmtune.plan.advice import check_fits
     from llmtune.plan.resolve import resolve_ladder
     from llmtune.run.adapter import adopt_adapter, check_adapter
+    from llmtune.run.attempt import lock_file, resolve_run_target
     from llmtune.run.fallback import FallbackRunner
     from llmtune.run.prepare import prepare_run
     from llmtune.run.ranks_ahead import RanksAhead, Surroundings
-    from llmtune.run.target import lock_file, resolve_run_target
     from llmtune.run.task import adopt_task
     from llmtune.train.begun import begun_train
     from llmtune.train.run_folder import RunFolder, open_run_folder

@@ -82,6 +82,12 @@ def _eval(composed: Composed, options: Options) -> int:
     return run(composed, options)
 
 
+def _predict(composed: Composed, options: Options) -> int:
+    from llmtune.cli.predict import run
+
+    return run(composed, options)
+
+
 def _chat(composed: Composed, options: Options) -> int:
     from llmtune.cli.chat import run
 
@@ -127,6 +133,10 @@ VERBS = {
     ),
     "merge": Verb(run=_export, summary="the same as export"),
     "eval": Verb(run=_eval, summary="held-out loss and metrics of a run, checkpoint or model"),
+    "predict": Verb(
+        run=_predict,
+        summary="what a run, checkpoint or model says of every row of a file: labels, scores, text",
+    ),
     "chat": Verb(run=_chat, summary="talk to a run, checkpoint or model"),
     "verify": Verb(
         run=_verify,

@@ -14,7 +14,7 @@ from llmtune.config.schema import Config
 FREE = ("model.config", "zero.deepspeed")
 
 #: Keys that take a file name, a mapping, or a list of both.
-SOURCES = ("data.train", "data.eval")
+SOURCES = ("data.train", "data.eval", "predict.input")
 
 #: Short or earlier name -> the key that it sets, on the command line and in YAML files.
 ALIASES = {

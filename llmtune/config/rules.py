@@ -19,6 +19,7 @@ def find_problems(config: Config) -> list[str]:
         *_find_offload_problems(config),
         *_find_schedule_problems(config),
         *_find_data_problems(config.data),
+        *_find_input_problems(config.predict.input),
         *_find_streaming_problems(config),
         *find_best_model_problems(config),
     ]
@@ -97,6 +98,11 @@ def _find_data_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.num_workers={workers}: 'auto', or an integer of at least 0"
     if data.pin_memory not in ("auto", True, False):
         yield f"data.pin_memory={data.pin_memory}: 'auto', true or false"
+
+
+def _find_input_problems(value: Any) -> Iterator[str]:
+    if value is not None and not _are_sources(value):
+        yield f"predict.input={value}: a file name, a mapping with path, or a list of them"
 
 
 def _are_sources(value: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from llmtune.config.groups.chat import ChatConfig
 from llmtune.config.groups.checkpoint import CheckpointConfig
 from llmtune.config.groups.data import DataConfig
 from llmtune.config.groups.export import ExportConfig
@@ -19,10 +18,12 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.paths import PathsConfig
 from llmtune.config.groups.schedule import ScheduleConfig
-from llmtune.config.groups.target import TargetConfig
 from llmtune.config.groups.tracker import TrackerConfig
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.tuner import TunerConfig
+from llmtune.config.groups.verbs.chat import ChatConfig
+from llmtune.config.groups.verbs.predict import PredictConfig
+from llmtune.config.groups.verbs.target import TargetConfig
 from llmtune.config.groups.zero import OffloadConfig, ZeroConfig
 
 
@@ -55,6 +56,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     run_name: str | None = None

@@ -17,6 +17,7 @@ PATHS = (
     "tuner.adapter_path",
     "offload.nvme_path",
     "paths.cache_dir",
+    "predict.output",
 )
 
 _POSITIVE = (
@@ -31,6 +32,7 @@ _POSITIVE = (
     "data.shuffle_buffer",
     "tuner.lora_r",
     "tuner.lora_alpha",
+    "tuner.freeze.last_layers",
     "checkpoint.keep_every",
     "launch.nproc",
     "launch.hang_timeout",
@@ -42,6 +44,8 @@ _POSITIVE = (
     "optim.eps",
     "export.max_shard_bytes",
     "chat.max_new_tokens",
+    "predict.max_new_tokens",
+    "predict.top_k",
 )
 
 _NOT_NEGATIVE = (
@@ -55,6 +59,8 @@ _NOT_NEGATIVE = (
     "data.dataloader_num_workers",
     "launch.max_restarts",
     "chat.temperature",
+    "predict.temperature",
+    "predict.seed",
     "seed",
 )
 
@@ -64,6 +70,7 @@ _COUNTS_OR_AUTO = (
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
     "train.per_device_eval_batch_size",
+    "predict.batch_size",
 )
 
 _FLAGS_OR_AUTO = (
@@ -137,6 +144,8 @@ def _find_range_problems(config: Config) -> Iterator[str]:
         yield f"schedule.warmup_ratio={ratio}: a share of all steps, below 1"
     if dropout >= 1:
         yield f"tuner.lora_dropout={dropout}: a probability, below 1"
+    if not 0 < config.predict.top_p <= 1:
+        yield f"predict.top_p={config.predict.top_p}: a share above 0, of at most 1"
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={betas}: two numbers of at least 0 and below 1"
 

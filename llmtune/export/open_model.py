@@ -9,7 +9,7 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
-from llmtune.export.architecture import read_config
+from llmtune.export.architecture import find_architecture, read_config, task_of
 from llmtune.export.card.license import check_licenses
 from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.merge.adapter import Adapter
@@ -38,6 +38,7 @@ from llmtune.export.sources.tensor_source import (
 )
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
+from llmtune.model.weights.names import match_names
 
 
 def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportModel:
@@ -113,10 +114,21 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
         base = Nf4RoundTripSource(base, quantized_names(request.base, base))
-    copies = _tied_copies(request.base, base)
-    if not copies:
+    left_out = {*_tied_copies(request.base, base), *_other_heads(request.base, base)}
+    if not left_out:
         return base
-    return RenamedSource(base, {name: name for name in base.specs if name not in copies})
+    return RenamedSource(base, {name: name for name in base.specs if name not in left_out})
+
+
+def _other_heads(folder: Path, base: TensorSource) -> list[str]:
+    """Find tensors that a classifier lacks: those of the head that its base had before.
+
+    Training puts a new head beside the base's files, which stay whole.
+    """
+    task = task_of(find_architecture(folder))
+    if task is None or not task.heads:
+        return []
+    return list(match_names(build_skeleton(folder), base.specs).unused)
 
 
 def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:

@@ -65,8 +65,13 @@ def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> 
     forward = forward_flops(shape, length)
     head = 0.0 if shape.judges_rows else 2.0 * shape.head_parameters
     recomputed = forward - head if gradient_checkpointing else 0.0
-    weights = forward if not shape.adapter_parameters else 0.0
-    return 2 * forward + recomputed + weights + 6.0 * shape.adapter_parameters
+    # Checkpointing makes the first layer's input need a gradient (``model/build.py``).
+    frozen_layers = 0 if gradient_checkpointing else shape.frozen_layers
+    inputs = forward * (1 - frozen_layers / shape.layers)
+    weights = 0.0
+    if not shape.adapter_parameters:
+        weights = forward * shape.trainable_parameters / shape.parameters
+    return forward + inputs + recomputed + weights + 6.0 * shape.adapter_parameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Resolve and load the target of ``export``, ``eval`` and ``chat``.
+"""Resolve and load the target of ``export``, ``eval``, ``predict`` and ``chat``.
 
 A target is a run, a checkpoint, or a base with or without an adapter.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from llmtune.model.source import resolve_model_folder
 from llmtune.model.task_folder import read_labels, resolve_task_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan.run_record import RunRecord
+from llmtune.run.target import WEIGHTS_SHARE, Target
 from llmtune.security.terminal import to_terminal
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
@@ -34,26 +35,6 @@ from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
     import torch
-
-#: Of a GPU's free memory; the rest is for activations and the cache of an answer.
-WEIGHTS_SHARE = 0.75
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A model on disk."""
-
-    config: Config
-    """The run's configuration with the command line on top, or the command line's."""
-    model_folder: Path
-    """Weights, configuration, tokenizer."""
-    adapter: Path | None
-    run: Path | None
-    base_name: str
-    labels: Labels = field(default_factory=Labels)
-    """The classes that the model tells apart; none for a language model."""
-    code_asked_by: str | None = None
-    """Origin of ``model.trust_remote_code=true`` in a stored configuration, which is not enough."""
 
 
 def resolve_target(composed: Composed) -> Target:
@@ -141,31 +122,34 @@ def load_model(target: Target) -> tuple[Any, Any]:
     """
     if target.config.model.trust_remote_code and (note := describe_own_code(target.model_folder)):
         sys.stderr.write(to_terminal(f"{note}\n"))
-    tokenizer = _load_tokenizer(target)
+    tokenizer = load_target_tokenizer(target)
     with explain_own_code(target.model_folder, target.code_asked_by):
         model = _load_weights(target)
     if target.adapter is not None:
         model = load_peft_adapter(model, target.adapter)
     model.config.use_cache = True
+    if target.labels.kind is not None and model.config.pad_token_id is None:
+        # A model that judges rows looks for their last token, which is the one before the padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
-def _load_tokenizer(target: Target) -> Any:
+def load_target_tokenizer(target: Target) -> Any:
     """Load the tokenizer of the adapter, which may have added tokens, or else the base's.
 
     Code is the base's alone.
+
+    Raises:
+        As :func:`load_model`.
     """
-    from llmtune.data.tokenize.chat_template import check_chat_template, load_chat_template
+    from llmtune.data.tokenize.chat_template import load_chat_template
 
     folder, code_of = target.model_folder, None
     if target.adapter is not None and (target.adapter / "tokenizer.json").is_file():
         folder, code_of = target.adapter, target.model_folder
     template = load_chat_template(target.config.data.chat_template)
     with explain_own_code(folder, target.code_asked_by, of_adapter=code_of is not None):
-        tokenizer = load_tokenizer(folder, target.config.model, template, code_of)
-    if target.labels.kind is None:
-        check_chat_template(tokenizer, target.base_name)
-    return tokenizer
+        return load_tokenizer(folder, target.config.model, template, code_of)
 
 
 def _load_weights(target: Target) -> Any:

@@ -48,8 +48,9 @@ def check_quantized(config: Config, stage: int, folder: Path) -> None:
     settings = quantization(folder)
     if settings is not None:
         name = config.model.name_or_path
-        trains_all = TUNERS.find(config.tuner.kind).trains_all
-        check_trainable(settings, read_entries(folder), trains_all, stage, name)
+        has_adapter = TUNERS.find(config.tuner.kind).has_adapter
+        own = None if has_adapter else config.tuner.kind
+        check_trainable(settings, read_entries(folder), own, stage, name)
 
 
 def check_model(

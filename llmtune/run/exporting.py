@@ -19,7 +19,8 @@ from llmtune.export.request import ExportRequest
 from llmtune.export.sources.deepspeed.checkpoint_parts import has_adapter, write_adapter
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.model.source import resolve_model_folder
-from llmtune.run.artifact import Target, from_trained, trained_folder
+from llmtune.run.artifact import from_trained, trained_folder
+from llmtune.run.target import Target
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer

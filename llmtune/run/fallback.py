@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     from llmtune.config.schema import Config
     from llmtune.plan.ladder import Candidate, Ladder
     from llmtune.plan.plan import Plan
-    from llmtune.run.attempt import RunInputs
-    from llmtune.run.target import RunTarget
+    from llmtune.run.attempt import RunInputs, RunTarget
     from llmtune.track.console import Console
     from llmtune.train.request import RunRequest
     from llmtune.train.run_folder import RunFolder

@@ -33,10 +33,9 @@ from llmtune.plan.devices.probe import resolve_accelerator
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.resolve import resolve_plan
 from llmtune.run.adapter import adopt_adapter, check_adapter
-from llmtune.run.attempt import attempt
+from llmtune.run.attempt import RunTarget, attempt, lock_file, resolve_run_target
 from llmtune.run.describe import describe
 from llmtune.run.rank import exit_now, limit_own_memory, make_own_swap, show_phases
-from llmtune.run.target import RunTarget, lock_file, resolve_run_target
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.track.console import Console

@@ -29,9 +29,8 @@ from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan, evaluation_interval, resolve_steps
-from llmtune.run.attempt import RunInputs
+from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.check_model import check_model, check_quantized
-from llmtune.run.target import RunTarget
 from llmtune.run.task import resolve_labels
 from llmtune.storage.signature import read_signer
 from llmtune.task.task import find_task

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llmtune.storage.plain_json import parse_json
 
@@ -37,12 +37,25 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     Raises:
         OSError: The disk refused.
     """
+    with open_atomically(path) as file:
+        file.write(_encode(data))
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write to, which one process does; it gets its name when the block ends.
+
+    The old content stays until the new one is on the disk.
+
+    Raises:
+        OSError: The disk refused.
+    """
     aside = path.with_name(f".{path.name}{_PART}")
     # Opened before: a process that sees the new file may rename its folder at once.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         with aside.open("wb") as file:
-            file.write(_encode(data))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

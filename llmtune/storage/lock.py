@@ -39,14 +39,17 @@ def wait_for_lock(file: IO[str] | int) -> None:
 
 
 @contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
+def hold_lock(path: Path, instead: str = "run_name= or output_dir=") -> Iterator[None]:
     """Hold the lock file of a run folder for the length of the block.
+
+    Args:
+        instead: The keys that name another folder, for the message.
 
     Raises:
         CheckpointError: Another process holds it, or it cannot be made.
         MissingPrerequisiteError: Something else is in its place.
     """
-    with _take(path) as file:
+    with _take(path, instead) as file:
         file.truncate(0)
         # The process id is for the message of a process that is refused. A full disk has no room
         # for it.
@@ -59,7 +62,7 @@ def hold_lock(path: Path) -> Iterator[None]:
             _held.discard(path)
 
 
-def _take(path: Path) -> IO[str]:
+def _take(path: Path, instead: str) -> IO[str]:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +70,14 @@ def _take(path: Path) -> IO[str]:
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be written: {error.strerror}; free space there, or take another"
-                " output_dir="
+                f" {instead}"
             ) from error
         if not try_lock(file):
             with file:
                 holder = file.read().strip() or "unknown"
             raise CheckpointError(
                 f"{path.parent}: another run is using this folder (process {holder}); "
-                "wait for it, or take another run_name= or output_dir="
+                f"wait for it, or take another {instead}"
             )
         # Its last holder may have removed it, with the folder, since it was opened here. Then
         # others lock another file of that name.

@@ -18,6 +18,9 @@ class Tags(tuple[str | int, ...]):
 #: The label of a row, as its file has it: a class, a number, several of them, or tags.
 Label = str | int | float | tuple[str | int | float, ...] | Tags
 
+#: Stands for the label, or for each tag, of a row that is to be predicted.
+UNKNOWN = ""
+
 
 class LabelKind(Enum):
     """The kind of a row's label."""

@@ -126,6 +126,18 @@ class Task:
         """
         return None
 
+    def describe_predictions(
+        self, logits: torch.Tensor, rows: Sequence[Any], labels: Labels, top_k: int | None
+    ) -> list[dict[str, Any]]:
+        """Say what the logits of a batch mean: plain values, ``prediction`` and ``scores``.
+
+        Args:
+            logits: As the model returns them.
+            rows: Each with ``mask`` and ``label``.
+            top_k: Classes in the scores; None is all.
+        """
+        raise NotImplementedError
+
 
 TASKS: Registry[Task] = Registry("model.task", "llmtune.task.kinds", also=(AUTO,), interface=Task)
 

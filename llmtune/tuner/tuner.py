@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmtune.config.groups.tuner import TunerConfig
@@ -29,6 +30,8 @@ class Tuner:
     """The result is an adapter for an unchanged base, not a full model."""
     trains_all: ClassVar[bool] = False
     """Every parameter of the model is trained, so that its optimizer states are large."""
+    reads_freeze: ClassVar[bool] = False
+    """``tuner.freeze`` chooses the parameters that it trains."""
     is_quantized: ClassVar[bool] = False
     """Linear layers of the model except the head are kept in 4 bits (NF4)."""
     not_trained_yet: ClassVar[str | None] = None
@@ -44,6 +47,12 @@ class Tuner:
                 f"tuner.adapter_path={config.adapter_path} needs tuner=lora; {self.title} has no"
                 " adapter"
             )
+        if not self.reads_freeze:
+            problems += [
+                f"tuner.freeze.{key}={value} needs tuner=freeze; {self.title} does not read it"
+                for key, value in asdict(config.freeze).items()
+                if value is not None
+            ]
         return problems
 
     def choose_layers(
@@ -64,6 +73,22 @@ class Tuner:
         """Tell whether a parameter of the model itself is trained."""
         return self.trains_all
 
+    def choose_parameters(self, model: Any, config: TunerConfig) -> Collection[str]:
+        """Choose the trained parameters of the model itself, by :meth:`trains`.
+
+        Args:
+            model: A transformers model, on any device, under ZeRO 3 with slices of its parameters.
+
+        Returns:
+            Their names, as ``named_parameters`` gives them.
+
+        Raises:
+            ConfigError: The model has none that the config names.
+        """
+        return {
+            name for name, parameter in model.named_parameters() if self.trains(name, parameter)
+        }
+
     def attach(
         self, model: Any, config: TunerConfig, base: str, seed: int, head: Head = NO_HEAD
     ) -> Any:
@@ -78,7 +103,7 @@ class Tuner:
         Returns:
             The model that is trained.
         """
-        mark_trained(self, model, head.modules)
+        mark_trained(self, model, config, head.modules)
         return model
 
     def import_libraries(self) -> None:
@@ -89,16 +114,26 @@ class Tuner:
         return self.title
 
 
-def is_trained(tuner: Tuner, name: str, parameter: Any, head: Sequence[str] = ()) -> bool:
-    """Tell whether a parameter of the model itself is trained: by the tuner, or as the head's.
+def find_trained(
+    tuner: Tuner, model: Any, config: TunerConfig, head: Sequence[str] = ()
+) -> set[str]:
+    """Name the parameters of the model itself that are trained: by the tuner, or as the head's.
 
     Args:
         head: Names of the modules that are the task's head.
+
+    Raises:
+        ConfigError: The model has none of the parameters that ``tuner.*`` names.
     """
-    return in_modules(name, head) or tuner.trains(name, parameter)
+    chosen = tuner.choose_parameters(model, config)
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (name in chosen or in_modules(name, head))
+    }
 
 
-def mark_trained(tuner: Tuner, model: Any, head: Sequence[str] = ()) -> None:
+def mark_trained(tuner: Tuner, model: Any, config: TunerConfig, head: Sequence[str] = ()) -> None:
     """Freeze every parameter of the model that neither the tuner nor the task trains.
 
     What the architecture itself freezes stays frozen, such as the biases by which AFMoE and
@@ -107,8 +142,9 @@ def mark_trained(tuner: Tuner, model: Any, head: Sequence[str] = ()) -> None:
     Args:
         head: Names of the modules that are the task's head.
     """
+    trained = find_trained(tuner, model, config, head)
     for name, parameter in model.named_parameters():
-        if not is_trained(tuner, name, parameter, head):
+        if name not in trained:
             parameter.requires_grad_(False)
 
 

@@ -157,7 +157,7 @@ def test_the_launchers_local_rank_is_taken_off(form: list[str]) -> None:
 def test_help_and_version_say_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(verb in text for verb in ("train", "export", "merge", "eval", "chat"))
+    assert all(verb in text for verb in ("train", "export", "merge", "eval", "predict", "chat"))
     assert main(["--version"]) == 0
 
 

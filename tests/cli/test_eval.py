@@ -9,7 +9,7 @@ import pytest
 
 from llmtune.cli.eval import find_other_split
 from llmtune.config.compose import compose_config
-from llmtune.run.artifact import Target
+from llmtune.run.target import Target
 from llmtune.storage import layout
 
 ROWS = "data.train=/rows.jsonl"

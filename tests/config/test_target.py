@@ -10,7 +10,7 @@ import yaml
 
 from llmtune.config.compose import compose_config
 from llmtune.config.composed import with_overrides
-from llmtune.config.groups.target import TargetConfig
+from llmtune.config.groups.verbs.target import TargetConfig
 from llmtune.config.keys import ALIASES, YAML_ALIASES
 from llmtune.config.stored import dump_yaml, load_config, read_key
 from llmtune.errors import ConfigError

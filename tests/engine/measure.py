@@ -29,7 +29,7 @@ from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.task.losses import sum_cross_entropy
-from llmtune.tuner.peft_model import add_lora
+from llmtune.tuner.tuner import TUNERS
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
 from tests.joined import join_ranks
@@ -59,7 +59,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         tempfile.mkdtemp(dir=Path(sys.argv[2]).parent) if rank.is_first else None, rank
     )
     shape = resolve_shape(config.model, config.tuner)
-    placement = make_placement(task["stage"], task["rung"], config.tuner.kind == "full")
+    tuner = TUNERS.find(config.tuner.kind)
+    placement = make_placement(task["stage"], task["rung"], tuner.trains_all)
     optimizer = OPTIMIZERS.find(config.optim.kind)
     sizes = resolve_zero_sizes(shape, placement, optimizer, rank.world_size, "cpu")
     batch = BatchPlan(
@@ -80,13 +81,17 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
     load_ops("cpu", placement)
     before = storages()
-    lora = config.tuner.kind == "lora"
     partitioned = (lambda: zero_init(deepspeed)) if placement.zero_stage == 3 else None
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
-    model = add_lora(model, config.tuner, "base", 0) if lora else model
+    model = tuner.attach(model, config.tuner, "base", 0)
     module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer)
     del model
+    trained = sum(
+        getattr(parameter, "ds_numel", parameter.numel())
+        for parameter in module.engine.module.parameters()
+        if parameter.requires_grad
+    )
     memory = measure_steps(module, before, batch, shape.vocab_size)
     barrier(rank)
     swapped = sum(
@@ -100,8 +105,12 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         for n in ("weights", "adapters", "gradients", "optimizer", "buckets")
     }
     return {
-        "predicted": {"memory": total.device + total.host, "nvme": total.nvme},
-        "measured": {"memory": memory, "nvme": swapped},
+        "predicted": {
+            "memory": total.device + total.host,
+            "nvme": total.nvme,
+            "trained": shape.trainable_parameters,
+        },
+        "measured": {"memory": memory, "nvme": swapped, "trained": trained},
         "categories": categories,
     }
 

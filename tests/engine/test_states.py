@@ -64,14 +64,29 @@ def test_so_are_those_of_an_optimizer_with_one_state(tmp_path: Path) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("part", [0, 1])
+def test_so_are_those_of_a_model_of_which_a_part_is_frozen(part: int, tmp_path: Path) -> None:
+    """Embeddings and head are frozen; two ranks share the layers without cutting a matrix."""
+    cells = [
+        (place, "freeze", ("bf16", "fp32")[index % 2], 2 - index % 3 // 2)
+        for index, place in enumerate(PLACES)
+        if has_tuner(place, "freeze")
+    ][part::2]
+    wrong = find_wrong(cells, tmp_path, "tuner.freeze.last_layers=2")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
 def find_wrong(cells: list[Any], tmp_path: Path, *overrides: str) -> list[Any]:
-    """Every number of bytes that is planned more than one percent off."""
+    """Every number of bytes that is planned more than one percent off, and of parameters that is
+    not the engine's.
+    """
     wrong = []
     for ranks in RANKS:
         of_ranks = [cell for cell in cells if cell[3] == ranks]
         tasks = [
             {
-                "overrides": [*MODEL, *overrides, f"tuner={tuner}", f"precision={precision}"],
+                "overrides": [*MODEL, f"tuner={tuner}", *overrides, f"precision={precision}"],
                 "stage": stage,
                 "rung": rung,
                 "accumulation": 2 // ranks,
@@ -85,8 +100,8 @@ def find_wrong(cells: list[Any], tmp_path: Path, *overrides: str) -> list[Any]:
         )
         for cell, result in zip(of_ranks, found, strict=True):
             predicted, measured = result["predicted"], result["measured"]
-            for kind in ("memory", "nvme"):
-                if abs(predicted[kind] - measured[kind]) > 0.01 * max(measured[kind], 1):
+            for kind, share in (("memory", 0.01), ("nvme", 0.01), ("trained", 0.0)):
+                if abs(predicted[kind] - measured[kind]) > share * max(measured[kind], 1):
                     wrong.append(
                         (cell, kind, predicted[kind], measured[kind], result["categories"])
                     )

@@ -140,6 +140,9 @@ def judge_interrupt(trial: Interrupt, outcome: Outcome, undisturbed: int) -> lis
     """What is wrong with it; ``undisturbed`` is the exit code of the verb when it is left alone."""
     by_signal = 128 + trial.number
     allowed = {EXIT_STOPPED if trial.verb == "train" else by_signal}
+    if trial.verb == "predict":
+        # Its libraries are imported before there is anything to go on with.
+        allowed.add(EXIT_STOPPED)
     if (
         trial.verb == "train"
         and "Traceback" not in outcome.console

@@ -28,7 +28,7 @@ from tests.support import ROOT
 
 pytestmark = pytest.mark.process
 
-VERBS = ("train", "data", "export", "eval", "chat", "plan", "verify", "doctor")
+VERBS = ("train", "data", "export", "eval", "predict", "chat", "plan", "verify", "doctor")
 ROWS = 60_000
 
 
@@ -61,6 +61,12 @@ class Setting:
             "data": ["data", "model=tiny", *rows, f"output_dir={own / 'out'}"],
             "export": [*on_run, "export=safetensors", f"output_dir={own / 'out'}"],
             "eval": on_run,
+            "predict": [
+                *on_run,
+                f"predict.input={self.folder / 'rows.jsonl'}",
+                f"predict.output={own / 'out.jsonl'}",
+                "predict.max_new_tokens=4",
+            ],
             "chat": [*on_run, "chat.prompt=What is a list?", "chat.max_new_tokens=200"],
             "plan": ["plan", "model=tiny", cache],
             "verify": on_run,

@@ -14,6 +14,7 @@ from llmtune.plan.memory.activations import ActivationModel, loss_bytes
 from llmtune.plan.memory.fake_run import TraceSettings
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.tuner.peft_model import add_lora
+from llmtune.tuner.tuner import TUNERS, mark_trained
 from tests.support import matrix
 
 #: Some layers of SmolLM2's width, so that a real pass is quick.
@@ -34,6 +35,8 @@ def kept_bytes(config: Any, settings: TraceSettings) -> int:
     )
     if config.tuner.kind == "lora":
         model = add_lora(model, config.tuner, "base", 0).get_base_model()
+    if config.tuner.kind == "freeze":
+        mark_trained(TUNERS.find("freeze"), model, config.tuner)
     model.train()
     own = {
         tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]
@@ -67,7 +70,26 @@ def kept_bytes(config: Any, settings: TraceSettings) -> int:
 )
 def test_kept_activations_are_within_five_percent(cells: list[Any]) -> None:
     ((tuner, kernel, precision, (rows, packed)),) = cells
-    config = compose_config([*MODEL, f"tuner={tuner}"]).config
+    check_kept([f"tuner={tuner}"], kernel, precision, rows, packed)
+
+
+@pytest.mark.parametrize(
+    ("part", "kernel"),
+    [
+        (["tuner.freeze.last_layers=1"], "sdpa"),
+        (["tuner.freeze.last_layers=4"], "eager"),
+        (["tuner.freeze.last_layers=null", "tuner.freeze.pattern=layers.[1-4].mlp"], "sdpa"),
+        (["tuner.freeze.last_layers=null", "tuner.freeze.pattern=embed_tokens"], "sdpa"),
+    ],
+)
+def test_so_are_those_of_a_model_of_which_a_part_is_frozen(part: list[str], kernel: str) -> None:
+    check_kept(["tuner=freeze", *part], kernel, Precision.bf16, 2, False)
+
+
+def check_kept(
+    overrides: list[str], kernel: str, precision: Precision, rows: int, packed: bool
+) -> None:
+    config = compose_config([*MODEL, *overrides]).config
     shape = resolve_shape(config.model, config.tuner)
     settings = TraceSettings(
         rows=rows,

@@ -27,9 +27,8 @@ from llmtune.launch.supervise.outcome import RanksFailedError
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan
 from llmtune.run import fallback
-from llmtune.run.attempt import RunInputs
+from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.fallback import FallbackRunner
-from llmtune.run.target import RunTarget
 from llmtune.storage import layout
 from llmtune.storage.plain_fields import from_plain
 from llmtune.storage.rank_files import RestartRecord

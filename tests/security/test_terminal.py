@@ -19,6 +19,7 @@ import llmtune
 from llmtune.cli import main
 from llmtune.cli.data import _colored
 from llmtune.cli.output import Output
+from llmtune.config.compose import compose_config
 from llmtune.data.report.statistics import TextSpan
 from llmtune.security.terminal import GRAY, GREEN, PLAIN, show_controls, to_json_line, to_terminal
 from llmtune.track.console import Console
@@ -91,6 +92,7 @@ def test_an_answer_of_a_model_gives_no_orders(
 ) -> None:
     class Target:
         adapter, model_folder = None, Path("/m")
+        config = compose_config(["model=tiny"]).config
 
     monkeypatch.setattr("llmtune.run.artifact.resolve_target", lambda _: Target)
     monkeypatch.setattr("llmtune.run.artifact.load_model", lambda _: (None, None))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from llmtune.plan.run_record import RunRecord
 from tests.support import Finished, run_cli
@@ -104,6 +105,39 @@ def test_a_decoder_with_lora_under_zero_3_merges_into_what_peft_computes(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("model=tiny_bert",),
+        ("model=tiny_roberta",),
+        ("model=tiny", "+model.config.tie_word_embeddings=false"),
+    ],
+    ids=["bert", "roberta", "untied llama"],
+)
+def test_the_head_that_the_base_had_before_is_left_out_of_what_is_merged(
+    model: tuple[str, ...], rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(rows, run, *model, "tuner=lora", "export.dtype=fp32")
+    loaded: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+        run / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    merged, info = loaded
+    assert not any(info.values()), info
+
+    from peft import PeftModel
+
+    record = RunRecord.from_json((run / "plan.json").read_text())
+    assert record.model_folder is not None
+    base: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+        record.model_folder, dtype=torch.float32
+    )
+    adapted = PeftModel.from_pretrained(base, str(run / "adapter"))
+    expected = logits_of(adapted, run / "merged")
+    assert torch.allclose(logits_of(merged, run / "merged"), expected, atol=1e-5)
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("form", ["onnx", "torchscript", "pt"])
 def test_a_graph_of_a_classifier_computes_what_the_model_does(
     form: str, rows: Path, tmp_path: Path
@@ -153,3 +187,37 @@ def test_rows_of_another_task_are_refused_before_a_rank_starts(rows: Path, tmp_p
     assert packed.code == 2
     assert "cannot share a row" in packed.err
     assert not (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_head_is_trained_with_the_last_layer_and_the_rest_stays_bit_by_bit(
+    kind: str, rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(
+        rows,
+        run,
+        f"model.config.model_type={kind}",
+        *("tuner=freeze", "tuner.freeze.last_layers=1", "zero=3", "launch.nproc=2"),
+        *("optim.learning_rate=1e-2", "export.dtype=fp32"),
+    )
+    record = RunRecord.from_json((run / "plan.json").read_text())
+    assert record.model_folder is not None
+    before: dict[str, torch.Tensor] = {}
+    for file in record.model_folder.glob("*.safetensors"):
+        before.update(load_file(file))
+    after = load_file(run / "model/model.safetensors")
+    last = {
+        "llama": ("model.layers.1.", "model.norm.", "score."),
+        "bert": ("bert.encoder.layer.1.", "bert.pooler.", "classifier."),
+    }[kind]
+    for name, weight in after.items():
+        assert torch.equal(weight, before[name]) != name.startswith(last), name
+    # The head is planned for the task's usual labels, and not for those of the rows.
+    body = [name for name in after if name.startswith(last[:-1])]
+    assert record.shape is not None
+    planned = record.shape.trainable_parameters - record.shape.head_parameters
+    assert planned == sum(after[name].numel() for name in body)
+    model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(run / "model")
+    assert logits_of(model, run / "model").shape == (len(TEXTS), 3)

@@ -169,7 +169,7 @@ def train(
         evaluations=evaluation_interval(config, steps),
         saves=save_interval(config, steps),
         best=best,
-        evaluator=stands_in(evaluate=evaluate),
+        evaluator=stands_in(evaluate=evaluate, write_table=lambda: None),
         saver=Saver(disk, best, after_save),  # type: ignore[arg-type]
         divergence=stands_in(skipped_steps=(), check=lambda *_: None),
         trackers=stands_in(log=lambda _: None, summarize=disk.summary.update),

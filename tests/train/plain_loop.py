@@ -8,6 +8,7 @@ fp64.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Recipe:
     weight_decay: float
     max_grad_norm: float
     optimizer: str = "adamw"
+    trained: str = ""
+    """Regular expression for the names of the weights that are trained; the others are frozen."""
 
 
 @dataclass(kw_only=True)
@@ -90,6 +93,9 @@ def train(recipe: Recipe) -> Curve:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, recipe.adapter, is_trainable=True)
+    for name, weight in model.named_parameters():
+        if not re.search(recipe.trained, name):
+            weight.requires_grad_(False)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     # Biases and norms are not decayed.
     matrices = [weight for weight in trained.values() if weight.ndim > 1]

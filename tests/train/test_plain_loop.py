@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import compose_config
+from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import TrainLoader
 from llmtune.data.prepared_data import open_rows
 from llmtune.model.source import resolve_model_folder
@@ -40,6 +42,19 @@ LION_CELLS = [
     ("lora", True, 1, 1, 2, 0.1),
     ("full", True, 2, 2, 2, 0.0),
     ("full", False, 3, 2, 1, 0.1),
+]
+
+
+#: The same factors, with a part of the model, which an expression names in plain PyTorch.
+FREEZE_CELLS = [
+    (("freeze", False, 0, 2, 1, 0.1), ["tuner.freeze.last_layers=1"], r"layers\.1\.|model\.norm"),
+    (("freeze", True, 3, 2, 2, 0.0), ["tuner.freeze.last_layers=1"], r"layers\.1\.|model\.norm"),
+    (
+        ("freeze", False, 3, 2, 1, 0.1),
+        ["tuner.freeze.last_layers=null", "tuner.freeze.pattern=layers\\.0\\.mlp|lm_head"],
+        # The head is tied to the embeddings, and has their name.
+        r"layers\.0\.mlp|embed_tokens",
+    ),
 ]
 
 
@@ -116,7 +131,7 @@ def documents_of_steps(
     )
     last: Any = plan["steps"]["total_rows"]
     seed = int(yaml.safe_load((run / "config.yaml").read_text())["seed"])
-    loader = TrainLoader(rows, batch, 0, seed, None, last)  # type: ignore[arg-type]
+    loader = TrainLoader(rows, batch, 0, seed, Collator(pad_token_id=0), last)
     steps = [loader.row_numbers(number * BATCH) for number in range(plan["steps"]["total_steps"])]
     return [
         [documents[line - 1] for row in step for _, line in rows.locations(row)] for step in steps
@@ -129,6 +144,8 @@ def check(
     tmp_path: Path,
     optimizer: str = "adamw",
     rate: float = RATE,
+    more: Sequence[str] = (),
+    trained: str = "",
 ) -> None:
     tuner, packing, stage, ranks, accumulation, decay = cell
     schedule = SCHEDULES[(stage + ranks) % 3]
@@ -148,6 +165,7 @@ def check(
         *(f"optim={optimizer}", f"optim.learning_rate={rate}"),
         *(f"schedule.warmup_steps={WARMUP}", f"schedule={schedule}", f"train.max_grad_norm={CLIP}"),
         *("export=none", f"output_dir={run}"),
+        *more,
     ]
     config = compose_config(["model=tiny"]).config
     base = resolve_model_folder(config.model, open_cache(config.paths), print)
@@ -179,6 +197,7 @@ def check(
             weight_decay=decay,
             max_grad_norm=CLIP,
             optimizer=optimizer,
+            trained=trained,
         )
     )
 
@@ -194,14 +213,17 @@ def check(
     ]
     evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert evaluations == pytest.approx(found.eval_losses, rel=TOLERANCE)
-    check_weights(run, found)
+    check_weights(run, found, load_file(base / "model.safetensors") if more else {})
 
 
-def check_weights(run: Path, found: plain_loop.Curve) -> None:
+def check_weights(run: Path, found: plain_loop.Curve, base: dict[str, torch.Tensor]) -> None:
     [file] = [*(run / "adapter").glob("*.safetensors"), *(run / "model").glob("*.safetensors")]
     written = load_file(file)
     expected = {name.replace(".default.", "."): weight for name, weight in found.weights.items()}
-    assert written.keys() == expected.keys()
+    frozen = base.keys() - expected.keys()
+    assert written.keys() == expected.keys() | frozen
+    for name in frozen:
+        assert torch.equal(written[name], base[name]), name
     for name, weight in expected.items():
         # AdamW makes a step of full length out of a gradient of any size, so that single elements
         # may differ by one.
@@ -222,6 +244,14 @@ def test_a_run_with_lion_is_what_plain_pytorch_computes(
     cell: tuple[Any, ...], folder: Path, tmp_path: Path
 ) -> None:
     check(cell, folder, tmp_path, "lion", RATE / 5)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("cell", "more", "trained"), FREEZE_CELLS)
+def test_a_run_that_trains_a_part_of_the_model_is_what_plain_pytorch_computes(
+    cell: tuple[Any, ...], more: list[str], trained: str, folder: Path, tmp_path: Path
+) -> None:
+    check(cell, folder, tmp_path, more=more, trained=trained)
 
 
 @pytest.mark.process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmtune.config.groups.tuner import TunerConfig
 from llmtune.tuner.tuner import TUNERS, mark_trained
 
 
@@ -19,7 +20,7 @@ def _model() -> torch.nn.Module:
 def test_full_fine_tuning_leaves_frozen_what_the_architecture_freezes() -> None:
     """A buffer kept as a parameter would get an optimizer state, and integers have no gradient."""
     model = _model()
-    mark_trained(TUNERS.find("full"), model)
+    mark_trained(TUNERS.find("full"), model, TunerConfig(kind="full"))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"weight", "bias"}
 
@@ -27,5 +28,5 @@ def test_full_fine_tuning_leaves_frozen_what_the_architecture_freezes() -> None:
 def test_adapters_freeze_every_parameter_of_the_model() -> None:
     """The base of an adapter stays as it is."""
     model = _model()
-    mark_trained(TUNERS.find("lora"), model)
+    mark_trained(TUNERS.find("lora"), model, TunerConfig(kind="lora"))
     assert not any(parameter.requires_grad for parameter in model.parameters())

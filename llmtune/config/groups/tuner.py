@@ -9,11 +9,25 @@ from omegaconf import MISSING
 
 
 @dataclass(slots=True, kw_only=True)
+class FreezeConfig:
+    """The part of the model that ``tuner=freeze`` trains: exactly one of both keys chooses it."""
+
+    last_layers: int | None = None
+    """The last layers, with the norm behind them."""
+    pattern: str | None = None
+    """Regular expression that is searched for in the names of parameters."""
+
+
+@dataclass(slots=True, kw_only=True)
 class TunerConfig:
-    """The weights that are trained: all of the model, or LoRA adapters."""
+    """The weights that are trained: all of the model, a part of it, or LoRA adapters."""
 
     kind: str = MISSING
-    """``full``, ``lora``, or ``qlora`` (LoRA on weights in 4 bits; it can only be planned yet)."""
+    """``full``, ``freeze`` (a part of the model), ``lora``, or ``qlora``.
+
+    ``qlora`` is LoRA on weights in 4 bits, which can only be planned yet.
+    """
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
     adapter_path: str | None = None
     """A peft adapter folder to start from, whose ranks, scales and modules are taken."""
     lora_r: int = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.formats.format import FORMATS, PromptFormat, RowFormat
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError, short
 from llmtune.data.rows.values import Row, read_list, read_text
@@ -15,6 +15,13 @@ def _read(row: Row) -> Conversation:
 
     ``history`` is ``[[question, answer], ...]``.
     """
+    asked = _read_prompt(row).messages
+    answer = Message(role=Role.assistant, content=read_text(row, "output"))
+    return Conversation(messages=(*asked, answer))
+
+
+def _read_prompt(row: Row) -> Conversation:
+    """The same without ``output``."""
     instruction = read_text(row, "instruction")
     extra = read_text(row, "input", required=False)
     system = read_text(row, "system", required=False)
@@ -33,7 +40,6 @@ def _read(row: Row) -> Conversation:
     messages.append(
         Message(role=Role.user, content=f"{instruction}\n\n{extra}" if extra else instruction)
     )
-    messages.append(Message(role=Role.assistant, content=read_text(row, "output")))
     return Conversation(messages=tuple(messages))
 
 
@@ -53,5 +59,8 @@ FORMATS.register(
         priority=30,
         lists=("history",),
         is_chat=True,
+        prompt=PromptFormat(
+            read=_read_prompt, marks=(frozenset({"instruction"}),), lists=("history",)
+        ),
     )
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.formats.format import FORMATS, PromptFormat, RowFormat
 from llmtune.data.rows.conversation import Conversation
-from llmtune.data.rows.turns import from_turns
+from llmtune.data.rows.turns import from_turns, prompt_from_turns
 from llmtune.data.rows.values import Row
 
 
@@ -16,6 +16,11 @@ def _read(row: Row) -> Conversation:
     return from_turns(row, "messages")
 
 
+def _read_prompt(row: Row) -> Conversation:
+    """The same up to the last message that is not the assistant's."""
+    return prompt_from_turns(row, "messages")
+
+
 FORMATS.register(
     RowFormat(
         name="messages",
@@ -25,5 +30,8 @@ FORMATS.register(
         priority=10,
         lists=("messages",),
         is_chat=True,
+        prompt=PromptFormat(
+            read=_read_prompt, marks=(frozenset({"messages"}),), lists=("messages",)
+        ),
     )
 )

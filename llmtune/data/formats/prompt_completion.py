@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.formats.format import FORMATS, PromptFormat, RowFormat
 from llmtune.data.rows.conversation import Conversation, Message, Role
-from llmtune.data.rows.turns import from_turns, is_answer, list_switches
+from llmtune.data.rows.turns import from_turns, is_answer, list_switches, prompt_from_turns
 from llmtune.data.rows.values import Row, read_list, read_text
 
 
@@ -34,6 +34,14 @@ def _read(row: Row) -> Conversation:
     )
 
 
+def _read_prompt(row: Row) -> Conversation:
+    """``prompt``: a text without a template, or a list of messages with it."""
+    if isinstance(row.get("prompt"), list | tuple):
+        return prompt_from_turns({**row, "messages": row["prompt"]}, "messages")
+    message = Message(role=Role.user, content=read_text(row, "prompt"))
+    return Conversation(messages=(message,), plain=True)
+
+
 def _beside_lists(row: Row) -> frozenset[str]:
     """Fields that are read beside two lists of messages, and not beside two texts."""
     if isinstance(row.get("prompt"), list | tuple):
@@ -51,5 +59,6 @@ FORMATS.register(
         lists=("prompt", "completion"),
         lists_may_be_texts=True,
         more_fields=_beside_lists,
+        prompt=PromptFormat(read=_read_prompt, marks=(frozenset({"prompt"}),), lists=("prompt",)),
     )
 )

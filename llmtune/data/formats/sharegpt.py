@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.formats.format import FORMATS, PromptFormat, RowFormat
 from llmtune.data.rows.conversation import Conversation
-from llmtune.data.rows.turns import from_turns
+from llmtune.data.rows.turns import from_turns, prompt_from_turns
 from llmtune.data.rows.values import Row
 
 
 def _read(row: Row) -> Conversation:
     """Read ``conversations``, a list of ``{from, value}``, and optional ``system``, ``tools``."""
     return from_turns(row, "conversations")
+
+
+def _read_prompt(row: Row) -> Conversation:
+    """The same up to the last turn that is not the assistant's."""
+    return prompt_from_turns(row, "conversations")
 
 
 FORMATS.register(
@@ -22,5 +27,8 @@ FORMATS.register(
         priority=20,
         lists=("conversations",),
         is_chat=True,
+        prompt=PromptFormat(
+            read=_read_prompt, marks=(frozenset({"conversations"}),), lists=("conversations",)
+        ),
     )
 )

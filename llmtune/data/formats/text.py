@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtune.data.formats.format import FORMATS, RowFormat
+from llmtune.data.formats.format import FORMATS, PromptFormat, RowFormat
 from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.values import Row, read_text
 
@@ -14,6 +14,12 @@ def _read(row: Row) -> Conversation:
     )
 
 
+def _read_prompt(row: Row) -> Conversation:
+    """``text``, which is continued."""
+    message = Message(role=Role.user, content=read_text(row, "text"))
+    return Conversation(messages=(message,), plain=True)
+
+
 FORMATS.register(
     RowFormat(
         name="text",
@@ -21,5 +27,6 @@ FORMATS.register(
         fields=frozenset({"text"}),
         marks=(frozenset({"text"}),),
         priority=60,
+        prompt=PromptFormat(read=_read_prompt, marks=(frozenset({"text"}),)),
     )
 )

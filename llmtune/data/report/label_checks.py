@@ -12,7 +12,7 @@ import numpy as np
 from llmtune.data.rows.problems import Problem, format_location, short
 from llmtune.data.store.token_store import Rows, TokenStore
 from llmtune.errors import DataError
-from llmtune.task.labels import Label, LabelKind, Tags
+from llmtune.task.labels import Label, LabelKind, Labels, Tags
 
 #: A name of a class, as the rows have it.
 Class = str | int
@@ -141,6 +141,47 @@ def _find_lengths(train: Rows, evaluation: Rows) -> Iterator[Problem]:
                     *rows.location(row),
                     f"the label has {length} numbers, and that of {expected[1]} has {expected[0]}",
                 )
+
+
+def find_unknown_labels(rows: Rows, labels: Labels) -> Iterator[Problem]:
+    """Find rows of an evaluation whose label is none that the model tells.
+
+    Args:
+        labels: Of the model; none of a language model.
+    """
+    if not len(rows):
+        return
+    if bool(rows.labels) != (labels.kind is not None):
+        said = "a label, and the model writes text" if rows.labels else "no label"
+        yield Problem(*rows.location(0), f"the row has {said}; take rows of the model's task")
+        return
+    for row, label in enumerate(rows.labels):
+        reason = _find_numbers_problem if labels.kind is LabelKind.value else _find_class_problem
+        if (problem := reason(label, labels)) is not None:
+            yield Problem(*rows.location(row), problem)
+
+
+def _find_numbers_problem(label: Label, labels: Labels) -> str | None:
+    numbers: Any = label if isinstance(label, tuple) else (label,)
+    told = len(labels.names)
+    try:
+        count = len([float(number) for number in numbers])
+    except ValueError:
+        return f"the label {short(label)} is no number, and the model tells numbers"
+    return None if count == told else f"the label has {count} numbers, and the model tells {told}"
+
+
+def _find_class_problem(label: Label, labels: Labels) -> str | None:
+    if isinstance(label, Tags) != (labels.kind is LabelKind.tags):
+        told = "tags of words" if labels.kind is LabelKind.tags else "classes of whole rows"
+        return f"the label is {short(label)}, and the model tells {told}"
+    if isinstance(label, tuple) and labels.kind is LabelKind.name:
+        return f"the label is the list {short(label)}, and the model tells one class a row"
+    new = [name for name in classes_of(label) if str(name) not in labels.numbers]
+    if not new:
+        return None
+    known = ", ".join(labels.names[:8]) + (" ..." if len(labels.names) > 8 else "")
+    return f"the model knows no class {short(new[0])}, only {known}; correct it or take it out"
 
 
 def find_unlabeled(stores: Sequence[TokenStore]) -> list[Problem]:

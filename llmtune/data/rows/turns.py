@@ -50,7 +50,28 @@ def from_turns(row: Row, field: str) -> Conversation:
     Raises:
         RowError: The turns are none, or the last one is not the assistant's.
     """
+    conversation = _read_turns(row, field, read_list(row, field))
+    last = conversation.messages[-1].role
+    if last is not Role.assistant:
+        raise RowError(f"the last message is the {last.value}'s; it must be the assistant's")
+    return conversation
+
+
+def prompt_from_turns(row: Row, field: str) -> Conversation:
+    """The conversation up to the last turn that is not the assistant's, for the model to answer.
+
+    Raises:
+        RowError: The turns are none, or all are the assistant's.
+    """
     entries = read_list(row, field)
+    while entries and is_answer(entries[-1]):
+        entries.pop()
+    if not entries:
+        raise RowError(f"all of {field!r} is the assistant's: there is nothing to answer")
+    return _read_turns(row, field, entries)
+
+
+def _read_turns(row: Row, field: str, entries: list[Any]) -> Conversation:
     messages: list[Message] = []
     system = read_text(row, "system", required=False)
     if system:
@@ -71,10 +92,6 @@ def from_turns(row: Row, field: str) -> Conversation:
         else:
             messages.append(message)
         calling = called
-    if messages[-1].role is not Role.assistant:
-        raise RowError(
-            f"the last message is the {messages[-1].role.value}'s; it must be the assistant's"
-        )
     tools = read_tools(row)
     for text in texts_within(tools):
         check_unicode(text, "tools")

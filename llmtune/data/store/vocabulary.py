@@ -53,7 +53,10 @@ def find_beyond(
             ids, _ = store.read(row)
             if len(ids) and int(ids.max()) >= rows:
                 first = int(ids[ids >= rows][0])
-                yield Problem(*store.location(row), _describe(first, rows, model_folder, tokenizer))
+                yield Problem(
+                    *store.location(row),
+                    describe_unknown_token(first, rows, model_folder, tokenizer),
+                )
 
 
 def check_stores(
@@ -117,11 +120,22 @@ def check_block(
     file, lines = locations
     token = int(ids[ids >= rows][0])
     raise DataError(
-        str(Problem(file, int(lines[row]), _describe(token, rows, model_folder, tokenizer)))
+        str(
+            Problem(
+                file, int(lines[row]), describe_unknown_token(token, rows, model_folder, tokenizer)
+            )
+        )
     )
 
 
-def _describe(token: int, rows: int, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def describe_unknown_token(
+    token: int, rows: int, model_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """The message about a token that the model does not know.
+
+    Args:
+        rows: Tokens that it knows.
+    """
     word = tokenizer.convert_ids_to_tokens(token)
     return (
         f"token {token} ({word!r}) has no embedding: the model in {model_folder} has {rows}, its"

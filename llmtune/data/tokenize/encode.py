@@ -116,7 +116,7 @@ class Encoder:
         refused: dict[int, Outcome] = {}
         for index, conversation in enumerate(conversations):
             try:
-                self._check_special(conversation)
+                self.check_special(conversation)
                 self._check_switches(conversation)
                 text, spans = self._render(conversation)
             except RowError as error:
@@ -217,7 +217,12 @@ class Encoder:
             return text, [Span(len(text) - len(texts[-1]), len(text), True)]
         return self._render_chat(conversation)
 
-    def _check_special(self, conversation: Conversation) -> None:
+    def check_special(self, conversation: Conversation) -> None:
+        """Refuse a text that the tokenizer reads as a special token, unless they are allowed.
+
+        Raises:
+            RowError: With the text.
+        """
         if self._special_text is None or self.settings.allow_special_tokens:
             return
         for number, message in enumerate(conversation.messages):

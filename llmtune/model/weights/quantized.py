@@ -114,7 +114,7 @@ def find_meaningless(
 def check_trainable(
     settings: Mapping[str, Any],
     stored: Mapping[str, Entry],
-    trains_all: bool,
+    tuner: str | None,
     stage: int,
     name: str,
 ) -> None:
@@ -122,6 +122,7 @@ def check_trainable(
 
     Args:
         settings: The quantizer's.
+        tuner: Name of a tuner that trains the model's own weights; None for adapters.
         stage: The ZeRO stage.
         name: The model's name in messages.
 
@@ -130,9 +131,9 @@ def check_trainable(
     """
     method = method_of(settings)
     base = f"model.name_or_path={name}: its weights are quantized (quantization_config: {method})"
-    if trains_all:
+    if tuner is not None:
         raise ConfigError(
-            f"{base}; tuner=full could train only its norms and embeddings: take"
+            f"{base}; tuner={tuner} could train only its norms and embeddings: take"
             " tuner=lora, or the model in 16 bits"
         )
     if any(entry.kind in _SMALL_FLOATS for entry in stored.values()) or not _is_trainable(settings):

@@ -54,6 +54,7 @@ class ActivationModel:
             settings,
             rows=1,
             zero3=settings.zero3 and not tuner.trains_all and not adapts_all,
+            after_frozen=0 < self._frozen_layers(settings) < self.shape.layers,
             masked=settings.masked and settings.attn_implementation in ("sdpa", "eager"),
         )
         first = further = self._remembered(one)
@@ -98,16 +99,23 @@ class ActivationModel:
         if self._architecture is None:
             self._architecture = load_architecture(self.model)
             set_outputs(self._architecture, find_task(self.model.task).default_labels.names)
+        trained = [tensor.name for tensor in shape.tensors if tensor.trained]
         try:
-            trace = trace_layers(self._architecture, self.tuner, settings, task)
+            trace = trace_layers(self._architecture, self.tuner, settings, trained, task)
         except Exception as error:
             # Some architectures do what fake tensors do not support.
             logging.getLogger(__name__).info(
                 "activations estimated, because the trace failed: %s", error
             )
             return estimate(shape, settings, logits)
-        saved = trace.held + trace.layer * (shape.layers - TRACED_LAYERS)
+        layers = shape.layers - self._frozen_layers(settings)
+        saved = max(0, trace.held + trace.layer * (layers - TRACED_LAYERS))
         return ActivationBytes(saved=saved, working=max(0, trace.peak - trace.held), logits=logits)
+
+    def _frozen_layers(self, settings: TraceSettings) -> int:
+        """Count the first layers that keep nothing, because no gradient flows back through them."""
+        # Checkpointing makes the first layer's input need a gradient (``model/build.py``).
+        return 0 if settings.gradient_checkpointing else self.shape.frozen_layers
 
     def _task(self) -> Task | None:
         """The task whose head is traced; the head of a language model is counted by its loss."""

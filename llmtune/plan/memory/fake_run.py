@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.tuner.adapted_layers import choose_layers, linear_layers, matrix_sides
 from llmtune.tuner.head import in_modules
 from llmtune.tuner.lora_settings import lora_rank
-from llmtune.tuner.tuner import TUNERS, mark_trained
+from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
     from llmtune.task.task import Task
@@ -50,6 +51,8 @@ class TraceSettings:
     """
     bidirectional: bool = False
     """Tokens attend to later ones, so that the mask tells where padding is."""
+    after_frozen: bool = False
+    """Frozen layers come before, so that the input needs no gradient."""
     accelerator: str = "cuda"
     """Dropout keeps more on a CPU."""
 
@@ -67,13 +70,18 @@ class Trace:
 
 
 def trace_layers(
-    architecture: Any, tuner: TunerConfig, settings: TraceSettings, task: Task | None = None
+    architecture: Any,
+    tuner: TunerConfig,
+    settings: TraceSettings,
+    trained: Sequence[str],
+    task: Task | None = None,
 ) -> Trace:
     """Run the forward and the backward pass of a model of few layers on fake tensors.
 
     The inputs are vectors, so that the table of embeddings is left out.
 
     Args:
+        trained: Names of the trained parameters of the whole model.
         task: Its head is run too; None leaves the head to the caller.
     """
     import torch
@@ -90,20 +98,13 @@ def trace_layers(
 
     # The model and its inputs, on fake tensors.
     dtype = configured_dtype(settings.precision.value)
-    model = _build(architecture, tuner, settings, dtype, task)
+    model = _build(architecture, tuner, settings, dtype, trained, task)
     after: list[int] = []
     on_gpu = settings.accelerator == "cuda"
     kernels = gpu_dropout() if on_gpu else contextlib.nullcontext()
     with hold_interruptions(), FakeTensorMode(allow_non_fake_inputs=True), kernels:
         _to_fake(model)
-        text = architecture.get_text_config()
-        # ELECTRA's embeddings are narrower than its layers.
-        width = getattr(text, "embedding_size", None) or text.hidden_size
-        shape = (settings.rows, settings.length, width)
-        inputs = torch.empty(shape, dtype=dtype, requires_grad=True)
-        named: dict[str, Any] = {"inputs_embeds": inputs}
-        if settings.bidirectional:
-            named["attention_mask"] = torch.ones(shape[:2], dtype=torch.long)
+        named = _make_inputs(architecture.get_text_config(), settings, dtype)
 
         # One forward and one backward pass, with a snapshot after each layer.
         tracker = PeakTracker()
@@ -118,11 +119,25 @@ def trace_layers(
             held = _activation_bytes(tracker.get_tracker_snapshot("current"))
             gradient = torch.empty_like(output)
             output.backward(gradient)
-            inputs.grad = None
+            named["inputs_embeds"].grad = None
         peak = _activation_bytes(tracker.get_tracker_snapshot("peak"))
     # The output and its gradient are counted with the loss, which has them whatever the layers do.
     own = output.numel() * dtype.itemsize
     return Trace(held - own, after[2] - after[1], peak - own)
+
+
+def _make_inputs(text: Any, settings: TraceSettings, dtype: Any) -> dict[str, Any]:
+    """Make the inputs of a model by their names."""
+    import torch
+
+    # ELECTRA's embeddings are narrower than its layers.
+    width = getattr(text, "embedding_size", None) or text.hidden_size
+    shape = (settings.rows, settings.length, width)
+    inputs = torch.empty(shape, dtype=dtype, requires_grad=not settings.after_frozen)
+    named = {"inputs_embeds": inputs}
+    if settings.bidirectional:
+        named["attention_mask"] = torch.ones(shape[:2], dtype=torch.long)
+    return named
 
 
 def _layers(model: Any) -> Any:
@@ -142,6 +157,7 @@ def _build(
     tuner: TunerConfig,
     settings: TraceSettings,
     dtype: Any,
+    trained: Sequence[str],
     task: Task | None,
 ) -> Any:
     import torch
@@ -170,15 +186,32 @@ def _build(
             config, dtype=dtype, attn_implementation=kernel
         )
         head = task.head_modules(model) if task is not None else []
-        mark_trained(kind, model, head)
         if kind.has_adapter:
             model = _with_adapters(model, tuner, dtype, head)
+        elif not kind.trains_all:
+            _freeze_others(model, trained)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     if settings.zero3:
         _keep_linear_inputs(model)
     return model
+
+
+def _freeze_others(model: Any, trained: Sequence[str]) -> None:
+    """Freeze what is frozen in every layer of the whole model.
+
+    Names are compared without the numbers of layers, and without the prefix that the body has in a
+    language model. Layers that no gradient reaches are left to the caller.
+    """
+    endings = {f".{_unnumbered(name)}" for name in trained}
+    for name, parameter in model.named_parameters():
+        if not any(ending.endswith(f".{_unnumbered(name)}") for ending in endings):
+            parameter.requires_grad_(False)
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name)
 
 
 @contextlib.contextmanager

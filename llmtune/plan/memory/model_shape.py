@@ -25,7 +25,8 @@ from llmtune.plan.memory.tensor_shapes import (
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.task.task import find_task
 from llmtune.tuner.adapted_layers import stacked_parameters
-from llmtune.tuner.tuner import TUNERS
+from llmtune.tuner.blocks import count_frozen_layers
+from llmtune.tuner.tuner import TUNERS, find_trained
 
 
 def resolve_shape(
@@ -37,14 +38,14 @@ def resolve_shape(
         cache_dir: Where shapes are cached, so that a second start need not build the model.
 
     Raises:
-        ConfigError: ``tuner.target_modules`` matches nothing, or the order of a pattern's keys
-            matters.
+        ConfigError: ``tuner.target_modules`` or ``tuner.freeze`` matches nothing, or the order of a
+            pattern's keys matters.
     """
     identity = _identify(config)
     if identity is None:
         return _count(config, tuner)
     patterns = (tuner.rank_pattern, tuner.alpha_pattern)
-    sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules)
+    sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules, tuner.freeze)
     key = repr((identity, config.task, *sizes))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
@@ -80,9 +81,11 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     )
     model: Any = meta_model
     head = task.head_modules(model) if trainable else []
-    adapted = TUNERS.find(tuner.kind).choose_layers(model, tuner, head)
+    kind = TUNERS.find(tuner.kind)
+    adapted = kind.choose_layers(model, tuner, head)
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
-    tensors = list_tensors(model, adapters, TUNERS.find(tuner.kind), head)
+    trained = find_trained(kind, model, tuner, head)
+    tensors = list_tensors(model, adapters, trained, kind.is_quantized, head)
     if not any(tensor.trained for tensor in tensors):
         raise ConfigError(
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
@@ -121,6 +124,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         trainable=trainable,
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
+        frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
         adapted=tuple(adapted.endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
         stacked_parameters=stacked_parameters(model),

@@ -63,6 +63,8 @@ class ModelShape:
     """Names of its attention kernels in transformers."""
     max_positions: int | None = None
     """Tokens of the longest row that it has positions for; None without a limit."""
+    frozen_layers: int = 0
+    """Layers before everything that is trained: no gradient flows back through them."""
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()

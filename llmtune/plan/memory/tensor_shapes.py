@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.plan.memory.shapes import TensorShape
 from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
+from llmtune.tuner.blocks import count_elements, find_blocks
 from llmtune.tuner.head import in_modules
 from llmtune.tuner.lora_settings import check_patterns, lora_rank
-from llmtune.tuner.tuner import Tuner, is_trained
 
 
 def list_tensors(
     model: Any,
     adapters: dict[str, tuple[int, int]],
-    tuner: Tuner,
+    trained: Collection[str],
+    is_quantized: bool = False,
     head: Sequence[str] = (),
 ) -> list[TensorShape]:
     """List the parameters in the order of peft's model.
@@ -25,6 +26,8 @@ def list_tensors(
 
     Args:
         adapters: Elements of the two matrices of each adapted layer.
+        trained: Names of the model's own parameters that are trained.
+        is_quantized: Linear layers except the head are kept in 4 bits.
         head: Names of the modules that are the task's head.
     """
     from torch import nn
@@ -39,12 +42,12 @@ def list_tensors(
             linear -= {id(parameter) for parameter in module.parameters()}
     tensors: list[TensorShape] = []
     for name, parameter in model.named_parameters():
-        quantized = tuner.is_quantized and id(parameter) in linear
+        quantized = is_quantized and id(parameter) in linear
         tensors.append(
             TensorShape(
                 name=name,
                 numel=parameter.numel(),
-                trained=is_trained(tuner, name, parameter, head),
+                trained=name in trained,
                 vector=parameter.dim() <= 1,
                 quantized=quantized,
             )
@@ -124,21 +127,14 @@ def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int
 
 def largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
     """Count the parameters of the largest block of the module list that holds most."""
-    from torch import nn
-
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    if not lists:
-        return sum(parameter.numel() for parameter in model.parameters())
-    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    blocks = find_blocks(model)
+    if blocks is None:
+        return count_elements(model)
     sizes = []
-    for index, block in enumerate(blocks):
-        size = sum(parameter.numel() for parameter in block.parameters())
+    for index, block in enumerate(blocks.modules):
+        size = count_elements(block)
         for owner, matrices in adapters.items():
-            if owner.startswith(f"{name}.{index}."):
+            if owner.startswith(f"{blocks.path(index)}."):
                 size += sum(matrices)
         sizes.append(size)
     return max(sizes)

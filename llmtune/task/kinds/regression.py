@@ -71,5 +71,14 @@ class Regression(Task):
 
         return regression_metrics(observed["logits"], observed["values"])
 
+    def describe_predictions(
+        self, logits: torch.Tensor, rows: Sequence[Any], labels: Labels, top_k: int | None
+    ) -> list[dict[str, Any]]:
+        """Return the number, or the list of several."""
+        from llmtune.task.scores import rounded
+
+        values = [[rounded(value) for value in row] for row in logits.float().tolist()]
+        return [{"prediction": row[0] if len(row) == 1 else row} for row in values]
+
 
 TASKS.register(Regression())

@@ -97,5 +97,26 @@ class SequenceClassification(Task):
         make = ConfusionTable.of_labels if several else ConfusionTable.of_classes
         return make(observed["logits"], observed["values"], labels.names)
 
+    def describe_predictions(
+        self, logits: torch.Tensor, rows: Sequence[Any], labels: Labels, top_k: int | None
+    ) -> list[dict[str, Any]]:
+        """Name the most probable class, or all with a logit above 0; and every probability."""
+        from llmtune.task.scores import name_scores
+
+        logits = logits.float()
+        several = labels.kind is LabelKind.names
+        shares = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
+        chosen = (logits > 0).tolist() if several else logits.argmax(-1).tolist()
+        described: list[dict[str, Any]] = []
+        for share, choice in zip(shares, chosen, strict=True):
+            prediction: Any = None
+            if several:
+                prediction = [name for name, has in zip(labels.names, choice, strict=True) if has]
+            else:
+                prediction = labels.names[choice]
+            scores = name_scores(share, labels.names, top_k)
+            described.append({"prediction": prediction, "scores": scores})
+        return described
+
 
 TASKS.register(SequenceClassification())

@@ -91,6 +91,27 @@ class TokenClassification(Task):
 
         return ConfusionTable.of_tags(*_name_tags(observed, labels))
 
+    def describe_predictions(
+        self, logits: torch.Tensor, rows: Sequence[Any], labels: Labels, top_k: int | None
+    ) -> list[dict[str, Any]]:
+        """Name the tag of every word, with its probability; None of words that were cut off."""
+        import torch
+
+        from llmtune.task.scores import rounded
+
+        described: list[dict[str, Any]] = []
+        for of_row, row in zip(logits, rows, strict=True):
+            first = torch.from_numpy(row.mask.nonzero()[0]).to(of_row.device)
+            shares, tags = of_row.index_select(0, first).float().softmax(-1).max(-1)
+            cut = [None] * (len(row.label) - len(first))
+            described.append(
+                {
+                    "prediction": [labels.names[tag] for tag in tags.tolist()] + cut,
+                    "scores": [rounded(share) for share in shares.tolist()] + cut,
+                }
+            )
+        return described
+
 
 def _name_tags(
     observed: dict[str, torch.Tensor], labels: Labels

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, kw_only=True)
 class TargetConfig:
-    """The run, checkpoint or model that ``export``, ``eval``, ``chat`` and ``verify`` work on.
+    """The run, checkpoint or model that verbs such as ``export`` and ``predict`` work on.
 
     Each key has a short name (:data:`llmtune.config.keys.ALIASES`): ``run=``, ``checkpoint=``,
     ``base=`` and ``adapter=``.

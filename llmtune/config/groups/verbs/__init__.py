@@ -1,0 +1,1 @@
+"""The groups of verbs that work on what is finished."""
