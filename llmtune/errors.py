@@ -90,3 +90,8 @@ ERRORS_BY_CODE: dict[int, type[LlmtuneError]] = {
         StoppedError,
     )
 }
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, which is short enough for a message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -785,7 +785,7 @@ SUBJECTS = {
     "data": {"huge_rows", "malformed", "spellings"},
     "engine": {"bad_gradients", "optimizers", "parity", "placements", "states"},
     "export": {"merge_faults", "restart", "zero_command"},
-    "launch": {"hangs", "slurm_script"},
+    "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "intervals"},
     "predict": {"labels", "output", "resume", "runs", "text"},
     "run": {"adapter_path", "best_model", "restarts"},

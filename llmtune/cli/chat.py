@@ -1,18 +1,13 @@
 """``chat``: answer one prompt, or hold a conversation on the terminal."""
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING
 
+from llmtune.cli.arguments import Options
+from llmtune.config.composed import Composed
 from llmtune.errors import ConfigError
 from llmtune.security.terminal import show_controls
 from llmtune.track.console import Console
 from llmtune.track.status import Status
-
-if TYPE_CHECKING:
-    from llmtune.cli.arguments import Options
-    from llmtune.config.composed import Composed
 
 
 def run(composed: Composed, _options: Options) -> int:

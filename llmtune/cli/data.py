@@ -1,7 +1,5 @@
 """``data``: check the data, and show what the model will see: tokens, masks, lengths, packing."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import asdict, replace
@@ -39,6 +37,7 @@ from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.batch_sizes import resolve_batch
 from llmtune.plan.prepared_data import PreparedData
+from llmtune.run.attempt import resolve_run_target
 from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json_line
 from llmtune.track.console import Console
 from llmtune.units import counted
@@ -78,7 +77,7 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
-    from llmtune.run.prepare import resolve_run_target, watch_tokenizing
+    from llmtune.run.prepare import watch_tokenizing
 
     config = composed.config
     if config.data.streaming:

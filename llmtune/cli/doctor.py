@@ -1,7 +1,5 @@
 """``doctor``: find what on this machine would stop a run, and the command that fixes it."""
 
-from __future__ import annotations
-
 import sys
 
 from llmtune.cli.arguments import Options

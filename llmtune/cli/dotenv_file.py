@@ -5,8 +5,6 @@ use harms nobody; a variable that says what is executed (``LD_PRELOAD``, ``PYTHO
 ``BASH_ENV``) or which server a key is sent to (``HF_ENDPOINT``, ``WANDB_BASE_URL``) would.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -6,7 +6,10 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llmtune.cli.arguments import Options
+from llmtune.config.composed import Composed
 from llmtune.config.groups.data import name_data
+from llmtune.config.schema import Config
 from llmtune.security.terminal import to_json_line, to_terminal
 from llmtune.track.console import Console
 from llmtune.track.status import Status
@@ -14,9 +17,6 @@ from llmtune.track.status import Status
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from llmtune.cli.arguments import Options
-    from llmtune.config.composed import Composed
-    from llmtune.config.schema import Config
     from llmtune.data.load.collate import Batch
     from llmtune.run.target import Target
     from llmtune.task.labels import Labels

@@ -1,22 +1,17 @@
 """``export`` and ``merge``: write what was trained as a model folder that other tools load."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from llmtune.cli.arguments import Options
+from llmtune.config.composed import Composed
 from llmtune.errors import ConfigError
 from llmtune.export.sources.deepspeed.step_folder import is_zero_checkpoint
+from llmtune.run.artifact import resolve_target
 from llmtune.run.exporting import export_target, export_zero_checkpoint, output_folder, print_line
-
-if TYPE_CHECKING:
-    from llmtune.cli.arguments import Options
-    from llmtune.config.composed import Composed
 
 
 def run(composed: Composed, _options: Options) -> int:
     """Export what the command line names."""
-    from llmtune.run.artifact import resolve_target
 
     given = composed.config
     named = given.target

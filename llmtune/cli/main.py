@@ -3,8 +3,6 @@
 An error becomes one screen of text and an exit code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

@@ -1,7 +1,5 @@
 """Write to the terminal of the user, and keep libraries off it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

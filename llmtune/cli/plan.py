@@ -3,8 +3,6 @@
 No weight is loaded and no run folder is made.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import asdict

@@ -55,9 +55,9 @@ def join_launcher() -> Launcher | None:
 def run(composed: Composed, options: Options) -> int:
     """Run the whole job."""
     if options.launcher is not None:
-        from llmtune.run.launched import run_launched
-
         with raise_stops(NOT_BEGUN):
+            from llmtune.run.launched import run_launched
+
             run_launched(composed, options.launcher)
     console = Console(sys.stdout)
     with ExitStack() as lock, raise_stops(NOT_BEGUN) as stop:
@@ -79,8 +79,9 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     from llmtune.plan.advice import check_fits
     from llmtune.plan.resolve import resolve_ladder
     from llmtune.run.adapter import adopt_adapter, check_adapter
+    from llmtune.run.attempt import lock_file, resolve_run_target
     from llmtune.run.fallback import FallbackRunner
-    from llmtune.run.prepare import lock_file, prepare_run, resolve_run_target
+    from llmtune.run.prepare import prepare_run
     from llmtune.run.ranks_ahead import RanksAhead, Surroundings
     from llmtune.run.task import adopt_task
     from llmtune.train.begun import begun_train

@@ -37,6 +37,7 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.security.trust import require_own
 from llmtune.storage.atomic import remove_folder, write_cache_folder
 from llmtune.storage.hashing import hash_json
+from llmtune.storage.plain_fields import from_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ def prepare_data(
             _write_index(config, tokenizer, seed, cache_dir, (train, evaluation), aside)
     require_own(folder, KEY, INSTEAD)
     values = json.loads((folder / SUMMARY).read_text())
-    data = PreparedData.from_dict({"folder": str(folder), "fingerprint": fingerprint, **values})
+    data = from_plain(PreparedData, {"folder": str(folder), "fingerprint": fingerprint, **values})
     if strict and data.fatal:
         advice = (
             "Fix them, or leave bad rows out with data.on_bad_row=skip; llmtune data shows them all"

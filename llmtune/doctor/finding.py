@@ -1,7 +1,5 @@
 """A finding of ``doctor``, and the fix that several of them have."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

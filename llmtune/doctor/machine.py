@@ -1,7 +1,5 @@
 """Find what on this machine would stop a run, each finding with the command that fixes it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

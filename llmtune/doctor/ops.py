@@ -1,7 +1,5 @@
 """Findings about DeepSpeed's compiled ops: which are built, and locks that killed builds left."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Iterator

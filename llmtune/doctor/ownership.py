@@ -1,7 +1,5 @@
 """Findings about folders whose content other users of the machine could have written."""
 
-from __future__ import annotations
-
 import stat
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Findings about what a run draws on: limits, memory, shared memory, disks and tokens."""
 
-from __future__ import annotations
-
 import functools
 import os
 import resource

@@ -1,7 +1,5 @@
 """Findings about installed software: Python packages, CUDA, and the compiler of DeepSpeed's ops."""
 
-from __future__ import annotations
-
 import shutil
 import sysconfig
 from collections.abc import Iterator

@@ -1,9 +1,8 @@
 """Derive a model's task from its architecture: its loader, and its names at the hub and in peft."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmtune.storage.plain_json import parse_json
 
@@ -71,10 +70,20 @@ STATES = Task(
 TASKS = (TEXT, TEXT_TO_TEXT, TEXT_CLASSES, TOKEN_CLASSES, ANSWERS, MASKED_WORDS, STATES)
 
 
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a file of a model folder that holds an object; empty where it is not there.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    file = folder / name
+    config: dict[str, Any] = parse_json(file.read_text()) if file.is_file() else {}
+    return config
+
+
 def find_architecture(folder: Path) -> str:
     """Return the architecture that ``config.json`` names; empty where there is none."""
-    file = folder / "config.json"
-    named = parse_json(file.read_text()).get("architectures") if file.is_file() else None
+    named = read_config(folder).get("architectures")
     return str(named[0]) if named else ""
 
 
@@ -96,7 +105,7 @@ def is_renamed(folder: Path) -> bool:
     """Tell whether transformers translates the architecture's stored names (fused experts)."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    values = parse_json((folder / "config.json").read_text())
+    values = read_config(folder)
     # By class or by type: GPT-NeoX's head is named by its class only.
     kinds = [*(values.get("architectures") or ()), values.get("model_type")]
     return any(get_checkpoint_conversion_mapping(kind) for kind in kinds)

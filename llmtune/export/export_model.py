@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from llmtune.config.groups.export import ExportDtype
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.tensor_source import TensorSource, usual_dtype
+from llmtune.storage.tensors.dtypes import configured_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,3 +49,8 @@ class ExportModel:
     def nbytes(self) -> int:
         """Return the size of all tensors as they are stored."""
         return sum(spec.nbytes for spec in self.source.specs.values())
+
+
+def find_dtype(setting: ExportDtype) -> torch.dtype | None:
+    """Return the dtype of ``export.dtype``; None for ``auto``."""
+    return None if setting is ExportDtype.auto else configured_dtype(setting.value)

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from llmtune.export.request import ExportRequest
 
 
-#: Options on which no file of any format depends.
-SHAPING_NOTHING = frozenset({"upload_private", "dry_run"})
-
-
 def shaping_options(format_name: str) -> frozenset[str]:
     """Return the keys of ``export`` on which files of a format depend.
 

@@ -5,8 +5,6 @@ filters write a value into code instead: ``json`` (a text of Python or JSON) and
 argument of a command).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

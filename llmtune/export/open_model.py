@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
-from llmtune.export.architecture import find_architecture, task_of
+from llmtune.export.architecture import find_architecture, read_config, task_of
 from llmtune.export.card.license import check_licenses
-from llmtune.export.export_model import ExportModel
+from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
-from llmtune.export.merge.task_head import TaskHeadSource, find_task_head
+from llmtune.export.merge.task_head import find_task_head
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.bitsandbytes_base import open_base
 from llmtune.export.sources.deepspeed.checkpoint_parts import (
@@ -28,10 +27,11 @@ from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.export.sources.master_weights import MasterWeightsSource, find_master_weights
 from llmtune.export.sources.nf4 import Nf4RoundTripSource, quantized_names
 from llmtune.export.sources.tensor_source import (
-    FilteredSource,
+    RenamedSource,
     RetypedSource,
     SafetensorsSource,
     TensorSource,
+    are_equal,
     is_embedding,
     is_input_embedding,
     is_output_embedding,
@@ -39,8 +39,6 @@ from llmtune.export.sources.tensor_source import (
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
 from llmtune.model.weights.names import match_names
-from llmtune.storage.plain_json import parse_json
-from llmtune.storage.tensors.dtypes import configured_dtype
 
 
 def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportModel:
@@ -60,7 +58,7 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
         _note_other_base(request, adapter)
         head = find_task_head(request.base, base, adapter)
         if head is not None:
-            base, base_changes = TaskHeadSource(base, adapter, head), head.config_changes
+            base, base_changes = head, head.config_changes
         # Only adapters on embeddings ask for it; building the model takes tens of megabytes.
         embeds = any(is_embedding(f"{module}.weight") for module in adapter.modules)
         output = _output_embedding(request.base, base_changes) if embeds else None
@@ -69,8 +67,7 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
         model_files.append(request.adapter)
 
     # The dtype of the files; DeepSpeed's checkpoint has fp32 master weights.
-    auto = config.dtype is ExportDtype.auto
-    dtype = None if auto else configured_dtype(config.dtype.value)
+    dtype = find_dtype(config.dtype)
     if request.zero is not None and dtype is None:
         dtype = _stored_dtype(request.base)
     if dtype is not None:
@@ -117,8 +114,10 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
         base = Nf4RoundTripSource(base, quantized_names(request.base, base))
-    left_out = [*_tied_copies(request.base, base), *_other_heads(request.base, base)]
-    return FilteredSource(base, left_out) if left_out else base
+    left_out = {*_tied_copies(request.base, base), *_other_heads(request.base, base)}
+    if not left_out:
+        return base
+    return RenamedSource(base, {name: name for name in base.specs if name not in left_out})
 
 
 def _other_heads(folder: Path, base: TensorSource) -> list[str]:
@@ -145,24 +144,16 @@ def _output_embedding(folder: Path, changes: dict[str, Any]) -> str | None:
 
 def _tied_copies(folder: Path, base: TensorSource) -> list[str]:
     """Find output embeddings that repeat the input; transformers keeps one matrix of the two."""
-    file = folder / "config.json"
-    if not file.is_file() or not parse_json(file.read_text()).get("tie_word_embeddings"):
+    if not read_config(folder).get("tie_word_embeddings"):
         return []
     inputs = list(filter(is_input_embedding, base.specs))
     outputs = list(filter(is_output_embedding, base.specs))
-    return [name for name in outputs if any(_are_equal(base, name, other) for other in inputs)]
-
-
-def _are_equal(source: TensorSource, one: str, other: str) -> bool:
-    if replace(source.specs[one], name=other) != source.specs[other]:
-        return False
-    return all(map(torch.equal, source.blocks(one), source.blocks(other)))
+    return [name for name in outputs if any(are_equal(base, name, other) for other in inputs)]
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
     """Read the dtype that ``config.json`` names."""
-    file = folder / "config.json"
-    config = parse_json(file.read_text()) if file.is_file() else {}
+    config = read_config(folder)
     name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     dtype = getattr(torch, name, None)
     return dtype if isinstance(dtype, torch.dtype) else None

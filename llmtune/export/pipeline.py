@@ -1,14 +1,12 @@
 """Export a trained model: from the base and what was trained on it to a published folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 from llmtune.config.groups.export import ExportConfig
 from llmtune.errors import ExportError
 from llmtune.export.card.card import write_model_card
-from llmtune.export.export_model import ExportModel
+from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.formats.format import find_format
 from llmtune.export.identity import describe_job, describe_options, identify
 from llmtune.export.open_model import check_links, check_places, open_export_model
@@ -90,7 +88,7 @@ def write_files(
         assert export_model.adapter is not None
         copy_model_files([export_model.adapter.folder], folder)
     elif kind.has_model_files:
-        dtype = kind.compared_dtype(config) or export_model.dtype
+        dtype = find_dtype(kind.compared_dtype(config)) or export_model.dtype
         write_model_files(export_model.model_files, folder, dtype, export_model.config_changes)
     kind.load_writer()(export_model, folder, journal, config)
 

@@ -1,7 +1,5 @@
 """Check before the training that its result can be exported: packages, token, kind of model."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ProgressCallbacks:
-    """Functions that are told the progress of an export."""
+    """Functions that are told the progress of an export; by default nothing is."""
 
-    total: Callable[[int], None]
+    total: Callable[[int], None] = lambda _: None
     """Bytes that will be written."""
-    done: Callable[[int], None]
+    done: Callable[[int], None] = lambda _: None
     """Bytes that were."""

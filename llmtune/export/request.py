@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmtune.export.progress import ProgressCallbacks
 from llmtune.storage.signature import Signer
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +28,8 @@ class ExportRequest:
     """DeepSpeed's own checkpoint, which holds the tensors; ``base`` only describes the model."""
     unpacked_from: Path | None = None
     """DeepSpeed's own checkpoint that ``adapter``, a folder of this start alone, was made from."""
-    progress: ProgressCallbacks | None = None
-    say: Callable[[str], None] = _silent
+    progress: ProgressCallbacks = field(default_factory=ProgressCallbacks)
+    say: Callable[[str], None] = lambda _: None
     """Takes a line for the user."""
     signer: Signer | None = None
     """Signs what is published."""

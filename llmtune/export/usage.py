@@ -1,7 +1,5 @@
 """The facts that the code and commands of a model card need to load and serve an export."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

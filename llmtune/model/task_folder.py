@@ -16,9 +16,7 @@ from typing import Any
 from llmtune.config.groups.model import ModelConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import ConfigError
-from llmtune.model.skeleton import build_skeleton
 from llmtune.model.source import make_once
-from llmtune.model.weights.check import compare_weights
 from llmtune.model.weights.files import identify_weights, read_entries, weight_files
 from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.storage.atomic import link, link_or_copy
@@ -207,6 +205,9 @@ def _add_head(
         MissingPrerequisiteError: They lack more.
     """
     from safetensors.torch import save_file
+
+    from llmtune.model.skeleton import build_skeleton
+    from llmtune.model.weights.check import compare_weights
 
     model = build_skeleton(folder)
     heads = () if keeps_head else tuple(f"{module}." for module in task.head_modules(model))

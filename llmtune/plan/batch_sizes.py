@@ -1,7 +1,5 @@
 """Rows per optimizer step, rows per micro-batch and accumulation steps: any two give the third."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

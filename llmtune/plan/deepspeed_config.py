@@ -1,7 +1,5 @@
 """Build DeepSpeed's configuration dictionary from the plan, with nothing left to ``"auto"``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from llmtune.config.schema import Precision

@@ -3,8 +3,6 @@
 DeepSpeed ignores unknown keys; here they are refused.
 """
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import replace
 from typing import Any

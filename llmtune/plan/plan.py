@@ -42,19 +42,6 @@ class Plan:
         del values["shape"]["tensors"]
         return values
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """Build the plan from what :meth:`to_dict` returned."""
-        parts = {
-            "hardware": Hardware.from_dict(values["hardware"]),
-            "shape": ModelShape.from_dict(values["shape"]),
-            "placement": Placement(**values["placement"]),
-            "batch": BatchPlan(**values["batch"]),
-            "memory": MemoryPlan.from_dict(values["memory"]),
-            "notes": tuple(values["notes"]),
-        }
-        return cls(**{**values, **parts})
-
 
 def with_nvme(plan: Plan, folder: str) -> Plan:
     """Return the plan with the folder of the swap files."""

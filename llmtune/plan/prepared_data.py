@@ -3,8 +3,6 @@
 :mod:`llmtune.data.prepare` makes them; the run folder, the ranks and the model card refer to them.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +11,8 @@ from typing import Any, ClassVar
 class SplitSummary:
     """Counts of one split."""
 
-    #: Field -> its name in files, which earlier versions wrote and other programs read.
+    #: Field -> its name in files, which earlier versions wrote and other programs read
+    #: (:func:`llmtune.storage.plain_fields.from_plain`).
     STORED_NAMES: ClassVar = {"supervised_tokens": "trained_tokens", "duplicates_of_eval": "twins"}
 
     rows: int
@@ -35,12 +34,6 @@ class SplitSummary:
     """Training rows left out because they equal an evaluation row that was split off."""
     packing_efficiency: float | None = None
     """Share of the packed rows' positions that hold a token; None without packing."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SplitSummary:
-        """Read the plain values of :meth:`to_dict`."""
-        names = {stored: name for name, stored in cls.STORED_NAMES.items()}
-        return cls(**{names.get(key, key): value for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, under the names that files hold."""
@@ -76,15 +69,6 @@ class PreparedData:
     """Fields of rows, messages and parts that are neither read nor known to be harmless, sorted."""
     formats: list[str] = field(default_factory=list)
     """Formats of the files, sorted."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PreparedData:
-        """Read the plain values of :meth:`to_dict`."""
-        splits = {
-            split: SplitSummary.from_dict(values[split]) if values[split] else None
-            for split in ("train", "eval")
-        }
-        return cls(**{**values, **splits})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, under the names that files hold."""

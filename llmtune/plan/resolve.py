@@ -14,10 +14,9 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, LlmtuneError, MissingPrerequisiteError
 from llmtune.optimizer.optimizer import OPTIMIZERS
-from llmtune.plan.abilities import check_row_length, check_stage
+from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
 from llmtune.plan.advice import check_fits
 from llmtune.plan.architecture.corrected_architecture import describe_correction
-from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16

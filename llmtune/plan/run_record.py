@@ -111,9 +111,4 @@ class RunRecord:
         Raises:
             ValueError: It is no JSON, as a crash of the machine may leave it.
         """
-        return cls.from_plain(parse_json(text))
-
-    @classmethod
-    def from_plain(cls, values: Any) -> RunRecord:
-        """Read the record from what ``json.loads`` returned."""
-        return from_plain(cls, values)
+        return from_plain(cls, parse_json(text))

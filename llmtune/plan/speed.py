@@ -6,8 +6,6 @@ because DeepSpeed brings a slice from the host or a disk right before the gather
 optimizer and what is swapped for it come after the backward pass.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmtune.config.schema import Precision

@@ -1,10 +1,7 @@
 """The number of optimizer steps, and what comes every so many steps or every epoch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import EPOCH, STEPS, TrainConfig, strategy_name
@@ -26,11 +23,6 @@ class StepsPlan:
     """Rows of one epoch; None where they are streamed, and in records of earlier versions."""
     global_batch_size: int | None = None
     """Rows per step; None in records of earlier versions."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StepsPlan:
-        """Build the plan from what JSON made of it."""
-        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from llmtune.data.load.collate import Collator
 from llmtune.data.store.token_store import Row
 from llmtune.draws import Draw, draw_shares
 from llmtune.errors import DoesNotFitError
-from llmtune.launch.supervise.memory_errors import memory_pool
+from llmtune.launch.supervise.out_of_memory import memory_pool
 from llmtune.model.build import sees_padding
 from llmtune.model.generate import Decoding, generate_tokens
 from llmtune.predict.folder import WindowRow

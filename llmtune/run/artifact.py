@@ -156,9 +156,8 @@ def _load_weights(target: Target) -> Any:
     from transformers import AutoConfig
 
     from llmtune.model.build import WeightsTo, build_model
-    from llmtune.plan.abilities import attention_kernels
+    from llmtune.plan.abilities import attention_kernels, resolve_attention
     from llmtune.plan.architecture.meta_model import build_meta_model
-    from llmtune.plan.attention_kernel import resolve_attention
     from llmtune.plan.devices.gpus import visible_gpus
     from llmtune.plan.devices.probe import resolve_accelerator
 

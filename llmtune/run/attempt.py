@@ -1,15 +1,18 @@
-"""Describe one attempt of a run: the request for its ranks, and the record in the run folder."""
+"""Name a run, and describe an attempt: its request for the ranks, its record in the folder."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.best_model import resolve_best_model
+from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
 from llmtune.data.prepared_data import PROBLEMS
+from llmtune.data.read.parse_sources import parse_sources
 from llmtune.errors import CheckpointError
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
@@ -141,3 +144,37 @@ def _resolve_resume_step(checkpoint: Path | None, total_steps: int, data_fingerp
             f"{checkpoint} is at step {state.step}, beyond the {total_steps} steps of this run"
         )
     return state.step
+
+
+def resolve_run_target(composed: Composed) -> RunTarget:
+    """Resolve the run's name and folder.
+
+    Without ``run_name`` the name is made of model, tuner and data, and of ZeRO where it was chosen.
+    """
+    config, choices = composed.config, composed.choices
+    if config.run_name:
+        name = config.run_name
+    else:
+        model = choices["model"]
+        if model == "custom":
+            model = Path(config.model.name_or_path).name.removesuffix(".gguf")
+        data = choices["data"] if choices["data"] != "files" else _data_name(config)
+        parts = [str(model), str(choices["tuner"]), str(data)]
+        if choices.get("zero") not in (None, "auto"):
+            parts.append(f"zero{choices['zero']}")
+        if sweep_run := os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
+            # The runs of a sweep differ in their overrides only.
+            parts.append(sweep_run)
+        name = "-".join(parts)
+    return RunTarget(name, Path(config.output_dir or f"runs/{name}").expanduser())
+
+
+def lock_file(folder: RunFolder) -> Path:
+    """Return the lock file of a run folder."""
+    return folder.path / layout.LOCK
+
+
+def _data_name(config: Config) -> str:
+    """Return the name of the first file, without its ending."""
+    path = parse_sources(config.data.train, "data.train", config.data.format)[0].path
+    return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"

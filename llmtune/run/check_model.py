@@ -1,8 +1,7 @@
 """Check before any rank starts that a model can be trained as asked; answers are remembered."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from llmtune.model.weights.quantized import (
 from llmtune.model.weights.report import WeightReport
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.hashing import sha256_files
+from llmtune.storage.plain_fields import from_plain
 from llmtune.task.task import find_task
 from llmtune.tuner.tuner import TUNERS
 
@@ -108,9 +108,10 @@ def _find_weight_notes(
 
         model_class = find_task(task).model_class
         model, _ = build_meta_model(_architecture(folder, trusted), trusted, model_class)
-        values = compare_weights(model, folder).to_dict()
-        write_cached(cache_dir, "weights", key, values)
-    report = WeightReport.from_dict(values)
+        report = compare_weights(model, folder)
+        write_cached(cache_dir, "weights", key, asdict(report))
+    else:
+        report = from_plain(WeightReport, values)
     report.refuse(name, folder)
     return report.notes()
 

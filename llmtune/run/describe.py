@@ -1,7 +1,5 @@
 """Describe a run on the page before step 1: the derived numbers and where they come from."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 from llmtune.config.best_model import resolve_best_model

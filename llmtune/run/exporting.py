@@ -1,15 +1,15 @@
-"""Export a target into a published folder, for ``export`` and at the end of a training run."""
+"""Export a target into a published folder, for ``export`` and at the end of a training run.
 
-from __future__ import annotations
+Progress is shown as a bar on a terminal, and as a line now and then elsewhere.
+"""
 
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from llmtune.config.cache_folder import open_cache
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, ExportError
@@ -18,35 +18,33 @@ from llmtune.export.progress import ProgressCallbacks
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.deepspeed.checkpoint_parts import has_adapter, write_adapter
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
+from llmtune.model.source import resolve_model_folder
+from llmtune.run.artifact import from_trained, trained_folder
+from llmtune.run.target import Target
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 
-if TYPE_CHECKING:
-    from llmtune.run.target import Target
-
 
 def export_run(run: Path, config: Config, output: Path, say: Callable[[str], None]) -> None:
     """Export a finished run into ``output``."""
-    from llmtune.run.artifact import from_trained, trained_folder
-
     target = from_trained(config, trained_folder(run, config), run)
     export_target(target, config, output, say)
 
 
 def export_target(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
     """Export a resolved target into ``output``; return the folder that was written."""
-    with show_progress(f"writing {output.name}", say) as shown:
+    with show_progress(f"writing {output.name}", say) as (progress, say_above):
         request = ExportRequest(
             base=target.model_folder,
             base_name=target.base_name,
             adapter=target.adapter,
             run=target.run,
             output=output,
-            progress=shown.progress,
-            say=shown.say,
+            progress=progress,
+            say=say_above,
             signer=read_signer(config.checkpoint.sign),
         )
         return run_export(request, config.export)
@@ -65,7 +63,7 @@ def export_zero_checkpoint(given: Config) -> Path:
     zero = ZeroSource(checkpoint)
     with (
         tempfile.TemporaryDirectory(prefix="llmtune-") as scratch,
-        show_progress(f"writing {output.name}", print_line) as shown,
+        show_progress(f"writing {output.name}", print_line) as (progress, say),
     ):
         # An adapter is first written as peft does, into a folder of this start alone.
         adapter = Path(scratch) if has_adapter(zero) else None
@@ -87,8 +85,8 @@ def export_zero_checkpoint(given: Config) -> Path:
             output=output,
             zero=own_weights,
             unpacked_from=unpacked_from,
-            progress=shown.progress,
-            say=shown.say,
+            progress=progress,
+            say=say,
             signer=read_signer(given.checkpoint.sign),
         )
         return run_export(request, given.export)
@@ -99,8 +97,6 @@ def _describing_folder(given: Config, checkpoint: Path) -> Path:
 
     Transformers' Trainer puts them beside the ranks' files.
     """
-    from llmtune.config.cache_folder import open_cache
-    from llmtune.model.source import resolve_model_folder
 
     if given.target.base:
         return resolve_model_folder(
@@ -133,37 +129,32 @@ def output_folder(given: Config, target: Target) -> Path:
     raise ConfigError("export base= adapter= needs output_dir=FOLDER")
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """Callbacks with which an export reports its progress."""
-
-    progress: ProgressCallbacks | None
-    """Told of bytes; None where there is no bar."""
-    say: Callable[[str], None]
-    """Writes a line, above the bar."""
-
-
 @contextmanager
-def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
+def show_progress(
+    what: str, say: Callable[[str], None]
+) -> Iterator[tuple[ProgressCallbacks, Callable[[str], None]]]:
     """Show bytes written, speed and time left on standard error, if it is a terminal.
 
     Args:
         say: Writes a line to standard output.
+
+    Yields:
+        Callbacks of an export: one is told of bytes, the other writes a line above the bar.
     """
     # Not on a terminal: lines with the time so far, less and less often.
     if not sys.stderr.isatty():
         with Status(Console(sys.stderr), what):
-            yield Shown(None, say)
+            yield ProgressCallbacks(), say
         return
     from rich.console import Console as RichConsole
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        Progress,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
-    from rich.progress import Progress as Bar
 
     # On a terminal: a bar, which is removed at the end.
     columns = (
@@ -173,7 +164,7 @@ def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
 
         def say_above(text: str) -> None:
@@ -186,4 +177,4 @@ def show_progress(what: str, say: Callable[[str], None]) -> Iterator[Shown]:
         progress = ProgressCallbacks(
             lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size)
         )
-        yield Shown(progress, say_above)
+        yield progress, say_above

@@ -1,7 +1,5 @@
 """Report and export a run after its ranks have ended."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

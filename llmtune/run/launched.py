@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from llmtune.config.composed import Composed
 from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneError, StoppedError
 from llmtune.launch.launchers.environment import (
     launched_nodes,
@@ -24,29 +25,30 @@ from llmtune.launch.launchers.environment import (
 from llmtune.launch.launchers.launcher import Launcher
 from llmtune.launch.launchers.meeting import await_ranks
 from llmtune.launch.preflight.affinity import bind_to_gpu
+from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
 from llmtune.launch.supervise.rank_report import redirect_output, report_failure, to_user_error
 from llmtune.launch.supervise.rank_watchdog import RankWatchdog
 from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
+from llmtune.plan.devices.probe import resolve_accelerator
+from llmtune.plan.memory.placement import Placement
+from llmtune.plan.resolve import resolve_plan
+from llmtune.run.adapter import adopt_adapter, check_adapter
+from llmtune.run.attempt import RunTarget, attempt, lock_file, resolve_run_target
+from llmtune.run.describe import describe
 from llmtune.run.rank import exit_now, limit_own_memory, make_own_swap, show_phases
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.track.console import Console
+from llmtune.train.begun import begun_train
+from llmtune.train.request import RunRequest
+from llmtune.train.run_folder import RunFolder, open_run_folder
 
 if TYPE_CHECKING:
-    from llmtune.config.composed import Composed
     from llmtune.engine.distributed import Rank
-    from llmtune.run.attempt import RunTarget
-    from llmtune.train.request import RunRequest
-    from llmtune.train.run_folder import RunFolder
 
 
 def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     """Run the rank that ``launcher`` started: train, and end this process with an exit code."""
-    from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
-    from llmtune.plan.devices.probe import resolve_accelerator
-    from llmtune.plan.memory.placement import Placement
-    from llmtune.run.prepare import resolve_run_target
-    from llmtune.train.run_folder import open_run_folder
 
     # The run folder, and the environment before DeepSpeed reads it.
     composed = _on_nodes(composed)
@@ -86,11 +88,8 @@ def _train_launched(
 ) -> None:
     from llmtune.engine.distributed import broadcast_object, init_ranks
     from llmtune.engine.heartbeat import PhaseLog
-    from llmtune.launch.preflight.deepspeed_ops import load_ops
     from llmtune.run.fallback import hold_nvme
-    from llmtune.run.prepare import lock_file
     from llmtune.storage.lock import hold_lock
-    from llmtune.train.request import RunRequest
 
     phases = PhaseLog(watch.record)
     with show_phases(console, phases):
@@ -221,15 +220,9 @@ def _tell(stream: IO[str], text: str) -> None:
 def _prepare_first(
     composed: Composed, target: RunTarget, folder: RunFolder, console: Console, world_size: int
 ) -> RunRequest | None:
-    from llmtune.launch.preflight.deepspeed_ops import ensure_ops
-    from llmtune.plan.resolve import resolve_plan
-    from llmtune.run.adapter import adopt_adapter, check_adapter
-    from llmtune.run.attempt import attempt
-    from llmtune.run.describe import describe
     from llmtune.run.fallback import place_swap
     from llmtune.run.prepare import prepare_run
     from llmtune.run.task import adopt_task
-    from llmtune.train.begun import begun_train
 
     composed = adopt_task(adopt_adapter(composed, target.folder))
     begun = begun_train(composed.config, target.folder, target.name)

@@ -5,7 +5,6 @@ The supervisor does it, and rank 0 under a launcher.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,6 @@ from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
 from llmtune.data.prepare import prepare_data
-from llmtune.data.read.parse_sources import parse_sources
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
 from llmtune.data.tokenize.chat_template import load_chat_template
@@ -34,7 +32,6 @@ from llmtune.plan.steps import StepsPlan, evaluation_interval, resolve_steps
 from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.check_model import check_model, check_quantized
 from llmtune.run.task import resolve_labels
-from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.task.task import find_task
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
@@ -42,29 +39,6 @@ from llmtune.train.mirror_owner import resolve_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from llmtune.units import counted, format_count
-
-
-def resolve_run_target(composed: Composed) -> RunTarget:
-    """Resolve the run's name and folder.
-
-    Without ``run_name`` the name is made of model, tuner and data, and of ZeRO where it was chosen.
-    """
-    config, choices = composed.config, composed.choices
-    if config.run_name:
-        name = config.run_name
-    else:
-        model = choices["model"]
-        if model == "custom":
-            model = Path(config.model.name_or_path).name.removesuffix(".gguf")
-        data = choices["data"] if choices["data"] != "files" else _data_name(config)
-        parts = [str(model), str(choices["tuner"]), str(data)]
-        if choices.get("zero") not in (None, "auto"):
-            parts.append(f"zero{choices['zero']}")
-        if sweep_run := os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
-            # The runs of a sweep differ in their overrides only.
-            parts.append(sweep_run)
-        name = "-".join(parts)
-    return RunTarget(name, Path(config.output_dir or f"runs/{name}").expanduser())
 
 
 def prepare_run(
@@ -233,14 +207,3 @@ def _check_data(
             " trained; take the model's instruct version, or a data.chat_template with tokens that"
             " it knows"
         )
-
-
-def lock_file(folder: RunFolder) -> Path:
-    """Return the lock file of a run folder."""
-    return folder.path / layout.LOCK
-
-
-def _data_name(config: Config) -> str:
-    """Return the name of the first file, without its ending."""
-    path = parse_sources(config.data.train, "data.train", config.data.format)[0].path
-    return Path(path.split("*")[0].rstrip("/")).name.split(".")[0] or "data"

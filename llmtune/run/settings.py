@@ -5,8 +5,6 @@ code that uses them, before anything is prepared or planned, so that all problem
 and ``plan`` refuses what ``train`` refuses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from llmtune.config.groups.export import MergeOnto

@@ -5,8 +5,6 @@ comparison. Only the standard library's cheap modules are imported here: each ra
 process that filters its log with this file.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

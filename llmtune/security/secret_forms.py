@@ -5,8 +5,6 @@ percent-encoded, as HTML has it, and each of these within another. A text holds 
 has a spelling of each of its characters in turn.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import re

@@ -1,7 +1,5 @@
 """Find credentials in URLs: the part before ``@``, values of the query, and headers beside it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

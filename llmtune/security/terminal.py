@@ -4,8 +4,6 @@ A terminal executes C0 and C1 controls (ECMA-48): they overwrite what it showed,
 or send text back to the prompt as if the user had typed it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

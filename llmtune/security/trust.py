@@ -9,8 +9,6 @@ What llmtune keeps for itself and believes later (caches, compiled ops, locks, s
 belong to this user or to root, and nobody else may write to it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import grp

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 #: Levels of lists and objects. At about a thousand Python raises RecursionError, in whatever
@@ -44,6 +45,18 @@ def parse_json(
     if opening > MAX_DEPTH:
         check_depth(value)
     return value
+
+
+def parse_lines(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file with one per line.
+
+    A half-written line, as a crash leaves it, is passed over.
+    """
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError):
+            value = parse_json(line)
+            if isinstance(value, dict):
+                yield value
 
 
 def decode_json(text: str, start: int, decoder: json.JSONDecoder = _DECODER) -> tuple[Any, int]:

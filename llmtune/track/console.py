@@ -1,7 +1,5 @@
 """The user's terminal: lines, tables, the page before step 1, and one progress line."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

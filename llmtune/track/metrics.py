@@ -1,7 +1,5 @@
 """Write and read ``metrics.jsonl``: one object per line, numbers unrounded."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 from llmtune.errors import CheckpointError
 from llmtune.storage.atomic import write_atomically
-from llmtune.storage.plain_json import parse_json
+from llmtune.storage.plain_json import parse_lines
 from llmtune.track.tracker import Record
 
 
@@ -51,15 +49,7 @@ def read_metrics(path: Path) -> list[Record]:
     """Read the records; a half-written line, as a crash leaves it, is skipped."""
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            record = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
+    return [record for record in parse_lines(path.read_text(encoding="utf-8")) if "step" in record]
 
 
 def cut_metrics(path: Path, step: int) -> None:

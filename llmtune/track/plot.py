@@ -1,7 +1,5 @@
 """Draw ``loss.png``: training and held-out loss over the steps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llmtune.track.metrics import read_metrics

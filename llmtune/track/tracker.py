@@ -3,8 +3,6 @@
 A tracker never stops a run: one that raises is logged and dropped.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol

@@ -13,6 +13,7 @@ from llmtune.config.stored import from_plain, to_plain
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan
+from llmtune.storage import plain_fields
 from llmtune.task.labels import Labels
 
 
@@ -61,9 +62,9 @@ class RunRequest:
         values: dict[str, Any] = json.loads(text)
         return cls(
             config=from_plain(values["config"]),
-            plan=Plan.from_dict(values["plan"]),
-            steps=StepsPlan.from_dict(values["steps"]),
-            data=PreparedData.from_dict(values["data"]),
+            plan=plain_fields.from_plain(Plan, values["plan"]),
+            steps=plain_fields.from_plain(StepsPlan, values["steps"]),
+            data=plain_fields.from_plain(PreparedData, values["data"]),
             labels=Labels.from_dict(values["labels"]),
             run_folder=Path(values["run_folder"]),
             run_name=values["run_name"],

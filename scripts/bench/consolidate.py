@@ -150,6 +150,7 @@ def write_model_states(step: Path, groups: list[OrderedDict[str, torch.Size]], s
 
 def run_llmtune(checkpoint: Path, output: Path) -> float:
     """Our side."""
+    from llmtune.export.progress import ProgressCallbacks
     from llmtune.export.publish.shards import Journal, write_shards
     from llmtune.export.sources.deepspeed.zero_source import ZeroSource
     from llmtune.export.sources.tensor_source import RetypedSource
@@ -157,7 +158,7 @@ def run_llmtune(checkpoint: Path, output: Path) -> float:
     started = time.perf_counter()
     output.mkdir()
     source = RetypedSource(ZeroSource(checkpoint), torch.bfloat16)
-    write_shards(source, output, 5_000_000_000, Journal(output, "bench"))
+    write_shards(source, output, 5_000_000_000, Journal(output, "bench"), ProgressCallbacks())
     return time.perf_counter() - started
 
 

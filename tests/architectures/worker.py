@@ -27,8 +27,7 @@ from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.optimizer.optimizer import OPTIMIZERS
-from llmtune.plan.abilities import check_row_length, check_stage
-from llmtune.plan.attention_kernel import resolve_attention
+from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.memory.model_shape import resolve_shape

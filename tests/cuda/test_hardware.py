@@ -27,6 +27,7 @@ from llmtune.plan.memory import peak_memory
 from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.plan import Plan
 from llmtune.plan.resolve import resolve_ladder, resolve_plan
+from llmtune.storage.plain_fields import from_plain
 
 GIB = 2**30
 EXPERIMENT = ["experiment=llama3_70b_lora_8xa100", "data.train=x.jsonl"]
@@ -213,7 +214,7 @@ def test_notes_are_in_the_plan_and_survive_its_file(machine: Any, driver: Any) -
     driver("580.65.06", 1)
     plan = resolve_plan(compose_config(["model=tiny", "hardware.gpu_memory_bytes=80GiB"]).config)
     assert plan.notes[0].startswith("hardware.gpu_memory_bytes=80GiB: this machine has ")
-    again = Plan.from_dict(json.loads(json.dumps(asdict(plan))))
+    again = from_plain(Plan, json.loads(json.dumps(asdict(plan))))
     assert (again.notes, again.hardware) == (plan.notes, plan.hardware)
 
 

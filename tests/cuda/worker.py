@@ -19,7 +19,7 @@ device = pretend.register()
 
 from llmtune.engine.distributed import barrier  # noqa: E402
 from llmtune.engine.train_module import TrainModule  # noqa: E402
-from llmtune.launch.supervise.memory_errors import memory_pool  # noqa: E402
+from llmtune.launch.supervise.out_of_memory import memory_pool  # noqa: E402
 from tests.engine.worker import ask_cpu_once, run_task  # noqa: E402
 from tests.joined import join_ranks  # noqa: E402
 

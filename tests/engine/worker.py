@@ -34,6 +34,7 @@ from llmtune.plan import resolve
 from llmtune.plan.plan import Plan, with_nvme
 from llmtune.plan.resolve import resolve_plan
 from llmtune.plan.steps import resolve_steps
+from llmtune.storage.plain_fields import from_plain
 from llmtune.task.labels import Labels
 from llmtune.task.losses import sum_cross_entropy
 from llmtune.task.targets import Targets
@@ -53,7 +54,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         pretend_fp16()
     cache = Path(config.paths.cache_dir)
     # One plan for all ranks, as the supervisor makes it.
-    plan = Plan.from_dict(broadcast_object(resolve_plan(config, rank.world_size).to_dict(), rank))
+    plan = from_plain(Plan, broadcast_object(resolve_plan(config, rank.world_size).to_dict(), rank))
     if plan.placement.uses_nvme:
         load_ops(plan.hardware.accelerator, plan.placement)
         # A folder a task: engines of one process would find each other's swap files.

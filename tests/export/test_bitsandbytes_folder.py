@@ -25,7 +25,7 @@ from llmtune.export.open_model import open_export_model
 from llmtune.export.pipeline import run_export, write_files
 from llmtune.export.publish.shards import Journal
 from llmtune.export.request import ExportRequest
-from llmtune.export.sources.bitsandbytes_base import Bnb4bitSource, is_bnb_folder, open_base
+from llmtune.export.sources.bitsandbytes_base import Bnb4bitSource, open_base
 from llmtune.export.sources.nf4 import Nf4RoundTripSource, quantized_names
 from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource, read_whole
 from tests.export.conftest import TOKENS, make_adapter, make_base
@@ -214,8 +214,8 @@ def test_a_4_bit_folder_is_read_as_the_plain_tensors_that_it_stands_for(
     model = load_in_4bit(base)
     expected, _ = plain_weights(model)
     model.save_pretrained(tmp_path / "packed", max_shard_size="20KB")
-    assert is_bnb_folder(tmp_path / "packed")
     source = open_base(tmp_path / "packed")
+    assert isinstance(source, Bnb4bitSource)
     plain = SafetensorsSource(base)
     assert source.specs.keys() == plain.specs.keys()
     for name, spec in plain.specs.items():
@@ -279,11 +279,9 @@ def test_other_quantizations_are_refused(
     settings: dict[str, Any], part: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     base = make_base("llama", tmp_path / "base", tiny_model)
-    assert not is_bnb_folder(base)
     assert isinstance(open_base(base), SafetensorsSource)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    assert not is_bnb_folder(base)
     for opens in (open_base, Bnb4bitSource):
         with pytest.raises(ExportError, match=part) as caught:
             opens(base)

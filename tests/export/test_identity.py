@@ -11,7 +11,6 @@ import pytest
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType, MergeOnto
 from llmtune.export.formats.format import FORMATS
 from llmtune.export.identity import (
-    SHAPING_NOTHING,
     describe_job,
     describe_options,
     is_export_of,
@@ -70,10 +69,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_option_is_decided_and_tried() -> None:
     options = {field.name for field in fields(ExportConfig)}
     shaping = frozenset().union(*map(shaping_options, FORMATS.list()))
-    assert shaping | SHAPING_NOTHING == options, (
+    shaping_nothing = {"upload_private", "dry_run"}
+    assert shaping | shaping_nothing == options, (
         "a new option needs a decision: does it shape a file, and of which formats?"
     )
-    assert not shaping & SHAPING_NOTHING
+    assert not shaping & shaping_nothing
     assert set(OTHERS) | {"format"} == options
     assert all(getattr(ExportConfig(), key) != value for key, value in OTHERS.items())
 

@@ -18,6 +18,7 @@ from llmtune.checkpoint.slices import PiecedTensor, TensorSlice, find_gap
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ExportError
 from llmtune.export.open_model import open_export_model
+from llmtune.export.progress import ProgressCallbacks
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.master_weights import (
@@ -103,6 +104,7 @@ def test_a_model_of_masters_is_written_in_small_blocks(
             output,
             10**9,
             Journal(output, "masters"),
+            ProgressCallbacks(),
         )
         written, live = (
             load_file(output / "model.safetensors"),

@@ -29,6 +29,7 @@ from llmtune.export.merge.peft_adapter import read_adapter
 from llmtune.export.pipeline import run_export
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.tensor_source import SafetensorsSource
+from llmtune.export.verify.export_checks import find_serving_problems
 from llmtune.export.verify.parity import (
     ComparedModels,
     Parity,
@@ -36,7 +37,6 @@ from llmtune.export.verify.parity import (
     measure_parity_in_memory,
     probe_tokens,
 )
-from llmtune.export.verify.serving_checks import find_serving_problems
 from llmtune.export.verify.streamed_model import StreamedModel
 from llmtune.model.skeleton import is_hollow
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
@@ -384,18 +384,17 @@ def test_what_nobody_could_serve_is_refused(
     base = make_base("llama", tmp_path / "base", tiny_model)
     file = base / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    problems = find_serving_problems(base, SafetensorsSource(base)).problems
+    problems = find_serving_problems(base, SafetensorsSource(base))[0]
     assert any(re.search(part, problem) for problem in problems), problems
 
 
 def test_the_tokenizer_must_fit_the_rows(tiny_model: Path, tmp_path: Path) -> None:
     small = make_base("llama", tmp_path / "small", tiny_model, rows=320)
-    report = find_serving_problems(small, SafetensorsSource(small))
-    assert [problem.partition(":")[0] for problem in report.problems] == [
+    problems, _ = find_serving_problems(small, SafetensorsSource(small))
+    assert [problem.partition(":")[0] for problem in problems] == [
         "the tokenizer knows token 511, the model has 320 rows"
     ]
-    report = find_serving_problems(tiny_model, SafetensorsSource(tiny_model))
-    assert (report.problems, report.notes) == ([], [])
+    assert find_serving_problems(tiny_model, SafetensorsSource(tiny_model)) == ([], [])
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{{ 1 / 0 }}"
     other = make_base("llama", tmp_path / "other", tiny_model)

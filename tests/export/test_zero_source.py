@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from llmtune.errors import ExportError
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
+from llmtune.export.progress import ProgressCallbacks
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.deepspeed.checkpoint_parts import (
     has_adapter,
@@ -189,6 +190,7 @@ def test_written_shards_are_deepspeeds(checkpoints: Path, tmp_path: Path) -> Non
             ours,
             5_000,
             Journal(ours, name),
+            ProgressCallbacks(),
         )
         written = {
             key: tensor

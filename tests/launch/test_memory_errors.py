@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmtune.errors import CheckpointError
-from llmtune.launch.supervise.memory_errors import memory_pool, memory_pool_of_text
+from llmtune.launch.supervise.out_of_memory import memory_pool, memory_pool_of_text
 
 DEVICE = [
     (

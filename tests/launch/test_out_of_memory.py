@@ -10,8 +10,7 @@ import pytest
 from llmtune.engine.heartbeat import PhaseLog
 from llmtune.errors import CheckpointError
 from llmtune.launch.supervise import out_of_memory
-from llmtune.launch.supervise.memory_errors import memory_pool
-from llmtune.launch.supervise.out_of_memory import count_kills, find_event
+from llmtune.launch.supervise.out_of_memory import count_kills, find_event, memory_pool
 from llmtune.storage.rank_files import FailureReport, KernelKills, phase_file
 
 ALLOCATOR = (

@@ -10,9 +10,14 @@ from transformers import AutoConfig
 
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
-from llmtune.plan.abilities import attention_kernels, check_row_length, check_stage, max_positions
+from llmtune.plan.abilities import (
+    attention_kernels,
+    check_row_length,
+    check_stage,
+    max_positions,
+    resolve_attention,
+)
 from llmtune.plan.architecture.meta_model import build_meta_model
-from llmtune.plan.attention_kernel import resolve_attention
 from llmtune.plan.resolve import resolve_ladder
 
 SIZE = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

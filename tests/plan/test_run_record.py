@@ -14,6 +14,7 @@ from llmtune.plan.prepared_data import PreparedData, SplitSummary
 from llmtune.plan.resolve import resolve_plan
 from llmtune.plan.run_record import BeganFrom, MemoryFailure, RunRecord
 from llmtune.plan.steps import StepsPlan
+from llmtune.storage.plain_fields import from_plain
 
 #: Of a file of this version, in their order; programs outside llmtune read them.
 KEYS = [
@@ -100,7 +101,7 @@ def test_a_file_without_a_key_says_nothing_of_it_and_all_the_rest(
     values = json.loads(record.to_json())
     del values[missing]
     default: Any = getattr(RunRecord(), missing)
-    assert RunRecord.from_plain(values) == replace(record, **{missing: default})
+    assert from_plain(RunRecord, values) == replace(record, **{missing: default})
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_a_file_without_a_key_says_nothing_of_it_and_all_the_rest(
     ],
 )
 def test_a_value_of_another_type_counts_as_missing(key: str, value: Any) -> None:
-    assert RunRecord.from_plain({key: value, "run_name": "r"}) == RunRecord(run_name="r")
+    assert from_plain(RunRecord, {key: value, "run_name": "r"}) == RunRecord(run_name="r")
 
 
 def test_what_is_no_object_says_nothing_and_what_is_no_json_is_an_error() -> None:
@@ -129,14 +130,15 @@ def test_what_is_no_object_says_nothing_and_what_is_no_json_is_an_error() -> Non
 
 
 def test_parts_may_be_missing_inside_and_unknown_keys_are_passed_over() -> None:
-    record = RunRecord.from_plain(
+    record = from_plain(
+        RunRecord,
         {
             "hardware": {"name": "A100", "device_count": 8, "color": "green"},
             "batch": {"global_batch_size": 64},
             "history": [{"rank": 1, "phase": "step"}, 5],
             "data": {"fingerprint": "f"},
             "later": 1,
-        }
+        },
     )
     assert record.hardware is not None
     assert (record.hardware.name, record.hardware.device_count, record.hardware.nodes) == (

@@ -20,7 +20,7 @@ from llmtune.data.rows.conversation import Conversation, Message, Role
 from llmtune.data.rows.problems import RowError
 from llmtune.data.tokenize.chat_template import ChatTemplates, check_chat_template
 from llmtune.errors import ConfigError
-from llmtune.export.verify.serving_checks import _find_template_problems
+from llmtune.export.verify.export_checks import _find_template_problems
 from llmtune.model.chat_turns import end_of_turn_ids, render_prompt
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.template_bounds import bounded_template

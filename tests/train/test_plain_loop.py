@@ -23,6 +23,7 @@ from llmtune.data.prepared_data import open_rows
 from llmtune.model.source import resolve_model_folder
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.prepared_data import PreparedData
+from llmtune.storage.plain_fields import from_plain
 from tests.support import TINY, pairs, product, run_cli
 from tests.train import plain_loop
 
@@ -124,7 +125,7 @@ def documents_of_steps(
 ) -> list[list[plain_loop.Document]]:
     """Which documents each step saw: the one thing that only the run can say."""
     plan = json.loads((run / "plan.json").read_text())
-    rows = open_rows(PreparedData.from_dict(plan["data"]), "train")
+    rows = open_rows(from_plain(PreparedData, plan["data"]), "train")
     batch = BatchPlan(
         global_batch_size=BATCH, micro_batch_size=BATCH, accumulation_steps=1, world_size=1
     )

@@ -17,6 +17,7 @@ from llmtune.errors import CheckpointError
 from llmtune.plan.run_record import RunRecord
 from llmtune.storage import layout
 from llmtune.storage.lock import hold_lock
+from llmtune.storage.plain_fields import from_plain
 from llmtune.storage.rank_files import SkippedSteps
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
@@ -33,7 +34,7 @@ def start(run: Path) -> None:
     folder.find_changes(config)
     resume_from = resume_point(folder, config, "r", lambda _: None)
     step = -1 if resume_from is None else 4
-    record = RunRecord.from_plain({"run_id": "a", "data": {"fingerprint": "x"}})
+    record = from_plain(RunRecord, {"run_id": "a", "data": {"fingerprint": "x"}})
     folder.begin(config, ["seed=42"], record, step, resume_from)
 
 

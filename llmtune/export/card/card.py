@@ -4,13 +4,12 @@ It has no clock, no host and no path of this machine, so that the same inputs ma
 Secrets are removed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from llmtune import __version__
@@ -18,9 +17,15 @@ from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.errors import ExportError
 from llmtune.export.architecture import TEXT, TEXT_TO_TEXT, Task, headed_task, task_of
 from llmtune.export.card.curves import draw_curves
-from llmtune.export.card.facts import Facts, read_facts, read_json
-from llmtune.export.card.front_matter import render_front_matter
-from llmtune.export.card.license import copy_license_files, find_license
+from llmtune.export.card.facts import (
+    Facts,
+    find_hub_datasets,
+    list_sources,
+    read_facts,
+    read_json,
+    read_metrics_after,
+)
+from llmtune.export.card.license import License, copy_license_files, find_license
 from llmtune.export.card.tables import (
     describe_data,
     describe_metrics,
@@ -35,7 +40,7 @@ from llmtune.export.request import ExportRequest, is_hub_id
 from llmtune.export.usage import Usage
 from llmtune.metrics.confusion import ConfusionTable
 from llmtune.metrics.report import format_scores, write_confusion
-from llmtune.security.redaction import redact
+from llmtune.security.redaction import redact, redact_values
 from llmtune.security.trust import read_foreign
 from llmtune.storage.layout import (
     ADAPTER_CONFIG,
@@ -43,6 +48,7 @@ from llmtune.storage.layout import (
     CONFUSION_TABLE,
     is_result_folder,
 )
+from llmtune.storage.yaml_text import to_yaml
 from llmtune.tuner.tuner import TUNERS
 
 CARD, CURVES = "README.md", "loss.png"
@@ -238,3 +244,70 @@ def _name_tuner(name: str) -> str:
     """Return the tuner's title, or its name where no loaded module registers it."""
     tuner = TUNERS.list().get(name)
     return name if tuner is None else tuner.title
+
+
+def render_front_matter(
+    request: ExportRequest, config: ExportConfig, facts: Facts, base_license: License, usage: Usage
+) -> str:
+    """Write the front matter as YAML, without secrets.
+
+    The values are ``huggingface_hub``'s. The YAML is not: ``ModelCardData.to_yaml`` leaves line
+    ends of Unicode in a text, and reads them back as spaces.
+    """
+    is_on_hub = is_hub_id(request.base_name)
+    named = base_license.front_matter
+    results = _list_results(facts, usage.task.hub)
+    data = ModelCardData(
+        base_model=request.base_name if is_on_hub else None,
+        base_model_relation=_describe_relation(config, facts) if is_on_hub else None,
+        library_name=find_format(config.format).library,
+        pipeline_tag=usage.task.hub,
+        tags=_list_tags(config, facts, usage),
+        datasets=find_hub_datasets(facts) or None,
+        model_name=usage.name if results else None,
+        eval_results=results or None,
+        license=named.get("license"),
+        license_name=named.get("license_name"),
+        license_link=named.get("license_link"),
+    )
+    return to_yaml(redact_values(data.to_dict()), width=float("inf"))
+
+
+def _describe_relation(config: ExportConfig, facts: Facts) -> str:
+    """Name the relation to the base in the hub's words.
+
+    Weights that were trained and then quantized are first of all another model.
+    """
+    kind = find_format(config.format)
+    if not kind.is_merged:
+        return "adapter"
+    is_quantized = kind.quantization(config) is not None
+    return "quantized" if is_quantized and facts.tuner is None else "finetune"
+
+
+def _list_tags(config: ExportConfig, facts: Facts, usage: Usage) -> list[str]:
+    tags = ["llmtune"]
+    if facts.tuner is not None:
+        tags.append("full-fine-tuning" if facts.tuner == "full" else facts.tuner)
+    if config.format != "safetensors":
+        tags.append(config.format.replace("_", "-"))
+    if usage.has_template and usage.writes_text:
+        tags.append("conversational")
+    return tags
+
+
+def _list_results(facts: Facts, task: str) -> list[EvalResult]:
+    """Return the held-out metrics as entries of ``model-index``."""
+    on_hub = find_hub_datasets(facts)
+    names = list_sources(facts.get("data.eval") or facts.get("data.train")) or ["held-out rows"]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=on_hub[0] if len(on_hub) == 1 else "custom",
+            dataset_name=f"{', '.join(names)} (held-out rows)",
+            metric_type=key,
+            metric_name=f"held-out {key}",
+            metric_value=value,
+        )
+        for key, value in read_metrics_after(facts).items()
+    ]

@@ -1,7 +1,5 @@
 """``loss.png`` beside a model card: the losses of the run up to the step that was exported."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -3,12 +3,9 @@
 What is not known is left out.
 """
 
-from __future__ import annotations
-
 import contextlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,8 @@ from llmtune.plan.run_record import RunRecord
 from llmtune.security.redaction import redact_values
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
-from llmtune.storage.plain_json import parse_json
+from llmtune.storage.plain_fields import from_plain
+from llmtune.storage.plain_json import parse_json, parse_lines
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz)$", re.IGNORECASE)
 
@@ -47,7 +45,12 @@ class Facts:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the run's configuration by its dotted key."""
-        return _get(self.config, key, default)
+        found: Any = self.config
+        for part in key.split("."):
+            if not isinstance(found, Mapping) or found.get(part) is None:
+                return default
+            found = found[part]
+        return found
 
     @property
     def tuner(self) -> str | None:
@@ -88,7 +91,7 @@ def read_facts(request: ExportRequest) -> Facts:
         config=redact_values(
             next((found for place in places if (found := _read_yaml(place / layout.CONFIG))), {})
         ),
-        plan=RunRecord.from_plain(redact_values(read_json(request.run / layout.PLAN))),
+        plan=from_plain(RunRecord, redact_values(read_json(request.run / layout.PLAN))),
         environment=redact_values(read_json(request.run / layout.ENVIRONMENT)),
         metrics=metrics,
         adapter=redact_values(adapter),
@@ -148,15 +151,6 @@ def _find_step(trained: Path) -> int | None:
     return step
 
 
-def _get(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    found: Any = values
-    for part in key.split("."):
-        if not isinstance(found, Mapping) or found.get(part) is None:
-            return default
-        found = found[part]
-    return found
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that anybody may have written; empty where it is missing, or is no object."""
     with contextlib.suppress(ExportError, ValueError):
@@ -175,13 +169,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a metrics file; skip a half-written one, as a crash leaves it."""
     with contextlib.suppress(ExportError, UnicodeDecodeError):
-        return list(_parse_lines(read_foreign(path, ExportError)))
+        lines = parse_lines(read_foreign(path, ExportError))
+        return [line for line in lines if isinstance(line.get("step"), int)]
     return []
-
-
-def _parse_lines(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
-            record = parse_json(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record

@@ -1,7 +1,5 @@
 """The license of a base, as its own files name it."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The tables of a card: data, settings, metrics, plan and versions of a run."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 from importlib import metadata

@@ -1,7 +1,5 @@
 """``export=bnb_4bit``: a model folder in bitsandbytes' NF4."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

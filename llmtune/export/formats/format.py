@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.groups.export import ExportConfig
+from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.registry import NONE, Registry
 
 if TYPE_CHECKING:
-    import torch
-
     from llmtune.export.export_model import ExportModel
     from llmtune.export.publish.shards import Journal
     from llmtune.export.usage import Usage
@@ -70,8 +68,8 @@ class Format:
 
     Raises ExportError, or MissingPrerequisiteError for a missing package.
     """
-    compared_dtype: Callable[[ExportConfig], torch.dtype | None] = _nothing
-    """Dtype to which each merged fp32 number is rounded; None for the model's own dtype."""
+    compared_dtype: Callable[[ExportConfig], ExportDtype] = lambda _: ExportDtype.auto
+    """Dtype to which each merged fp32 number is rounded; ``auto`` is the model's own dtype."""
     quantization: Callable[[ExportConfig], str | None] = _nothing
     """Type in which blocks of numbers are stored; None where each number is stored by itself."""
 

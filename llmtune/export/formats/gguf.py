@@ -1,10 +1,7 @@
 """``export=gguf``: the one file that llama.cpp, Ollama and LM Studio load."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, GgufType
 from llmtune.export.formats.format import (
@@ -15,9 +12,6 @@ from llmtune.export.formats.format import (
     render_usage,
     require_package,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 #: Types that hold each number by itself.
 _PLAIN = (GgufType.f32, GgufType.f16, GgufType.bf16)
@@ -47,12 +41,10 @@ def _check_base(base: Path) -> None:
     read_vocabulary(base, settings.vocab_size)
 
 
-def _compared_dtype(config: ExportConfig) -> torch.dtype:
+def _compared_dtype(config: ExportConfig) -> ExportDtype:
     """Return the dtype of unquantized types; quantized ones are computed from the merged fp32."""
-    import torch
-
-    dtypes = {GgufType.f16: torch.float16, GgufType.bf16: torch.bfloat16}
-    return dtypes.get(config.gguf_type, torch.float32)
+    dtypes = {GgufType.f16: ExportDtype.fp16, GgufType.bf16: ExportDtype.bf16}
+    return dtypes.get(config.gguf_type, ExportDtype.fp32)
 
 
 def _quantization(config: ExportConfig) -> str | None:

@@ -1,15 +1,9 @@
 """The rules of ``export=onnx`` and ``export=torchscript``: fp32, and a limit to the size."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype
-
-if TYPE_CHECKING:
-    import torch
 
 
 def find_graph_problems(config: ExportConfig) -> str | None:
@@ -35,8 +29,6 @@ def check_graph_base(base: Path) -> None:
     check_size(sum(math.prod(spec.shape) for spec in SafetensorsSource(base).specs.values()))
 
 
-def compared_as_fp32(_config: ExportConfig) -> torch.dtype:
+def compared_as_fp32(_config: ExportConfig) -> ExportDtype:
     """Return fp32: a graph holds the merged numbers as they are computed."""
-    import torch
-
-    return torch.float32
+    return ExportDtype.fp32

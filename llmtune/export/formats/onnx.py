@@ -1,7 +1,5 @@
 """``export=onnx``: a graph that onnxruntime runs without torch."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``export=pt``: one PyTorch file of weights."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from llmtune.export.formats.format import FORMATS, Format, Writer, render_usage

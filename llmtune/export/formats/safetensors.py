@@ -1,7 +1,5 @@
 """``export=safetensors``: a model folder as transformers and vLLM load it."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from llmtune.export.formats.format import FORMATS, MERGED_OPTIONS, Format, Writer, render_usage

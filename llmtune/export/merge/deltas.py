@@ -4,8 +4,6 @@ The formulas are peft's (``peft/tuners/lora``): the same products in the same or
 adapters merge to the same bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,14 +20,12 @@ class Delta(Protocol):
     @property
     def needs_all_rows(self) -> bool:
         """Return whether the rows depend on each other, so that all are passed at once."""
-        ...
 
     def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """Read the adapter's tensors, and return the function that is applied to the rows.
 
         Its arguments are rows of the tensor and the index of the first of them.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

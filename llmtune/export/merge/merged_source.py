@@ -5,8 +5,6 @@ layers that store their outputs as columns (embeddings, GPT-2's Conv1D) takes on
 tensor of the adapter that matches nothing in the base is an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Read an adapter that peft wrote: its settings, and its tensors by module and role."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

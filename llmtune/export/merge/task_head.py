@@ -4,34 +4,28 @@ Such an adapter names only its task. The architecture is transformers' class for
 base's ``model_type``; the number of classes is the number of rows of the head's last layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.architecture import Task, find_architecture, headed_task, is_renamed, task_of
+from llmtune.export.architecture import (
+    Task,
+    find_architecture,
+    headed_task,
+    is_renamed,
+    read_config,
+    task_of,
+)
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.sources.tensor_source import TensorSource, find_name, is_embedding, usual_dtype
 from llmtune.model.skeleton import build_skeleton
-from llmtune.storage.plain_json import parse_json
 from llmtune.storage.tensors.row_blocks import row_ranges
 from llmtune.storage.tensors.tensor_spec import TensorSpec
 from llmtune.units import some
-
-
-@dataclass(frozen=True, slots=True)
-class TaskHead:
-    """The architecture with the head that an adapter brings."""
-
-    config_changes: dict[str, Any]
-    """Keys of ``config.json`` that differ from the base's: architecture and classes."""
-    skeleton: Any
-    """The model with the head, without weights."""
 
 
 class TaskHeadSource:
@@ -40,14 +34,24 @@ class TaskHeadSource:
     Tensors that this architecture does not have, such as those of another head, are left out.
     """
 
-    def __init__(self, base: TensorSource, adapter: Adapter, head: TaskHead) -> None:
+    def __init__(
+        self, base: TensorSource, adapter: Adapter, skeleton: Any, config_changes: dict[str, Any]
+    ) -> None:
+        """Find the tensors of the model with the head in the base, or else in the adapter.
+
+        Args:
+            skeleton: The model with the head, without weights.
+            config_changes: Keys of ``config.json`` that differ from the base's: architecture and
+                classes.
+        """
+        self.config_changes = config_changes
         self._base = base
         self._adapter = adapter
         self._stored: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._trained = _trained_whole(adapter)
         dtype = usual_dtype(base) or torch.float32
-        for name, tensor in (*head.skeleton.named_parameters(), *head.skeleton.named_buffers()):
+        for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers()):
             shape = tuple(tensor.shape)
             base_name = find_name(name, base.specs)
             if base_name is not None and base.specs[base_name].shape == shape:
@@ -66,8 +70,8 @@ class TaskHeadSource:
             yield tensor[first:last]
 
 
-def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHead | None:
-    """Find the head that an adapter brings; None where the base has all of its modules.
+def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHeadSource | None:
+    """Put the head that an adapter brings on its base; None where the base has all of its modules.
 
     Args:
         folder: The model folder of the base; its ``config.json`` is read.
@@ -99,7 +103,7 @@ def find_task_head(folder: Path, base: TensorSource, adapter: Adapter) -> TaskHe
         skeleton = build_skeleton(folder, changes)
         shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         if trained.items() <= shapes.items():
-            return TaskHead(changes, skeleton)
+            return TaskHeadSource(base, adapter, skeleton, changes)
     head = (
         some([f"{name} {shape}" for name, shape in sorted(trained.items())])
         or "nothing is stored of it"
@@ -130,7 +134,7 @@ def _find_architecture(folder: Path, task: Task) -> str:
     """Return transformers' class with this task's head for the base's ``model_type``."""
     from transformers.models.auto import modeling_auto
 
-    model_type = parse_json((folder / "config.json").read_text()).get("model_type")
+    model_type = read_config(folder).get("model_type")
     architecture = getattr(modeling_auto, task.mapping).get(model_type)
     if not isinstance(architecture, str):
         raise ExportError(
@@ -142,7 +146,7 @@ def _find_architecture(folder: Path, task: Task) -> str:
 
 def _label_changes(folder: Path, count: int) -> dict[str, Any]:
     """Return names of the classes; nothing where the base names as many."""
-    known = parse_json((folder / "config.json").read_text()).get("id2label") or {}
+    known = read_config(folder).get("id2label") or {}
     if len(known) == count:
         return {}
     labels = [f"LABEL_{index}" for index in range(count)]

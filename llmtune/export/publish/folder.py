@@ -4,8 +4,6 @@ A killed export is continued: finished files wait aside, listed in a journal. Wh
 nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

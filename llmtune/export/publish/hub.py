@@ -10,8 +10,6 @@ killed, gets some files of this export and some of the one before. It also says 
 hub holds in the end, which is compared here.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile
@@ -21,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import ExportError, MissingPrerequisiteError
+from llmtune.errors import ExportError, MissingPrerequisiteError, first_line
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
 from llmtune.storage.hashing import git_blob_id, sha256_file
@@ -122,7 +120,7 @@ def upload_to_hub(folder: Path, url: str, private: bool, say: Callable[[str], No
         status = error.response.status_code if error.response is not None else 500
         if 400 <= status < 500 and status not in _PASSING:
             raise PermanentCopyError(
-                f"was not filled: {_first_line(error)}. Does HF_TOKEN have the right to write to"
+                f"was not filled: {first_line(error)}. Does HF_TOKEN have the right to write to"
                 f" {place.repo}?"
             ) from error
         raise
@@ -227,9 +225,3 @@ def _is_same(file: Path, remote: Any | None) -> bool:
     if remote.lfs is not None:
         return bool(sha256_file(file) == remote.lfs.sha256)
     return bool(git_blob_id(file) == remote.blob_id)
-
-
-def _first_line(error: Exception) -> str:
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )

@@ -6,8 +6,6 @@ Finished shards are noted in a journal beside them, so that an export that was k
 the shard it was in.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue
@@ -90,7 +88,7 @@ def write_shards(
     folder: Path,
     max_shard_bytes: int,
     journal: Journal,
-    progress: ProgressCallbacks | None = None,
+    progress: ProgressCallbacks,
 ) -> None:
     """Write all tensors, in files as transformers names them, with the index.
 
@@ -98,20 +96,17 @@ def write_shards(
         ExportError: From the source; finished shards stay for the next start.
     """
     shards = plan_shards(list(source.specs.values()), max_shard_bytes)
-    if progress:
-        progress.total(sum(spec.nbytes for _, specs in shards for spec in specs))
+    progress.total(sum(spec.nbytes for _, specs in shards for spec in specs))
 
     def write(shard: tuple[str, list[TensorSpec]]) -> None:
         name, specs = shard
         if name in journal.entries:
-            if progress:
-                progress.done(sum(spec.nbytes for spec in specs))
+            progress.done(sum(spec.nbytes for spec in specs))
             return
         with TensorFile(folder / name, specs) as file:
             for block in _ahead(_blocks(source, specs)):
                 file.write(block)
-                if progress:
-                    progress.done(block.nbytes)
+                progress.done(block.nbytes)
         journal.note(name, file.entry)
 
     # Shards in parallel, each by a thread that computes and one that writes.

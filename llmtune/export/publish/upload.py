@@ -5,8 +5,6 @@ Files that are there already are not sent again. At a URL, a folder that is bein
 and its folder is never taken for whole. On the hub everything goes in one commit.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The dequantized tensors of a base that is stored in bitsandbytes' 4 bits, as a stream."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,13 +25,7 @@ def open_base(folder: Path) -> TensorSource:
     Raises:
         ExportError: It is quantized in another way, or something is missing or damaged.
     """
-    check_plain_or_4bit(folder)
-    return Bnb4bitSource(folder) if is_bnb_folder(folder) else SafetensorsSource(folder)
-
-
-def is_bnb_folder(folder: Path) -> bool:
-    """Return whether ``config.json`` says that bitsandbytes quantized the weights to 4 bits."""
-    return _method(folder) == "bitsandbytes 4-bit"
+    return SafetensorsSource(folder) if _method(folder) is None else Bnb4bitSource(folder)
 
 
 def check_plain_or_4bit(folder: Path) -> None:

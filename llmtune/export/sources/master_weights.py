@@ -3,8 +3,6 @@
 The model files of the same checkpoint hold these numbers rounded to the training dtype.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace

@@ -5,24 +5,19 @@ the scales depend on each other, through the mean that double quantization subtr
 memory is one tensor in 4 bits per number, never the model.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from llmtune.errors import ConfigError, ExportError
+from llmtune.errors import ConfigError, ExportError, first_line
 from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole
 from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.storage.tensors.row_blocks import row_ranges
 from llmtune.units import some
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 #: Numbers per scale, and scales per nested scale: the defaults of bitsandbytes and transformers.
 BLOCK_SIZE = 64
@@ -47,14 +42,11 @@ class Nf4RoundTripSource:
     pass a ``RetypedSource`` of it.
     """
 
-    def __init__(
-        self, source: TensorSource, names: Mapping[str, bool], double_quant: bool = True
-    ) -> None:
+    def __init__(self, source: TensorSource, names: Mapping[str, bool]) -> None:
         """Choose the tensors.
 
         Args:
             names: From :func:`quantized_names`: tensor -> whether its rows are inputs, not outputs.
-            double_quant: Quantize the scales too, ``bnb_4bit_use_double_quant``.
 
         Raises:
             ExportError: The source has no such tensor, or bitsandbytes does not quantize its dtype.
@@ -62,7 +54,6 @@ class Nf4RoundTripSource:
         check_quantizable(source, names)
         self._source = source
         self._names = dict(names)
-        self._double_quant = double_quant
         self.specs = dict(source.specs)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
@@ -70,18 +61,18 @@ class Nf4RoundTripSource:
         if name not in self._names:
             yield from self._source.blocks(name)
             return
-        packed, state = quantize(self._source, name, self._names[name], self._double_quant)
+        packed, state = quantize(self._source, name, self._names[name])
         yield from dequantize(packed, state, self._names[name])
 
 
-def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dict[str, bool]:
+def quantized_names(folder: Path, source: TensorSource) -> dict[str, bool]:
     """Find the tensors that transformers quantizes when it loads a model in 4 bits.
 
     These are the linear layers but the output layer; transformers' own functions decide it, on the
     skeleton that the configuration describes.
 
     Args:
-        model: A model folder, or its configuration.
+        folder: The model folder, of which ``config.json`` is read.
 
     Returns:
         Name in the source -> whether the layer stores (in, out), as GPT-2's Conv1D does; it is
@@ -95,7 +86,7 @@ def quantized_names(model: Path | PretrainedConfig, source: TensorSource) -> dic
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    skeleton = _build_skeleton(model)
+    skeleton = _build_skeleton(folder)
 
     # Layers that transformers keeps in full precision.
     kept = HfQuantizer.get_modules_to_not_convert(skeleton, None, skeleton._keep_in_fp32_modules)
@@ -144,7 +135,6 @@ def quantize(
     source: TensorSource,
     name: str,
     transposed: bool,
-    double_quant: bool = True,
     offset: float | None = None,
 ) -> tuple[torch.Tensor, Any]:
     """Quantize one tensor to the same bits as bitsandbytes does.
@@ -165,10 +155,10 @@ def quantize(
         packed.append(four_bits)
         scales.append(state.absmax)
         code = state.code
-    absmax, mean, state2 = torch.cat(scales), None, None
-    if double_quant:
-        mean = absmax.mean() if offset is None else torch.tensor(offset)
-        absmax, state2 = functional.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK_SIZE)
+    # The scales are quantized too, as ``bnb_4bit_use_double_quant`` asks for.
+    absmax = torch.cat(scales)
+    mean = absmax.mean() if offset is None else torch.tensor(offset)
+    absmax, state2 = functional.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK_SIZE)
     state = functional.QuantState(
         absmax=absmax,
         shape=torch.Size(spec.shape[::-1] if transposed else spec.shape),
@@ -267,19 +257,18 @@ def _chunks(source: TensorSource, name: str, transposed: bool) -> Iterator[torch
         yield rest
 
 
-def _build_skeleton(model: Path | PretrainedConfig) -> Any:
+def _build_skeleton(folder: Path) -> Any:
     """Build the model without weights, of the class that the configuration names."""
     import transformers
 
     try:
-        config: Any = model
-        if isinstance(model, Path):
-            config = transformers.AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        config: Any = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         model_class = getattr(transformers, (config.architectures or [""])[0], None)
         if model_class is None:
             return build_meta_model(config)[0]
         with torch.device("meta"):
             return model_class(config)
     except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"{model}: cannot tell which layers are linear: {reason}") from error
+        raise ExportError(
+            f"{folder}: cannot tell which layers are linear: {first_line(error)}"
+        ) from error

@@ -5,8 +5,6 @@ a checkpoint's master weights, DeepSpeed's files, or one of these with an adapte
 The model is never in memory as a whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +32,12 @@ class TensorSource(Protocol):
     @property
     def specs(self) -> dict[str, TensorSpec]:
         """Return name, dtype and shape of every tensor, as it should be stored."""
-        ...
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Yield the rows of one tensor in order, a few at a time.
 
         Blocks are in the dtype of ``specs`` or in a finer one; the writer rounds them.
         """
-        ...
 
 
 def read_whole(source: TensorSource, name: str) -> torch.Tensor:
@@ -49,6 +45,13 @@ def read_whole(source: TensorSource, name: str) -> torch.Tensor:
     spec = source.specs[name]
     blocks = [block.to(spec.dtype).reshape(-1) for block in source.blocks(name)]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).reshape(spec.shape)
+
+
+def are_equal(source: TensorSource, one: str, other: str) -> bool:
+    """Compare two tensors of a source: shape, dtype and every number."""
+    if replace(source.specs[one], name=other) != source.specs[other]:
+        return False
+    return all(map(torch.equal, source.blocks(one), source.blocks(other)))
 
 
 def usual_dtype(source: TensorSource) -> torch.dtype | None:
@@ -137,16 +140,21 @@ class RetypedSource:
         return self._source.blocks(name)
 
 
-class FilteredSource:
-    """Another source without some of its tensors."""
+class RenamedSource:
+    """Some tensors of another source, under other names."""
 
-    def __init__(self, source: TensorSource, names: Collection[str]) -> None:
-        self.source = source
-        self.specs = {name: spec for name, spec in source.specs.items() if name not in names}
+    def __init__(self, source: TensorSource, names: dict[str, str]) -> None:
+        """Choose the tensors.
+
+        Args:
+            names: New name -> name in the source, in the order in which they are to be written.
+        """
+        self.source, self._names = source, names
+        self.specs = {name: replace(source.specs[own], name=name) for name, own in names.items()}
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Yield the blocks of the source."""
-        return self.source.blocks(name)
+        return self.source.blocks(self._names[name])
 
 
 def open_tensors(file: Path) -> Any:

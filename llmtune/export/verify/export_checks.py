@@ -1,7 +1,5 @@
 """Verify an export before it is published: others can load it, and it computes what was trained."""
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +9,24 @@ import psutil
 import torch
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.errors import ExportError
-from llmtune.export.architecture import is_renamed
-from llmtune.export.export_model import ExportModel
+from llmtune.errors import ConfigError, ExportError
+from llmtune.export.architecture import (
+    TEXT,
+    TEXT_TO_TEXT,
+    find_architecture,
+    is_renamed,
+    read_config,
+    task_of,
+)
+from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.formats.format import find_format
 from llmtune.export.sources.tensor_source import (
-    FilteredSource,
+    RenamedSource,
     RetypedSource,
     SafetensorsSource,
     TensorSource,
+    find_name,
+    is_embedding,
     is_input_embedding,
     usual_dtype,
 )
@@ -31,8 +38,10 @@ from llmtune.export.verify.parity import (
     measure_parity_in_memory,
     probe_tokens,
 )
-from llmtune.export.verify.serving_checks import find_serving_problems
-from llmtune.export.writers.model_files import copy_model_files, update_config
+from llmtune.export.writers.model_files import copy_model_files, has_tokenizer, update_config
+from llmtune.model.skeleton import build_skeleton, tied_aliases
+from llmtune.template_bounds import bounded_template, refuse_powers
+from llmtune.template_errors import TEMPLATE_ERRORS, describe_template_error
 from llmtune.units import format_bytes, some
 
 #: Memory for comparing in memory, in sizes of the model in fp32: two models, and activations.
@@ -64,7 +73,7 @@ def verify_merged_model(export_model: ExportModel, config: ExportConfig) -> Pari
         folder = Path(name)
         copy_model_files(export_model.model_files, folder)
         update_config(folder, export_model.dtype, export_model.config_changes)
-        dtype = kind.compared_dtype(config)
+        dtype = find_dtype(kind.compared_dtype(config))
         # Such a file is made of fp32 numbers that were never rounded to the base's dtype.
         source = export_model.source if dtype is None else RetypedSource(export_model.source, dtype)
         return _verify(export_model, folder, source, config, kind.quantization(config))
@@ -80,13 +89,13 @@ def _verify(
     say = export_model.request.say
 
     # Other programs must be able to load it.
-    report = find_serving_problems(folder, source)
-    if report.problems:
+    problems, notes = find_serving_problems(folder, source)
+    if problems:
         raise ExportError(
-            f"what was to be published cannot be served: {len(report.problems)} problems:"
-            f" {some(report.problems, 6)}; nothing was published"
+            f"what was to be published cannot be served: {len(problems)} problems:"
+            f" {some(problems, 6)}; nothing was published"
         )
-    for note in report.notes:
+    for note in notes:
         say(f"note: {note}")
 
     dtype = usual_dtype(source)
@@ -155,7 +164,7 @@ def _find_obstacle(export_model: ExportModel, folder: Path) -> str | None:
     if not any(folder.glob("*.safetensors")):
         return "it can be loaded from safetensors only"
     base = export_model.base
-    if isinstance(base, FilteredSource):
+    if isinstance(base, RenamedSource):
         base = base.source
     if export_model.base_changes or (
         export_model.adapter is not None and not isinstance(base, SafetensorsSource)
@@ -170,3 +179,143 @@ def _find_obstacle(export_model: ExportModel, folder: Path) -> str | None:
             " that are free"
         )
     return None
+
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+def find_serving_problems(folder: Path, source: TensorSource) -> tuple[list[str], list[str]]:
+    """Examine a model folder as a serving program would load it.
+
+    Args:
+        folder: Holds ``config.json``, tokenizer and generation settings.
+        source: The tensors that are, or are going to be, beside them.
+
+    Returns:
+        Problems, with which a program that loads the folder would refuse it or compute something
+        else; and notes, with which it can be served, but which the user should know.
+
+    Raises:
+        ExportError: There is no ``config.json``.
+    """
+    if not (folder / "config.json").is_file():
+        raise ExportError(
+            f"{folder.name}: no config.json, so that nothing can load the weights; give base= its"
+            " model folder"
+        )
+    notes: list[str] = []
+    problems = find_tensor_mismatches(folder, source)
+    problems += _find_token_problems(folder, source, notes)
+    return problems, notes
+
+
+def find_tensor_mismatches(folder: Path, source: TensorSource) -> list[str]:
+    """Find tensors that the architecture lacks, that are missing, or that have another shape.
+
+    Architectures whose stored names transformers translates are not examined.
+    """
+    if is_renamed(folder):
+        return []
+    model = build_skeleton(folder)
+    aliases = tied_aliases(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [*parameters, *dict(model.named_buffers())]
+    stored = {name: find_name(name, source.specs) for name in names}
+
+    # Parameters without a tensor, or with one of another shape.
+    problems = []
+    for name in sorted(parameters):
+        shape = tuple(parameters[name].shape)
+        tensor = stored[name]
+        if tensor is None:
+            if not any(stored.get(other) for other in aliases.get(name, ())):
+                problems.append(f"{name} is missing")
+        elif source.specs[tensor].shape != shape:
+            problems.append(f"{name} is {source.specs[tensor].shape}, config.json makes it {shape}")
+
+    # Tensors without a parameter, but those that transformers ignores: buffers that older versions
+    # stored, such as rotary frequencies and position numbers.
+    ignored = ("inv_freq", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    for name in sorted(source.specs.keys() - set(stored.values())):
+        is_ignored = any(part in name for part in ignored)
+        if source.specs[name].dtype.is_floating_point and not is_ignored:
+            problems.append(f"{name} is not in the architecture")
+    return problems
+
+
+def _find_token_problems(folder: Path, source: TensorSource, notes: list[str]) -> list[str]:
+    """Examine vocabulary, special ids and chat template; add to the notes."""
+    config = read_config(folder)
+    vocabulary = (config.get("text_config") or config).get("vocab_size")
+    if vocabulary is None:
+        return []
+    problems = []
+    rows = {spec.shape[0] for name, spec in source.specs.items() if is_embedding(name)}
+    if rows - {vocabulary}:
+        problems.append(
+            f"config.json has vocab_size {vocabulary}, the embeddings have {sorted(rows)} rows"
+        )
+    for file in ("config.json", "generation_config.json"):
+        values = read_config(folder, file)
+        for key in _SPECIAL:
+            ids = values.get(key)
+            tokens = ids if isinstance(ids, list) else [ids]
+            problems += [
+                f"{file}: {key} {token} is outside the vocabulary of {vocabulary}"
+                for token in tokens
+                if token is not None and not -1 <= token < vocabulary
+            ]
+    if not has_tokenizer(folder):
+        notes.append("there is no tokenizer: programs that serve it need one beside the weights")
+        return problems
+    return problems + _find_tokenizer_problems(folder, vocabulary, notes)
+
+
+def _find_tokenizer_problems(folder: Path, vocabulary: int, notes: list[str]) -> list[str]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        return [f"the tokenizer cannot be loaded ({str(error).splitlines()[0]})"]
+    problems = []
+
+    # Ids and rows of the embedding.
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocabulary:
+        problems.append(
+            f"the tokenizer knows token {largest}, the model has {vocabulary} rows: resize the"
+            " embeddings in training"
+        )
+    elif largest + 1 < vocabulary:
+        notes.append(
+            f"{vocabulary - largest - 1} rows behind the tokenizer's {largest + 1} tokens are never"
+            " used"
+        )
+    if task_of(find_architecture(folder)) not in (TEXT, TEXT_TO_TEXT):
+        return problems
+    if tokenizer.eos_token_id is None:
+        notes.append(
+            "the tokenizer names no end-of-text token: answers end only at their longest length"
+        )
+    if tokenizer.chat_template is None:
+        notes.append(
+            "there is no chat template: vLLM and llama.cpp can complete texts, and not chat"
+        )
+    else:
+        problems += _find_template_problems(tokenizer)
+    return problems
+
+
+def _find_template_problems(tokenizer: Any) -> list[str]:
+    try:
+        refuse_powers(str(tokenizer.get_chat_template()))
+        with bounded_template():
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+            )
+    except (*TEMPLATE_ERRORS, ConfigError) as error:
+        return [
+            f"the chat template fails on a question of a user ({describe_template_error(error)})"
+        ]
+    return [] if "Hello" in str(text) else ["the chat template leaves out what a user asks"]

@@ -6,8 +6,6 @@ place (ULP), so an output by the sum of those times the inputs. A smaller differ
 refused.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence

@@ -9,8 +9,6 @@ weights. A number rounded to ``p`` bits is off by at most ``u = 2**-p`` of itsel
 matrix product by about ``u / sqrt(3)``; the bound of the logits is a few times that.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -197,7 +195,6 @@ def measure_parity(
         return relative_error(model.logits(tokens), expected)
 
     bound = _resolve_bound(difference, dtype, bound, perturb)
-    _check_logits(difference, bound)
     return Parity(
         logits=difference,
         bound=bound,
@@ -260,7 +257,6 @@ def measure_parity_in_memory(
         return relative_error(run(models.base_folder, models.adapter, perturbed=True), expected)
 
     bound = _resolve_bound(difference, dtype, bound, perturb)
-    _check_logits(difference, bound)
     return replace(numbers, logits=difference, bound=bound)
 
 
@@ -303,16 +299,14 @@ def _resolve_bound(
 
     Args:
         perturb: Measures the effect of moving all weights by up to half an ULP.
+
+    Raises:
+        ExportError: The difference is larger than the bound.
     """
-    if bound is not None:
-        return bound
-    bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC)
-    if bound < difference:
-        bound = max(bound, _MOST_PERTURBATIONS * perturb())
-    return bound
-
-
-def _check_logits(difference: float, bound: float) -> None:
+    if bound is None:
+        bound = _LOGIT_ROUNDINGS * max(ROUNDING[dtype], _ARITHMETIC)
+        if bound < difference:
+            bound = max(bound, _MOST_PERTURBATIONS * perturb())
     # NaN is not smaller than anything.
     if not difference <= bound:
         raise ExportError(
@@ -320,6 +314,7 @@ def _check_logits(difference: float, bound: float) -> None:
             f" {difference:.2e}, the bound is {bound:.1e} (export.parity_bound); nothing was"
             " published"
         )
+    return bound
 
 
 def probe_tokens(tokenizer: Any, vocabulary: int, trained: list[int]) -> torch.Tensor:

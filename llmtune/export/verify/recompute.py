@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmtune.errors import ExportError
-from llmtune.export.sources.tensor_source import TensorSource, find_name
+from llmtune.export.sources.tensor_source import TensorSource, are_equal, find_name
 from llmtune.export.verify.expected_tensors import Expectations, ExpectedTensor, find_start
 from llmtune.storage.tensors.row_blocks import row_ranges
 from llmtune.units import some
@@ -169,7 +169,7 @@ class Recomputation:
                 stored = find_name(other, self._base.specs)
                 if stored is None or stored not in self._merged.specs:
                     continue
-                if _equal(self._base, name, stored):
+                if are_equal(self._base, name, stored):
                     return True
         return False
 
@@ -219,12 +219,6 @@ class Recomputation:
             self._result.problems.append(f"{name} ({comparison.describe()})")
         if module is not None:
             self._result.modules[module].add(comparison)
-
-
-def _equal(source: TensorSource, one: str, other: str) -> bool:
-    return source.specs[one].shape == source.specs[other].shape and all(
-        map(torch.equal, source.blocks(one), source.blocks(other))
-    )
 
 
 def compare_tensor(

@@ -4,8 +4,6 @@ They are read before the module computes and dropped after it. Plain linear laye
 also those below LoRA's matrices, compute block by block and hold even less.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -40,7 +38,7 @@ class StreamedModel:
         """Build the model of ``config.json`` in ``folder``, with peft's wrappers of the adapter.
 
         The source must use the model's own names, see
-        :func:`llmtune.export.verify.serving_checks.find_tensor_mismatches`.
+        :func:`llmtune.export.verify.export_checks.find_tensor_mismatches`.
 
         Args:
             changes: Keys of ``config.json`` that are replaced.

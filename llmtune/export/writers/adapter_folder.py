@@ -1,7 +1,5 @@
 """A copy of the adapter that peft loads."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

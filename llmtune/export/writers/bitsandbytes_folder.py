@@ -5,8 +5,6 @@ and beside it are ``X.weight.absmax``, ``.quant_map``, ``.nested_absmax``, ``.ne
 ``.quant_state.bitsandbytes__nf4``.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The weights of a model folder as transformers and vLLM load them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llmtune.config.groups.export import ExportConfig

@@ -3,8 +3,6 @@
 The model is never in memory as a whole.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

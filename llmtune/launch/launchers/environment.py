@@ -1,7 +1,5 @@
 """Set the environment variables of ranks, as DeepSpeed's launcher does, and read a launcher's."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import os

@@ -1,7 +1,5 @@
 """Run a command with ``launch.hostfile``: DeepSpeed's runner starts its ranks through ssh."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -5,8 +5,6 @@ Kubernetes' training operator, which starts one process per pod:
 https://www.kubeflow.org/docs/components/trainer/legacy-v1/user-guides/pytorch/
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Slurm's variables: https://slurm.schedmd.com/srun.html (OUTPUT ENVIRONMENT VARIABLES).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 

@@ -1,7 +1,5 @@
 """Bind a rank to the cores near its GPU: memory of the other socket is slower."""
 
-from __future__ import annotations
-
 import os
 
 from llmtune.plan.devices.gpus import near_cores

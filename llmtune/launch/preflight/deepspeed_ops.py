@@ -4,8 +4,6 @@
 scripts call it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.machinery
 import importlib.util

@@ -1,7 +1,5 @@
 """Probe the NVMe swap folder before any rank starts, and empty it before and after every run."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import shutil

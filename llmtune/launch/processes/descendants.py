@@ -1,7 +1,5 @@
 """End this process and all its descendants when it was asked to stop and does not."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

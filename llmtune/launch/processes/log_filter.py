@@ -6,8 +6,6 @@ aborts or is killed must reach the log. It ends when the pipe has no writer left
 the rank where a child of the rank keeps the pipe open.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

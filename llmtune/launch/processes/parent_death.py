@@ -1,7 +1,5 @@
 """Make a rank end when the launcher or supervisor that started it ends."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

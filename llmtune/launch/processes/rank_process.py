@@ -1,7 +1,5 @@
 """Start, poll and kill the processes of ranks, together with the processes that they started."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

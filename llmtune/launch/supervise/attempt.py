@@ -1,7 +1,5 @@
 """Run the ranks of this machine once: one failure ends all, and a signal lets them save."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The outcome of an attempt: one error that says why the ranks ended, and whether to restart."""
 
-from __future__ import annotations
-
 import signal
 from dataclasses import dataclass
 from pathlib import Path

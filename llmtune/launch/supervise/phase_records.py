@@ -1,7 +1,5 @@
 """Read the ranks' phase records: the last finished step, and whether the run makes progress."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

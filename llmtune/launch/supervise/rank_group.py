@@ -1,7 +1,5 @@
 """The ranks of one attempt: their processes, the folder of their reports, and a reserved port."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Send a rank's output to the log, limit its memory, and report its error."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -23,7 +21,7 @@ from llmtune.errors import (
 )
 from llmtune.launch.launchers.environment import FAILURE_DIR
 from llmtune.launch.processes.log_filter import start_filter
-from llmtune.launch.supervise.memory_errors import memory_pool
+from llmtune.launch.supervise.out_of_memory import memory_pool
 from llmtune.registry import describe_plugin_error
 from llmtune.security.redaction import has_secrets, redact
 from llmtune.security.terminal import to_terminal

@@ -1,7 +1,5 @@
 """End a rank of a foreign launcher that hangs: no supervisor of llmtune watches it."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import shutil

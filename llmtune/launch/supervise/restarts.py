@@ -1,7 +1,5 @@
 """Decide whether failed ranks are restarted, and after which wait: progress counts."""
 
-from __future__ import annotations
-
 from llmtune.errors import LlmtuneError
 from llmtune.launch.supervise.outcome import RanksFailedError
 

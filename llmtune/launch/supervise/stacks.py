@@ -1,7 +1,5 @@
 """Collect the stack traces of all threads from ranks that hang."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import signal

@@ -1,7 +1,5 @@
 """Watch running ranks: pass a signal on, notice failures and hangs, and say why it ended."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import time

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtune.errors import MissingPrerequisiteError
 
@@ -38,15 +37,6 @@ class WeightReport:
     """Names in the files that are no part of the model."""
     meaningless: tuple[str, ...] = ()
     """Weights stored as packed values in a folder that does not say how to unpack them."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> WeightReport:
-        """Build the report from what JSON made of it."""
-        return cls(**{key: tuple(names) for key, names in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
     def refuse(self, name: str, folder: Path) -> None:
         """Refuse a model that would not be the one in the files.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.model import ModelConfig
-from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.errors import ConfigError, MissingPrerequisiteError, first_line
 from llmtune.plan.architecture.corrected_architecture import corrected_settings
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
 
 def unreachable_model(name: str, error: BaseException) -> str:
     """Say what to do about a model that is neither a folder nor on a reachable hub."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if Path(name).exists():
         return (
             f"model.name_or_path={name}: the folder holds no model that transformers reads"

@@ -1,7 +1,5 @@
 """Speeds of accelerators by name, from data sheets, and the shares that published runs reach."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 

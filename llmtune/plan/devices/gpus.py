@@ -1,7 +1,5 @@
 """The GPUs that this process may use, by torch and by NVIDIA's management library (NVML)."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.metadata
@@ -90,14 +88,10 @@ def hidden_gpus() -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not _names_gpus(visible):
         return None
-    if "pynvml" not in sys.modules and not _can_load("libnvidia-ml.so.1"):
-        return None
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        count = int(pynvml.nvmlDeviceGetCount())
-        driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        nvml = _start_nvml()
+        count = int(nvml.nvmlDeviceGetCount())
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
     except Exception:
         return None
     return f"{counted(count, 'NVIDIA GPU')} with driver {driver}" if count else None
@@ -108,13 +102,8 @@ def count_gpus() -> int:
 
     torch may be unable to use them; see :func:`visible_gpus`.
     """
-    if "pynvml" not in sys.modules and not _can_load("libnvidia-ml.so.1"):
-        return 0
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        count = int(pynvml.nvmlDeviceGetCount())
+        count = int(_start_nvml().nvmlDeviceGetCount())
     except Exception:
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -177,12 +166,10 @@ def pins_exactly() -> bool:
 def has_nvlink() -> bool:
     """Tell whether the first GPU of this process has an active NVLink; True without NVML."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = _handle(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        links = range(pynvml.NVML_NVLINK_MAX_LINKS)
-        return any(_link_is_active(pynvml, handle, link) for link in links)
+        nvml = _start_nvml()
+        handle = _handle(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        links = range(nvml.NVML_NVLINK_MAX_LINKS)
+        return any(_link_is_active(nvml, handle, link) for link in links)
     except Exception:
         return True
 
@@ -194,14 +181,26 @@ def near_cores(index: int) -> set[int]:
         index: Index among the GPUs that this process may use.
     """
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = _handle(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"), index)
-        words = pynvml.nvmlDeviceGetCpuAffinity(handle, -(-(os.cpu_count() or 1) // 64))
+        nvml = _start_nvml()
+        handle = _handle(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"), index)
+        words = nvml.nvmlDeviceGetCpuAffinity(handle, -(-(os.cpu_count() or 1) // 64))
     except Exception:
         return set()
     return {core for core in range(64 * len(words)) if int(words[core // 64]) >> core % 64 & 1}
+
+
+def _start_nvml() -> Any:
+    """Start NVML, and return its module.
+
+    Raises:
+        OSError: There is no driver; pynvml is not imported then.
+    """
+    if "pynvml" not in sys.modules:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml
 
 
 def _handle(pynvml: Any, visible: str | None, index: int = 0) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from llmtune.units import counted, format_bytes
 
@@ -48,11 +47,6 @@ class Hardware:
     """NVIDIA's (see :class:`llmtune.plan.devices.gpus.Gpu`); 0 if it is not known."""
     notes: tuple[str, ...] = ()
     """Differences between this machine and the one that was named."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Hardware:
-        """Build the hardware from what JSON made of it."""
-        return cls(**{**values, "notes": tuple(values.get("notes", ()))})
 
     def describe(self) -> str:
         """Describe the hardware in a phrase."""

@@ -3,8 +3,6 @@
 :mod:`llmtune.plan.memory.fake_run` runs them.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from pathlib import Path

@@ -1,9 +1,6 @@
 """The planned peak memory of a rank, by category, and the size of a checkpoint."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +65,3 @@ class MemoryPlan:
     nvme_written_per_step: int
     checkpoint: int
     """Files of one checkpoint, from all ranks; states on NVMe are written into it."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MemoryPlan:
-        """Build the plan from what JSON made of it."""
-        parts = {"device": DeviceBytes(**values["device"]), "host": HostBytes(**values["host"])}
-        return cls(**{**values, **parts})

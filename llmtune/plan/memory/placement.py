@@ -1,7 +1,5 @@
 """The rungs of the ladder: on which devices ZeRO keeps the states."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Cache a model's shape and traces on disk, so that a second plan neither builds nor traces it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from functools import cache

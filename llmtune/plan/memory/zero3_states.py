@@ -5,8 +5,6 @@ There is one function per placement of the optimizer.
 Paths of DeepSpeed 0.19.8 are relative to ``deepspeed/runtime/``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer

@@ -5,8 +5,6 @@ All sizes are in elements. DeepSpeed 0.19.8 uses them in ``runtime/zero/stage3.p
 ``runtime/swap_tensor/`` (buffers).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from llmtune.optimizer.optimizer import Optimizer

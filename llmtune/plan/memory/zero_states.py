@@ -8,8 +8,6 @@ what it counts; paths are relative to ``deepspeed/runtime/``. ``tests/engine/tes
 compares the result with the tensors of a live engine and with its swap folder.
 """
 
-from __future__ import annotations
-
 from llmtune.optimizer.optimizer import FP32_BYTES
 from llmtune.plan.memory.parameter_groups import partition_numel
 from llmtune.plan.memory.placement import Placement

@@ -1,7 +1,5 @@
 """Weights & Biases, on rank 0 only; its failures never end a run."""
 
-from __future__ import annotations
-
 import os
 import re
 import secrets

@@ -1,9 +1,6 @@
 """The parts of a DeepSpeed checkpoint: the whole model, or an adapter and the base below it."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.sources.deepspeed.zero_source import ZeroSource
-from llmtune.export.sources.tensor_source import TensorSource
+from llmtune.export.sources.tensor_source import RenamedSource
 from llmtune.security.trust import copy_foreign
 from llmtune.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmtune.storage.tensors.safetensors_writer import TensorFile
@@ -30,23 +27,6 @@ _WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module
 
 #: Tensors that bitsandbytes keeps beside a quantized weight.
 _QUANTIZED = (".absmax", ".quant_map", ".SCB")
-
-
-class RenamedSource:
-    """Some tensors of another source, under other names."""
-
-    def __init__(self, source: TensorSource, names: dict[str, str]) -> None:
-        """Choose the tensors.
-
-        Args:
-            names: New name -> name in the source, in the order in which they are to be written.
-        """
-        self._source, self._names = source, names
-        self.specs = {name: replace(source.specs[own], name=name) for name, own in names.items()}
-
-    def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield the blocks of the source."""
-        return self._source.blocks(self._names[name])
 
 
 def has_adapter(source: ZeroSource) -> bool:
@@ -120,8 +100,8 @@ def open_base_part(source: ZeroSource) -> RenamedSource:
     return RenamedSource(source, names)
 
 
-def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.float32) -> bool:
-    """Write an adapter's folder as peft does.
+def write_adapter(source: ZeroSource, output: Path) -> bool:
+    """Write an adapter's folder as peft does, in fp32.
 
     Returns:
         Whether there are settings (``adapter_config.json``) beside the checkpoint, which are copied
@@ -131,12 +111,12 @@ def write_adapter(source: ZeroSource, output: Path, dtype: torch.dtype = torch.f
         ExportError: There is no adapter.
     """
     part = open_adapter_part(source)
-    specs = [replace(spec, dtype=dtype) for spec in part.specs.values()]
+    specs = [replace(spec, dtype=torch.float32) for spec in part.specs.values()]
     output.mkdir(parents=True, exist_ok=True)
     with TensorFile(output / ADAPTER_WEIGHTS, specs) as file:
         for spec in specs:
             for block in part.blocks(spec.name):
-                file.write(block.to(dtype))
+                file.write(block.float())
     settings = find_settings(source)
     if settings is None:
         return False

@@ -6,8 +6,6 @@ keys are those of ``parse_model_states`` and ``parse_optim_states`` in
 ``deepspeed/utils/zero_to_fp32.py`` (DeepSpeed 0.19.8).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

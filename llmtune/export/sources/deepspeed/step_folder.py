@@ -1,7 +1,5 @@
 """Find the folder of one step in a checkpoint that DeepSpeed wrote."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from llmtune.errors import ExportError

@@ -7,8 +7,6 @@ states. This is the layout that ``_zero2_merge_trainable_params`` and
 ``_zero3_merge_trainable_params`` in ``deepspeed/utils/zero_to_fp32.py`` read (DeepSpeed 0.19.8).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from itertools import accumulate

@@ -3,12 +3,13 @@
 The tensors and keys of an architecture follow llama.cpp's own converter.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGUFWriter
 
 from llmtune.config.groups.export import ExportConfig, GgufType
 from llmtune.export.export_model import ExportModel
@@ -29,9 +30,6 @@ from llmtune.export.writers.model_files import copy_model_files, update_config
 from llmtune.storage import layout
 from llmtune.storage.atomic import flush
 from llmtune.storage.hashing import hash_file
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 #: Room for the header: tokens, merges and the chat template.
 _HEADER_BYTES = 64 << 20
@@ -81,7 +79,7 @@ def write_gguf(
         _write_file(file, export_model, content)
         flush(file)
         journal.note(file.name, hash_file(file))
-    elif export_model.request.progress:
+    else:
         export_model.request.progress.total(journal.entries[file.name]["size"])
         export_model.request.progress.done(journal.entries[file.name]["size"])
     modelfile = _modelfile(file.name, content.vocabulary.stops, content.notes)
@@ -119,9 +117,6 @@ def _plan_content(export_model: ExportModel, model_files: Path, gguf_type: GgufT
 
 def _write_file(file: Path, export_model: ExportModel, content: GgufContent) -> None:
     """Write the keys, the tensors' names and offsets, and then the tensors one after the other."""
-    import numpy as np
-    from gguf import GGUFWriter
-
     # Keys.
     writer = GGUFWriter(file, content.architecture)
     _add_general_keys(writer, export_model)
@@ -148,8 +143,7 @@ def _write_file(file: Path, export_model: ExportModel, content: GgufContent) -> 
         writer.write_ti_data_to_file()
         assert writer.fout is not None
         out, progress = writer.fout[0], export_model.request.progress
-        if progress:
-            progress.total(content.nbytes)
+        progress.total(content.nbytes)
         writer.write_padding(out, out.tell())
         if frequencies is not None:
             frequencies.tofile(out)
@@ -158,16 +152,13 @@ def _write_file(file: Path, export_model: ExportModel, content: GgufContent) -> 
                 writer.write_padding(out, out.tell())
                 continue
             data.tofile(out)
-            if progress:
-                progress.done(data.nbytes)
+            progress.done(data.nbytes)
         writer.write_padding(out, out.tell())
     finally:
         writer.close()
 
 
 def _add_general_keys(writer: GGUFWriter, export_model: ExportModel) -> None:
-    from gguf import GGML_QUANT_VERSION
-
     output = export_model.request.output
     writer.add_type("model")
     is_default_folder = output == layout.export_folder(output.parent, "gguf")

@@ -1,19 +1,16 @@
 """The hyperparameters of a model as keys of a GGUF file."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmtune.config.groups.export import GgufType
 from llmtune.errors import ExportError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter
 
 #: transformers' class -> llama.cpp's architecture.
 ARCHITECTURES = {
@@ -67,8 +64,6 @@ def read_settings(folder: Path) -> tuple[Any, str]:
 
 def add_settings(writer: GGUFWriter, settings: Any, gguf_type: GgufType) -> None:
     """Add the sizes, the rope scaling and the file's type to a ``gguf.GGUFWriter``."""
-    from gguf import LlamaFileType, RopeScalingType
-
     head_size = _head_size(settings)
     rope = settings.rope_parameters
     writer.add_block_count(settings.num_hidden_layers)
@@ -90,8 +85,6 @@ def add_settings(writer: GGUFWriter, settings: Any, gguf_type: GgufType) -> None
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif rope["rope_type"] == "yarn":
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
@@ -108,8 +101,6 @@ def rope_factors(settings: Any) -> np.ndarray[Any, Any] | None:
     Returns:
         fp32, shape (head size / 2,).
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     if settings.rope_parameters["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](settings, torch.device("cpu"))

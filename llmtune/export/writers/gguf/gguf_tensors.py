@@ -4,26 +4,28 @@ llama.cpp stores the rows of Llama's query and key projections in another order 
 pairs that rotate together are side by side, where transformers has them half a head apart.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    get_tensor_name_map,
+    quants,
+)
 
 from llmtune.config.groups.export import GgufType
 from llmtune.errors import ExportError
 from llmtune.export.sources.tensor_source import TensorSource
 from llmtune.units import some
-
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGMLQuantizationType
 
 #: Tensors of every layer of every architecture, and those of some.
 _LAYER = (
@@ -65,8 +67,6 @@ class GgufTensor:
     @property
     def nbytes(self) -> int:
         """Size of the stored data in bytes."""
-        from gguf import GGML_QUANT_SIZES
-
         elements, size = GGML_QUANT_SIZES[self.kind]
         return math.prod(self.shape) // elements * size
 
@@ -82,8 +82,6 @@ def plan_tensors(
     Raises:
         ExportError: A tensor is missing, or the architecture has no such tensor.
     """
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(arch, settings.num_hidden_layers)
 
@@ -128,8 +126,6 @@ def _choose_type(
     name: str, shape: tuple[int, ...], tied: bool, gguf_type: GgufType
 ) -> GGMLQuantizationType:
     """Choose the type of one tensor as llama.cpp's own quantizer does."""
-    from gguf import GGMLQuantizationType
-
     kind = gguf_type
     if gguf_type in _COARSE and name == ("token_embd.weight" if tied else "output.weight"):
         # The matrix of the logits is worth more bits.
@@ -198,9 +194,6 @@ def convert(rows: torch.Tensor, tensor: GgufTensor) -> np.ndarray[Any, Any]:
     Raises:
         ExportError: A number is too large for f16.
     """
-    import numpy as np
-    from gguf import GGMLQuantizationType, quants
-
     rows = rows.detach().cpu()
     if tensor.kind is GGMLQuantizationType.F32:
         return rows.to(torch.float32).contiguous().reshape(-1).numpy()

@@ -6,8 +6,6 @@ wrong name would give other ids, and worse answers without any visible reason; s
 is not known to run the same way in llama.cpp is refused.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

@@ -1,14 +1,12 @@
 """Compare a graph with transformers' model, on batches of several sizes and paddings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from llmtune.errors import ExportError
-from llmtune.export.writers.graph.graph_model import GraphModel, first_line
+from llmtune.errors import ExportError, first_line
+from llmtune.export.writers.graph.graph_model import GraphModel
 
 #: Largest difference between an output of the graph and transformers', both in fp32.
 MOST_DIFFERENCE = 1e-3

@@ -1,7 +1,5 @@
 """Load a model of transformers in fp32 for an exporter: tensors go in, one tensor comes out."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import math
@@ -13,8 +11,8 @@ from typing import Any
 
 import torch
 
-from llmtune.config.groups.export import ExportConfig, ExportDtype
-from llmtune.errors import ExportError
+from llmtune.config.groups.export import ExportConfig
+from llmtune.errors import ExportError, first_line
 from llmtune.export.architecture import (
     MASKED_WORDS,
     STATES,
@@ -22,6 +20,7 @@ from llmtune.export.architecture import (
     TEXT_CLASSES,
     TOKEN_CLASSES,
     find_architecture,
+    read_config,
     task_of,
 )
 from llmtune.export.export_model import ExportModel
@@ -29,7 +28,6 @@ from llmtune.export.publish.folder import check_room
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.tensor_source import RetypedSource
 from llmtune.export.writers.model_files import copy_model_files
-from llmtune.storage.plain_json import parse_json
 from llmtune.units import format_count, some
 
 #: Writing a graph takes one to three times its size in memory: up to 36 GB for this size.
@@ -94,17 +92,13 @@ def find_loader(folder: Path) -> tuple[str, str]:
     """
     architecture = find_architecture(folder)
     task = task_of(architecture)
-    if task is None or task not in _TASKS or _is_encoder_decoder(folder):
+    if task is None or task not in _TASKS or read_config(folder).get("is_encoder_decoder"):
         ends = ", ".join(end for task in _TASKS for end in task.ends)
         raise ExportError(
             f"{folder / 'config.json'}: {architecture or 'no architecture'} is neither an encoder"
             f" nor a decoder of text; graphs are written of {ends}; take export=safetensors"
         )
     return task.loader, architecture
-
-
-def _is_encoder_decoder(folder: Path) -> bool:
-    return bool(parse_json((folder / "config.json").read_text()).get("is_encoder_decoder"))
 
 
 def load_merged_model(export_model: ExportModel, folder: Path, config: ExportConfig) -> GraphModel:
@@ -114,14 +108,9 @@ def load_merged_model(export_model: ExportModel, folder: Path, config: ExportCon
         folder: Holds configuration and tokenizer; the weights are removed from it again.
 
     Raises:
-        ExportError: Another dtype was asked for, the model is too large or of another kind, or the
-            disk has no room for it twice.
+        ExportError: The model is too large or of another kind, or the disk has no room for it
+            twice.
     """
-    if config.dtype not in (ExportDtype.auto, ExportDtype.fp32):
-        raise ExportError(
-            f"export.dtype={config.dtype.value}: graphs are written in fp32; take"
-            " export.dtype=auto, or export=safetensors for another dtype"
-        )
     count = sum(math.prod(spec.shape) for spec in export_model.source.specs.values())
     check_size(count)
     check_room(folder, 2 * count * torch.float32.itemsize)
@@ -217,8 +206,3 @@ def _ignore_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, which is short enough for a message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

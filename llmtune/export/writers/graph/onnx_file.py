@@ -1,7 +1,5 @@
 """``model.onnx``: a graph that onnxruntime runs without torch, compared with transformers."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llmtune.config.groups.export import ExportConfig
-from llmtune.errors import ExportError, MissingPrerequisiteError
+from llmtune.errors import ExportError, MissingPrerequisiteError, first_line
 from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.shards import Journal
 from llmtune.export.writers.graph.graph_comparison import (
@@ -20,7 +18,6 @@ from llmtune.export.writers.graph.graph_comparison import (
 )
 from llmtune.export.writers.graph.graph_model import (
     GraphModel,
-    first_line,
     load_merged_model,
     refuse_unexportable,
 )

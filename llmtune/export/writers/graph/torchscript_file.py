@@ -1,7 +1,5 @@
 """``model.ts.pt``: a graph that torch runs without transformers, compared with transformers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
