@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from llmtune.config.batch_schedule_rules import find_batch_schedule_problems
 from llmtune.config.groups.data import DataConfig
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config, Precision
@@ -17,6 +18,7 @@ def find_problems(config: Config) -> list[str]:
         *find_value_problems(config),
         *_find_offload_problems(config),
         *_find_schedule_problems(config),
+        *find_batch_schedule_problems(config.train),
         *_find_data_problems(config.data),
         *_find_streaming_problems(config),
         *_find_checkpoint_problems(config),

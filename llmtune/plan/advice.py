@@ -108,6 +108,12 @@ def _plan_again(config: Config, hardware: Hardware, ladder: Ladder) -> Ladder:
         # More ranks than before: rows rounded up to a multiple of them.
         rounded_up = math.ceil(rows / world_size) * world_size
         config = replace(config, train=replace(config.train, global_batch_size=rounded_up))
+    if config.train.batch_schedule is not None:
+        grown = [
+            [start, math.ceil(size / world_size) * world_size]
+            for start, size in config.train.batch_schedule
+        ]
+        config = replace(config, train=replace(config.train, batch_schedule=grown))
     shape = ladder.shape
     if not TUNERS.find(config.tuner.kind).trains_all:
         shape = resolve_shape(config.model, config.tuner)

@@ -13,6 +13,7 @@ from itertools import product
 from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
+from llmtune.plan.batch_schedule import BatchSchedule
 from llmtune.plan.batch_sizes import BatchPlan, StepRows, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
@@ -28,7 +29,7 @@ from llmtune.plan.memory.placement import (
 from llmtune.plan.memory.rank_bytes import element_bytes
 from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
-from llmtune.plan.speed import Cluster, SpeedPlan, estimate_speed
+from llmtune.plan.speed import Cluster, SpeedPlan, average_speed, estimate_speed
 from llmtune.tuner.tuner import TUNERS
 
 #: Candidates as fast as this share of the fastest count as equal; the simplest of them is taken.
@@ -46,10 +47,14 @@ class Candidate:
 
     placement: Placement
     batch: BatchPlan
+    """Of the first step, where ``train.batch_schedule`` lets it grow."""
     gradient_checkpointing: bool
     sizes: ZeroSizes
     memory: MemoryPlan
     speed: SpeedPlan
+    """The mean over the run's steps, where they grow."""
+    speed_by_rows: dict[int, SpeedPlan]
+    """That of a step of each size of the schedule."""
     lacks: str | None
     """None where it fits, or which memory is too small."""
 
@@ -86,6 +91,7 @@ class Ladder:
     shape: ModelShape
     world_size: int
     rows: StepRows
+    schedule: BatchSchedule
     candidates: tuple[Candidate, ...]
     """Candidates of all rungs that are possible and allowed."""
     rungs: tuple[Rung, ...]
@@ -148,6 +154,7 @@ def build_ladder(
         shape=shape,
         world_size=world_size,
         rows=rows,
+        schedule=BatchSchedule.from_config(config.train, rows.global_batch_size),
         candidates=tuple(allowed),
         rungs=rungs,
         chosen=chosen,
@@ -274,6 +281,8 @@ class Search:
         self.trace = ActivationModel(config.model, config.tuner, shape, find_cache(config.paths))
         length = config.data.max_seq_length
         self.batches = batch_options(config.train, world_size, length, hardware.accelerator, begun)
+        rows = self.batches[0].global_batch_size
+        self.schedule = BatchSchedule.from_config(config.train, rows)
         self.origin = "traced"
 
     def candidates(self, rung: str) -> Iterator[Candidate]:
@@ -293,9 +302,10 @@ class Search:
         sizes = resize(
             resolve_zero_sizes(shape, placement, world, hardware.accelerator), config.zero.deepspeed
         )
-        states = state_bytes(
-            shape, placement, sizes, config.precision, world, batch.accumulation_steps
-        )
+        # What accumulates gradients on the host takes no more of it for more micro-batches, but
+        # takes none for one.
+        most = batch.resized(self.schedule.largest).accumulation_steps
+        states = state_bytes(shape, placement, sizes, config.precision, world, most)
         settings = TraceSettings(
             rows=batch.micro_batch_size,
             length=length,
@@ -317,16 +327,27 @@ class Search:
             Workload(activations, self._eval_logits(batch), hardware.accelerator),
         )
         lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
-        speed = estimate_speed(
-            shape, placement, batch, length, recompute, config.precision, self.cluster
-        )
+        speeds = {
+            rows: estimate_speed(
+                shape,
+                placement,
+                batch.resized(rows),
+                length,
+                recompute,
+                config.precision,
+                self.cluster,
+            )
+            for _, rows in self.schedule.entries
+        }
+        steps = self.schedule.steps_by_rows(config.train.max_steps, length)
         return Candidate(
             placement=placement,
             batch=batch,
             gradient_checkpointing=recompute,
             sizes=sizes,
             memory=memory,
-            speed=speed,
+            speed=average_speed([(speeds[rows], count) for rows, count in steps]),
+            speed_by_rows=speeds,
             lacks=lacks,
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import TrainConfig
 from llmtune.errors import ConfigError
+from llmtune.plan.batch_schedule import BatchSchedule
 from llmtune.units import counted
 
 
@@ -30,7 +32,11 @@ class StepsPlan:
 
 
 def resolve_steps(
-    train: TrainConfig, schedule: ScheduleConfig, rows: int | None, global_batch_size: int
+    train: TrainConfig,
+    schedule: ScheduleConfig,
+    rows: int | None,
+    global_batch_size: int,
+    count_steps: Callable[[int], int] | None = None,
 ) -> StepsPlan:
     """Take the steps from ``max_steps`` if it is set, else from epochs.
 
@@ -38,23 +44,28 @@ def resolve_steps(
 
     Args:
         rows: Rows of an epoch; None where they are streamed, which requires ``max_steps``.
-        global_batch_size: Rows per step, as planned.
+        global_batch_size: Rows per step, as planned; of the first step, where they grow.
+        count_steps: Counts the steps until so many rows are seen; it is needed where the size of a
+            step depends on the tokens of the rows before it.
 
     Raises:
         ConfigError: The warm-up leaves no step.
     """
     epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
-    by_epochs = math.ceil(epoch_rows / global_batch_size)
-    origin = (
-        f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {global_batch_size} per step"
-    )
-    total = by_epochs
-    if rows is None and train.max_steps is not None:
-        total, origin = train.max_steps, "train.max_steps of a stream"
-    elif train.max_steps is not None:
+    batches = BatchSchedule.from_config(train, global_batch_size)
+    origin = f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {batches.describe()}"
+    total = train.max_steps
+    if total is None:
+        total = (count_steps or batches.count_steps)(epoch_rows)
+    elif rows is None:
+        origin = "train.max_steps of a stream"
+    elif batches.counts_tokens:
+        # How many steps the epochs would be takes a pass over all rows.
+        origin = "train.max_steps"
+    else:
         # max_steps alone decides, as in the Hugging Face Trainer. It may also pass over the data
         # several times.
-        total, origin = train.max_steps, f"train.max_steps ({origin} would be {by_epochs})"
+        origin = f"train.max_steps ({origin} would be {batches.count_steps(epoch_rows)})"
     warmup = schedule.warmup_steps
     if warmup is None:
         warmup = math.ceil(schedule.warmup_ratio * total)

@@ -16,8 +16,9 @@ from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import Composed
 from llmtune.config.schema import Config
+from llmtune.data.load.count_steps import step_counter
 from llmtune.data.prepare import prepare_data
-from llmtune.data.prepared_data import PROBLEMS
+from llmtune.data.prepared_data import PROBLEMS, open_rows
 from llmtune.data.read.sources import parse_sources
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
@@ -28,6 +29,8 @@ from llmtune.export.prerequisites import check_exportable
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
+from llmtune.plan.batch_schedule import ScheduledBatch
+from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.run_record import MemoryFailure, RunRecord
@@ -142,8 +145,7 @@ def prepare_run(
     )
     data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenizing(console))
     _check_data(config, data, tokenizer, model_folder, console)
-    epoch_rows = None if config.data.streaming else data.train.rows
-    steps = resolve_steps(config.train, config.schedule, epoch_rows, step_rows)
+    steps = _resolve_steps(config, data, plan.batch)
     longer = folder.find_extension(steps, data.fingerprint)
     if longer:
         console.say(longer)
@@ -212,6 +214,16 @@ def attempt(
         resume_from=resume_from,
         run_id=inputs.run_id,
     )
+
+
+def _resolve_steps(config: Config, data: PreparedData, batch: BatchPlan) -> StepsPlan:
+    """Resolve the number of steps; a batch that grows with tokens needs the rows for it."""
+    rows = None if config.data.streaming else data.train.rows
+    count_steps = None
+    scheduled = ScheduledBatch.from_config(config.train, batch)
+    if rows is not None and scheduled.schedule.counts_tokens:
+        count_steps = step_counter(open_rows(data, "train"), scheduled, config.seed)
+    return resolve_steps(config.train, config.schedule, rows, batch.global_batch_size, count_steps)
 
 
 def watch_tokenizing(console: Console) -> ProgressCallback:

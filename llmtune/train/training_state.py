@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmtune.plan.batch_schedule import Reached
 from llmtune.train.line_sums import LineSums
 
 
@@ -25,3 +26,8 @@ class TrainingState:
     """An evaluation of this step was interrupted."""
     line: LineSums = field(default_factory=LineSums)
     """Of the steps since the last line of ``metrics.jsonl``."""
+
+    @property
+    def reached(self) -> Reached:
+        """How far the run is, as the size of the next step depends on it."""
+        return Reached(self.step, self.tokens)

@@ -14,6 +14,21 @@ class OnNan(Enum):
     rollback = "rollback"
 
 
+class BatchScheduleUnit(Enum):
+    """The unit in which ``train.batch_schedule`` says where a size begins."""
+
+    steps = "steps"
+    tokens = "tokens"
+
+
+class BatchScheduleLr(Enum):
+    """The change of the peak learning rate with the batch size."""
+
+    none = "none"
+    linear = "linear"
+    sqrt = "sqrt"
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
@@ -26,6 +41,18 @@ class TrainConfig:
     """Rows per micro-batch on one rank; ``auto`` derives it."""
     gradient_accumulation_steps: int | str = "auto"
     """Micro-batches per optimizer step; ``auto`` derives it."""
+    batch_schedule: list[list[int]] | None = None
+    """Rows per optimizer step that grow during the run: a list of pairs, where a size begins and
+    the size. The first begins at 0. The micro-batch stays, and the accumulation grows.
+    """
+    batch_schedule_unit: BatchScheduleUnit = BatchScheduleUnit.steps
+    """Where sizes begin is counted in optimizer ``steps`` done, or in ``tokens`` seen, padding
+    excluded.
+    """
+    batch_schedule_lr: BatchScheduleLr = BatchScheduleLr.none
+    """The peak learning rate is multiplied by the size over the first size (``linear``), by the
+    root of that (``sqrt``), or not at all (``none``).
+    """
     per_device_eval_batch_size: int | str = "auto"
     """Rows per forward pass of an evaluation on one rank; ``auto`` takes the micro-batch size."""
     num_train_epochs: float = 1.0

@@ -87,6 +87,7 @@ def describe_settings(facts: Facts) -> Rows:
         ),
         ("gradient clipping", get("train.max_grad_norm")),
         ("batch", _describe_batch(plan.batch, get("train.global_batch_size"))),
+        ("batch schedule", _describe_schedule(facts)),
         ("optimizer steps", steps),
         ("precision", get("precision")),
         ("sequence length", get("data.max_seq_length")),
@@ -193,6 +194,15 @@ def _describe_batch(batch: BatchPlan | None, configured: Any) -> str | None:
         f"{rows} rows ({batch.micro_batch_size} per micro-batch, {batch.accumulation_steps}"
         " accumulated)"
     )
+
+
+def _describe_schedule(facts: Facts) -> str | None:
+    """How the rows per step grew; None where they did not."""
+    entries = facts.get("train.batch_schedule")
+    if not isinstance(entries, list) or len(entries) < 2:
+        return None
+    unit, scaling = (facts.get(f"train.batch_schedule_{name}") for name in ("unit", "lr"))
+    return f"{entries} ({unit} before, rows per step); learning rate scaled: {scaling}"
 
 
 def _describe_hardware(hardware: Hardware) -> str:
