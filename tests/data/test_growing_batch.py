@@ -131,8 +131,8 @@ def test_a_resumed_run_has_the_batches_of_the_undisturbed_one(
     unit: BatchScheduleUnit, rows: Rows
 ) -> None:
     batch = scheduled(unit)
-    total, steps = 3 * ROWS, 14
-    undisturbed = list(loader(rows, batch, last_row=total).from_position(None, steps))
+    steps = 14
+    undisturbed = list(loader(rows, batch).from_position(None, steps))
     assert len({sum(map(len, step.rows)) for step in undisturbed}) == 3
     for cut in range(1, steps):
         before = undisturbed[:cut]
@@ -141,7 +141,7 @@ def test_a_resumed_run_has_the_batches_of_the_undisturbed_one(
         for world in (1, 2):
             again = [
                 list(
-                    loader(rows, scheduled(unit, world), rank, last_row=total).from_position(
+                    loader(rows, scheduled(unit, world), rank).from_position(
                         position, steps - cut, reached
                     )
                 )

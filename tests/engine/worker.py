@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ from llmtune.model.loss import sum_token_losses
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import plan
+from llmtune.plan.batch_schedule import ScheduledBatch
 from llmtune.plan.plan import Plan, resolve_plan, with_nvme
 from llmtune.plan.steps import resolve_steps
 from llmtune.train.build import build_module
@@ -82,7 +84,9 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         assert load_checkpoint(module, load).step == task["first"]
     write_loss_scale(module, task.get("loss_scale", {}))
     collator = Collator(int(tokenizer.pad_token_id))
-    loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, collator)
+    batch_plan = ScheduledBatch.from_config(config.train, plan.batch)
+    loader = TrainLoader(open_rows(data, "train"), batch_plan, rank.rank, config.seed, collator)
+    starts = list(itertools.islice(loader.step_starts(), task["last"]))
     seen, norms, applied = [], [], []
     pending: PendingSave | None = None
     for step in range(task["first"], task["last"]):
@@ -90,7 +94,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
             continue
         module.loss_function = not_a_number if step == task.get("poison") else sum_token_losses
         torch.manual_seed(step)
-        batch = loader.step_at(step * plan.batch.global_batch_size)
+        batch = loader.step_at(*starts[step])
         result = module.train_step(batch.micro_batches, batch.trained_tokens, plan.learning_rate)
         assert result is not None
         seen.append(result.loss)
