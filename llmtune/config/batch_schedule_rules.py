@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from llmtune.config.groups.train import TrainConfig
 
-_EXAMPLE = "train.batch_schedule=[[0,8],[500,16]]"
+_EXAMPLE = "[[0,8],[500,16]]"
 
 
 def find_batch_schedule_problems(train: TrainConfig) -> Iterator[str]:
