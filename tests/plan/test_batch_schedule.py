@@ -206,11 +206,12 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_would(
 
 def test_a_resumed_run_keeps_its_sizes_on_other_ranks() -> None:
     schedule = [[0, 12], [5, 16]]
-    for typed in (
+    commands: list[dict[str, Any]] = [
         {"per_device_train_batch_size": 4},
         {"gradient_accumulation_steps": 3},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
-    ):
+    ]
+    for typed in commands:
         train = TrainConfig(batch_schedule=schedule, **typed)
         begun = TrainConfig(batch_schedule=schedule, **typed, global_batch_size=12)
         assert resolve_batch(train, 1).micro_batch_size == 4
