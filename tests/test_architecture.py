@@ -141,7 +141,7 @@ LAYERS: dict[str, set[str]] = {
 #: them.
 ROOMS: dict[str, list[str]] = {
     "storage": ["tensors"],
-    "plan": ["devices", "architecture", "memory"],
+    "plan": ["devices", "architecture", "memory", "length"],
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
     "task": ["kinds"],
     "tuner": ["kinds"],
@@ -782,8 +782,8 @@ SUBJECTS = {
     "checkpoint": {"resume_matrix"},
     "cli": {"bad_input", "main_job", "pipeline", "secrets", "start", "sweep"},
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
-    "data": {"huge_rows", "malformed", "spellings"},
-    "engine": {"bad_gradients", "optimizers", "parity", "placements", "states"},
+    "data": {"growing_batch", "huge_rows", "malformed", "spellings"},
+    "engine": {"bad_gradients", "growing_batch", "optimizers", "parity", "placements", "states"},
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "intervals"},
@@ -795,7 +795,14 @@ SUBJECTS = {
         "templates",
     },
     "task": {"classifier_runs", "plain_loop"},
-    "train": {"begin_from_path", "best_model", "best_runs", "left_behind", "plain_loop"},
+    "train": {
+        "begin_from_path",
+        "best_model",
+        "best_runs",
+        "growing_run",
+        "left_behind",
+        "plain_loop",
+    },
 }
 
 

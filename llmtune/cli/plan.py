@@ -13,7 +13,8 @@ from llmtune.cli.output import Output, stdout_for_us
 from llmtune.config.composed import Composed
 from llmtune.errors import DoesNotFitError
 from llmtune.plan.advice import Advice, describe_misfit, list_advice
-from llmtune.plan.ladder import Ladder, Rung
+from llmtune.plan.ladder import Candidate, Ladder, Rung
+from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.resolve import resolve_ladder
 from llmtune.run.adapter import adopt_adapter
@@ -78,6 +79,9 @@ def to_json(
         "activations": ladder.activations_origin,
         "rungs": [_rung_to_json(rung, ladder) for rung in ladder.rungs],
     }
+    if config.train.batch_schedule is not None:
+        found["batch_schedule"] = config.train.batch_schedule
+        found["batch_schedule_unit"] = config.train.batch_schedule_unit.value
     if misfit:
         found["message"] = misfit
     return found
@@ -88,7 +92,7 @@ def _rung_to_json(rung: Rung, ladder: Ladder) -> dict[str, Any]:
     if candidate is None:
         return {"name": rung.name, "fits": False, "reason": rung.reason}
     memory, on_node = candidate.memory, ladder.cluster.ranks_on_node
-    return {
+    found = {
         "name": rung.name,
         "fits": candidate.fits,
         "reason": rung.reason,
@@ -107,6 +111,17 @@ def _rung_to_json(rung: Rung, ladder: Ladder) -> dict[str, Any]:
         "gradient_accumulation_steps": candidate.batch.accumulation_steps,
         "gradient_checkpointing": candidate.gradient_checkpointing,
     }
+    if ladder.schedule.grows:
+        found["batch_schedule"] = [
+            {
+                "start": start,
+                "rows": rows,
+                "gradient_accumulation_steps": candidate.batch.resized(rows).accumulation_steps,
+                "step_seconds": candidate.speed_by_rows[rows].step_seconds,
+            }
+            for start, rows in ladder.schedule.entries
+        ]
+    return found
 
 
 def host_bytes(rung: Rung, ladder: Ladder) -> int:
@@ -136,8 +151,8 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
         (
             f"{config.model.name_or_path}: {format_count(shape.parameters)} parameters,"
             f" {config.tuner.kind} trains {format_count(shape.trainable_parameters)};"
-            f" {config.precision.value}, {describe_rows(composed)}, {ladder.rows.global_batch_size}"
-            " per step"
+            f" {config.precision.value}, {describe_rows(composed)},"
+            f" {ladder.schedule.describe()}"
         ),
         (
             f"{hardware.describe()}; {counted(ladder.world_size, 'rank')}; a plan fills"
@@ -168,6 +183,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
             f"   a step of full rows: {_describe_time(seconds.step_seconds)}, bound by"
             f" {seconds.bound_by}"
         )
+        lines += _describe_sizes(ladder.chosen, ladder.schedule)
     if ladder.activations_origin != "traced":
         lines.append(
             "   activations are a rough estimate, because this architecture could not be traced"
@@ -178,6 +194,20 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
         lines += ["", "would change the result, and is never done by itself:"]
         lines += [_advice_line(item) for item in advice]
     return "\n".join(lines) + "\n"
+
+
+def _describe_sizes(candidate: Candidate, schedule: BatchSchedule) -> list[str]:
+    """Describe the steps of each size of ``train.batch_schedule``; nothing without one."""
+    if not schedule.grows:
+        return []
+    lines = ["   that is the mean over train.max_steps, or a step of the last size without it"]
+    for start, rows in schedule.entries:
+        seconds = _describe_time(candidate.speed_by_rows[rows].step_seconds)
+        batch = candidate.batch.resized(rows)
+        lines.append(
+            f"   after {schedule.describe_start(start)}: {batch.describe()}, {seconds} a step"
+        )
+    return lines
 
 
 def _render_rungs(ladder: Ladder) -> str:

@@ -149,6 +149,9 @@ MEANINGS: dict[str, str] = {
     "grad_accum_steps": "train.gradient_accumulation_steps",
     "gradient_accumulation": "train.gradient_accumulation_steps",
     "grad_accumulation_steps": "train.gradient_accumulation_steps",
+    "rampup_batch_size": "train.batch_schedule",
+    "batch_size_warmup": "train.batch_schedule",
+    "batch_size_schedule": "train.batch_schedule",
     # Length, saving, evaluation.
     "epochs": "train.num_train_epochs",
     "max_epochs": "train.num_train_epochs",

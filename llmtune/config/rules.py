@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from llmtune.config.best_model import find_best_model_problems
 from llmtune.config.groups.data import DataConfig
+from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config, Precision
 from llmtune.config.value_rules import find_value_problems
@@ -18,6 +20,7 @@ def find_problems(config: Config) -> list[str]:
         *find_value_problems(config),
         *_find_offload_problems(config),
         *_find_schedule_problems(config),
+        *_find_batch_schedule_problems(config.train),
         *_find_data_problems(config.data),
         *_find_input_problems(config.predict.input),
         *_find_streaming_problems(config),
@@ -80,6 +83,41 @@ def _find_schedule_problems(config: Config) -> list[str]:
     if steps is not None and total is not None and steps >= total:
         return [f"schedule.warmup_steps={steps} leaves nothing of train.max_steps={total}"]
     return []
+
+
+def _find_batch_schedule_problems(train: TrainConfig) -> Iterator[str]:
+    """Find what is wrong with the schedule of batch sizes.
+
+    A schedule grows, as in Megatron-LM's ``--rampup-batch-size``; a size that shrinks or repeats
+    is taken for a mistake.
+    """
+    schedule = train.batch_schedule
+    if schedule is None:
+        return
+    shown = f"train.batch_schedule={schedule}"
+    if not schedule or any(len(entry) != 2 for entry in schedule):
+        yield f"{shown}: a list of pairs, where a size begins and the size, as in [[0,8],[500,16]]"
+        return
+    if schedule[0][0] != 0:
+        yield f"{shown}: the first size must begin at 0, not at {schedule[0][0]}"
+    for start, rows in schedule:
+        if rows <= 0:
+            yield f"{shown}: {rows} rows from {start} on: a size must be above 0"
+    unit = train.batch_schedule_unit.value
+    for (before, fewer), (start, rows) in pairwise(schedule):
+        if start <= before:
+            yield f"{shown}: {rows} rows begin at {start} {unit}, which must be above {before}"
+        if 0 < rows <= fewer:
+            yield (
+                f"{shown}: {rows} rows from {start} {unit} on are no more than the {fewer} before:"
+                " sizes must grow"
+            )
+    first, fixed = schedule[0][1], train.global_batch_size
+    if fixed not in ("auto", first):
+        yield (
+            f"train.global_batch_size={fixed} contradicts train.batch_schedule, which begins with"
+            f" {first} rows: leave train.global_batch_size out"
+        )
 
 
 def _find_data_problems(data: DataConfig) -> Iterator[str]:

@@ -185,6 +185,10 @@ class TrainModule:
         for index, batch in enumerate(micro_batches):
             if index and interrupted():
                 return None
+            # DeepSpeed counts micro-batches since the start, of which every step must have as many
+            # (``engine.py: is_gradient_accumulation_boundary``). A growing batch has not.
+            is_last = index == len(micro_batches) - 1
+            self.engine.set_gradient_accumulation_boundary(is_last)
             phases.enter("forward")
             loss = self._loss(batch)
             phases.enter("backward")
@@ -192,7 +196,7 @@ class TrainModule:
                 loss * (scale * missing_loss_scale(self.engine.optimizer)), scale_wrt_gas=False
             )
             total += loss.detach()
-            if self.engine.is_gradient_accumulation_boundary():
+            if is_last:
                 norm = self._unpartitioned_grad_norm()
             phases.enter("step")
             if norm is None or math.isfinite(norm) or hasattr(self.engine.optimizer, "overflow"):
@@ -284,7 +288,6 @@ class TrainModule:
         """
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.step()
-        self.engine._is_gradient_accumulation_boundary = None
         self.engine.zero_grad()
 
     def _unpartitioned_grad_norm(self) -> float | None:

@@ -1,7 +1,9 @@
 """Rows per optimizer step, rows per micro-batch and accumulation steps: any two give the third."""
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtune.config.groups.train import TrainConfig
 from llmtune.errors import ConfigError
@@ -24,6 +26,11 @@ class BatchPlan:
     micro_batch_size: int
     accumulation_steps: int
     world_size: int
+
+    def resized(self, rows: int) -> BatchPlan:
+        """Return the plan of a step of other rows: the micro-batch stays, accumulation changes."""
+        accumulation_steps = rows // (self.micro_batch_size * self.world_size)
+        return replace(self, global_batch_size=rows, accumulation_steps=accumulation_steps)
 
     def describe(self) -> str:
         """Describe the arithmetic, for the page before step 1."""
@@ -57,16 +64,14 @@ def resolve_batch(
     Raises:
         ConfigError: The values contradict each other, or do not divide among the ranks.
     """
+    if train.batch_schedule is not None:
+        return _resolve_scheduled(train, train.batch_schedule, world_size, begun)
     rows = _set_value(train.global_batch_size)
     micro_batch_size = _set_value(train.per_device_train_batch_size)
     accumulation_steps = _set_value(train.gradient_accumulation_steps)
     origin = None
     if rows is None:
-        typed = (train.per_device_train_batch_size, train.gradient_accumulation_steps)
-        unchanged = begun is not None and typed == (
-            begun.per_device_train_batch_size,
-            begun.gradient_accumulation_steps,
-        )
+        unchanged = _is_unchanged(train, begun)
         kept = _set_value(begun.global_batch_size) if begun is not None else None
         is_open = micro_batch_size is None or accumulation_steps is None
         if kept is not None and (unchanged or is_open):
@@ -96,7 +101,9 @@ def batch_options(
     sizes = [settled.micro_batch_size] if settled.micro_batch_size is not None else []
     if not sizes:
         limit = max(1, AUTO_MICRO_BATCH_TOKENS[accelerator] // max_seq_length)
-        sizes = [size for size in reversed(_divisors(per_rank)) if size <= limit]
+        # The micro-batch must divide the rows of every step.
+        common = math.gcd(rows, *(size for _, size in train.batch_schedule or ())) // world_size
+        sizes = [size for size in reversed(_divisors(common)) if size <= limit]
     return [
         BatchPlan(
             global_batch_size=rows,
@@ -106,6 +113,63 @@ def batch_options(
         )
         for size in sizes
     ]
+
+
+def _resolve_scheduled(
+    train: TrainConfig, schedule: list[list[int]], world_size: int, begun: TrainConfig | None
+) -> StepRows:
+    """Resolve the rows of a schedule's first step; the micro-batch divides those of all steps."""
+    first, common = schedule[0][1], math.gcd(*(rows for _, rows in schedule))
+    ranks = counted(world_size, "rank")
+    _check_sizes(schedule, world_size, ranks, f"one of {_divisors(common)} ranks")
+    micro_batch_size = _set_value(train.per_device_train_batch_size)
+    accumulation_steps = _set_value(train.gradient_accumulation_steps)
+    fitting = _divisors(common // world_size)
+    if _is_unchanged(train, begun) and (micro_batch_size or accumulation_steps):
+        # Chosen for the ranks of the first start; on these it may have to be smaller.
+        most = micro_batch_size or first // (world_size * (accumulation_steps or 1))
+        micro_batch_size = max(size for size in fitting if size <= max(1, most))
+    else:
+        micro_batch_size = _resolve_micro_batch_size(
+            first, micro_batch_size, accumulation_steps, world_size
+        )
+    if micro_batch_size is not None:
+        product = f"{ranks} x micro-batches of {micro_batch_size}"
+        other = f"train.per_device_train_batch_size of one of {fitting}, or auto"
+        _check_sizes(schedule, world_size * micro_batch_size, product, other)
+    return StepRows(first, micro_batch_size, None)
+
+
+def _check_sizes(schedule: list[list[int]], unit: int, product: str, other: str) -> None:
+    """Check that every size of a schedule is a multiple of ``unit`` rows.
+
+    Args:
+        unit: Rows of one forward pass of all ranks.
+        product: How they come about, in words.
+        other: What else would do, in words.
+
+    Raises:
+        ConfigError: With each size that is no multiple, and the nearest ones that are.
+    """
+    problems = []
+    for start, rows in schedule:
+        if rows % unit:
+            below = rows - rows % unit
+            near = " or ".join(str(size) for size in (below, below + unit) if size)
+            problems.append(f"[{start},{rows}] needs {near}")
+    if problems:
+        raise ConfigError(
+            f"train.batch_schedule={schedule} does not divide among {product}:"
+            f" {'; '.join(problems)}. Or take {other}"
+        )
+
+
+def _is_unchanged(train: TrainConfig, begun: TrainConfig | None) -> bool:
+    """Tell whether micro-batch size and accumulation are those that the run was started with."""
+    return begun is not None and (
+        train.per_device_train_batch_size == begun.per_device_train_batch_size
+        and train.gradient_accumulation_steps == begun.gradient_accumulation_steps
+    )
 
 
 def _derive(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from llmtune.config.schema import Config
 from llmtune.plan.batch_sizes import BatchPlan, StepRows
 from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.memory.placement import RUNGS, Placement
 from llmtune.plan.memory.shapes import ModelShape
@@ -35,10 +36,14 @@ class Candidate:
 
     placement: Placement
     batch: BatchPlan
+    """The batch of the first step, where ``train.batch_schedule`` lets it grow."""
     gradient_checkpointing: bool
     sizes: ZeroSizes
     memory: MemoryPlan
     speed: SpeedPlan
+    """The mean over the run's steps, where they grow."""
+    speed_by_rows: dict[int, SpeedPlan]
+    """That of a step of each size of the schedule."""
     lacks: str | None
     """None where it fits, or which memory is too small."""
 
@@ -75,6 +80,7 @@ class Ladder:
     shape: ModelShape
     world_size: int
     rows: StepRows
+    schedule: BatchSchedule
     candidates: tuple[Candidate, ...]
     """Candidates of all rungs that are possible and allowed."""
     rungs: tuple[Rung, ...]

@@ -20,6 +20,7 @@ from llmtune.plan.batch_sizes import BatchPlan, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder, Rung, choose
+from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.memory.activations import ActivationModel
 from llmtune.plan.memory.fake_run import TraceSettings
 from llmtune.plan.memory.model_shape import resolve_shape
@@ -29,7 +30,7 @@ from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
-from llmtune.plan.speed import Cluster, estimate_speed
+from llmtune.plan.speed import Cluster, SpeedPlan, average_speed, estimate_speed
 from llmtune.tuner.tuner import TUNERS
 
 
@@ -83,6 +84,7 @@ def build_ladder(
         shape=shape,
         world_size=world_size,
         rows=rows,
+        schedule=BatchSchedule.from_config(config.train, rows.global_batch_size),
         candidates=tuple(allowed),
         rungs=rungs,
         chosen=chosen,
@@ -107,6 +109,12 @@ def _plan_again(
         # More ranks than before: rows rounded up to a multiple of them.
         rounded_up = math.ceil(rows / world_size) * world_size
         config = replace(config, train=replace(config.train, global_batch_size=rounded_up))
+    if config.train.batch_schedule is not None:
+        grown = [
+            [start, math.ceil(size / world_size) * world_size]
+            for start, size in config.train.batch_schedule
+        ]
+        config = replace(config, train=replace(config.train, batch_schedule=grown))
     if not TUNERS.find(config.tuner.kind).trains_all:
         shape = resolve_shape(config.model, config.tuner)
     return build_ladder(config, hardware, shape, world_size, attn_implementation)
@@ -170,6 +178,8 @@ class Search:
         self.trace = ActivationModel(config.model, config.tuner, shape, find_cache(config.paths))
         length = config.data.max_seq_length
         self.batches = batch_options(config.train, world_size, length, hardware.accelerator, begun)
+        rows = self.batches[0].global_batch_size
+        self.schedule = BatchSchedule.from_config(config.train, rows)
         self.origin = "traced"
 
     def candidates(self, rung: str) -> Iterator[Candidate]:
@@ -191,9 +201,10 @@ class Search:
             resolve_zero_sizes(shape, placement, optimizer, world, hardware.accelerator),
             config.zero.deepspeed,
         )
-        states = state_bytes(
-            shape, placement, sizes, self.arithmetic, world, batch.accumulation_steps
-        )
+        # What accumulates gradients on the host takes no more of it for more micro-batches, but
+        # takes none for one.
+        most = batch.resized(self.schedule.largest).accumulation_steps
+        states = state_bytes(shape, placement, sizes, self.arithmetic, world, most)
         settings = TraceSettings(
             rows=batch.micro_batch_size,
             length=length,
@@ -219,18 +230,35 @@ class Search:
 
         # What is too small, and how fast it is.
         lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
-        speed = estimate_speed(
-            shape, placement, batch, length, recompute, self.arithmetic, self.cluster
-        )
+        speeds = self._speeds(placement, batch, recompute)
+        steps = self.schedule.steps_by_rows(config.train.max_steps, length)
         return Candidate(
             placement=placement,
             batch=batch,
             gradient_checkpointing=recompute,
             sizes=sizes,
             memory=memory,
-            speed=speed,
+            speed=average_speed([(speeds[rows], count) for rows, count in steps]),
+            speed_by_rows=speeds,
             lacks=lacks,
         )
+
+    def _speeds(
+        self, placement: Placement, batch: BatchPlan, recompute: bool
+    ) -> dict[int, SpeedPlan]:
+        """Predict the speed of a step of each size of the schedule, by its rows."""
+        return {
+            rows: estimate_speed(
+                self.shape,
+                placement,
+                batch.resized(rows),
+                self.config.data.max_seq_length,
+                recompute,
+                self.arithmetic,
+                self.cluster,
+            )
+            for _, rows in self.schedule.entries
+        }
 
     def _eval_logits(self, batch: BatchPlan) -> int:
         """Return the bytes of evaluation logits, their fp32 copy and the log-probabilities."""

@@ -6,6 +6,9 @@ because DeepSpeed brings a slice from the host or a disk right before the gather
 optimizer and what is swapped for it come after the backward pass.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmtune.config.schema import Precision
@@ -138,6 +141,25 @@ def estimate_speed(
     return SpeedPlan(
         step_seconds=seconds,
         tokens_per_second=rows * length / seconds,
+        bound_by=max(terms, key=lambda name: terms[name]),
+        terms=terms,
+    )
+
+
+def average_speed(steps: Sequence[tuple[SpeedPlan, int]]) -> SpeedPlan:
+    """Return the mean over steps of several sizes, each with the number of its steps."""
+    if len(steps) == 1:
+        return steps[0][0]
+    count = sum(number for _, number in steps)
+    seconds = sum(speed.step_seconds * number for speed, number in steps)
+    tokens = sum(speed.tokens_per_second * speed.step_seconds * number for speed, number in steps)
+    terms = {
+        name: sum(speed.terms[name] * number for speed, number in steps) / count
+        for name in steps[0][0].terms
+    }
+    return SpeedPlan(
+        step_seconds=seconds / count,
+        tokens_per_second=tokens / seconds,
         bound_by=max(terms, key=lambda name: terms[name]),
         terms=terms,
     )

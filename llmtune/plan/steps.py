@@ -1,11 +1,11 @@
-"""The number of optimizer steps, and what comes every so many steps or every epoch."""
+"""The length of a run in optimizer steps, and what comes every so many steps or every epoch."""
 
-import math
+from __future__ import annotations
+
 from dataclasses import dataclass
+from itertools import pairwise
 
-from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import EPOCH, STEPS, TrainConfig, strategy_name
-from llmtune.errors import ConfigError
 from llmtune.units import counted
 
 
@@ -22,7 +22,17 @@ class StepsPlan:
     epoch_rows: int | None = None
     """Rows of one epoch; None where they are streamed, and in records of earlier versions."""
     global_batch_size: int | None = None
-    """Rows per step; None in records of earlier versions."""
+    """Rows per step, of the first where they grow; None in records of earlier versions."""
+    sizes: tuple[tuple[int, int], ...] | None = None
+    """Steps before each size of a batch that grows, and its rows; None where it does not."""
+
+    def rows_until(self, step: int) -> int:
+        """Count the rows of all steps up to one, over epochs; 0 where they are not known."""
+        rows = 0
+        sizes = self.sizes or ((0, self.global_batch_size or 0),)
+        for (start, size), (end, _) in pairwise((*sizes, (step, 0))):
+            rows += max(0, min(end, step) - start) * size
+        return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +74,8 @@ class Interval:
     def _until(self, step: int) -> int:
         """Count periods that are over after a step."""
         if self.strategy == EPOCH:
-            rows, size = self.plan.epoch_rows, self.plan.global_batch_size
-            return step * size // rows if rows and size else 0
+            rows = self.plan.epoch_rows
+            return self.plan.rows_until(step) // rows if rows else 0
         if self.strategy == STEPS and self.every is not None:
             return step // self.every
         return 0
@@ -81,46 +91,3 @@ def save_interval(train: TrainConfig, plan: StepsPlan) -> Interval:
     """Return when a run saves a checkpoint, apart from new best ones."""
     strategy = strategy_name(train.save_strategy)
     return Interval(strategy=strategy, every=train.save_steps, plan=plan)
-
-
-def resolve_steps(
-    train: TrainConfig, schedule: ScheduleConfig, rows: int | None, global_batch_size: int
-) -> StepsPlan:
-    """Take the steps from ``max_steps`` if it is set, else from epochs.
-
-    A warm-up given as a ratio is rounded up to whole steps.
-
-    Args:
-        rows: Rows of an epoch; None where they are streamed, which requires ``max_steps``.
-        global_batch_size: Rows per step, as planned.
-
-    Raises:
-        ConfigError: The warm-up leaves no step.
-    """
-    epoch_rows = max(1, round(train.num_train_epochs * (rows or 0)))
-    by_epochs = math.ceil(epoch_rows / global_batch_size)
-    origin = (
-        f"{counted(train.num_train_epochs, 'epoch')} of {rows} rows, {global_batch_size} per step"
-    )
-    total = by_epochs
-    if rows is None and train.max_steps is not None:
-        total, origin = train.max_steps, "train.max_steps of a stream"
-    elif train.max_steps is not None:
-        # max_steps alone decides, as in the Hugging Face Trainer. It may also pass over the data
-        # several times.
-        total, origin = train.max_steps, f"train.max_steps ({origin} would be {by_epochs})"
-    warmup = schedule.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(schedule.warmup_ratio * total)
-    if warmup >= total and warmup > 0 and total > 1:
-        raise ConfigError(
-            f"schedule.warmup_steps={warmup} leaves nothing of the {total} steps ({origin})"
-        )
-    return StepsPlan(
-        total_steps=total,
-        warmup_steps=min(warmup, total - 1),
-        total_rows=None if train.max_steps else epoch_rows,
-        origin=origin,
-        epoch_rows=rows,
-        global_batch_size=global_batch_size,
-    )

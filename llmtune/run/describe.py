@@ -6,6 +6,7 @@ from llmtune.config.best_model import resolve_best_model
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
 from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import evaluation_interval, save_interval
@@ -28,11 +29,11 @@ def describe(request: RunRequest) -> dict[str, str]:
         ),
         "data": describe_data(config, data),
         "hardware": plan.hardware.describe(),
-        "batch": plan.batch.describe(),
+        "batch": describe_batch(request),
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
         "evaluations": describe_evaluations(request),
         "checkpoints": describe_checkpoints(request),
-        "learning rate": f"{plan.learning_rate:g}, {config.schedule.lr_scheduler_type}",
+        "learning rate": describe_rate(request),
         "optimizer": OPTIMIZERS.find(config.optim.kind).describe(asdict(config.optim)),
         "precision": f"{config.precision.value}; fp32 master weights and optimizer states",
         "placement": plan.placement.describe(),
@@ -45,6 +46,31 @@ def describe(request: RunRequest) -> dict[str, str]:
     if request.resume_from:
         rows["resuming"] = str(request.resume_from)
     return rows
+
+
+def describe_batch(request: RunRequest) -> str:
+    """Describe the rows per step, and how they grow."""
+    batch, steps = request.plan.batch, request.steps
+    schedule = BatchSchedule.from_config(request.config.train, batch.global_batch_size)
+    text = batch.describe()
+    for start, rows in schedule.entries[1:]:
+        text += f"; {batch.resized(rows).describe()} after {schedule.describe_start(start)}"
+        if not schedule.counts_tokens and start >= steps.total_steps:
+            text += " (not reached)"
+    return text
+
+
+def describe_rate(request: RunRequest) -> str:
+    """Describe the peak learning rate and its schedule."""
+    config = request.config
+    text = f"{request.plan.learning_rate:g}, {config.schedule.lr_scheduler_type}"
+    schedule = BatchSchedule.from_config(config.train, request.plan.batch.global_batch_size)
+    factor = schedule.rate_factor(schedule.largest)
+    if factor == 1:
+        return text
+    return (
+        f"{text}; times {factor:g} at {schedule.largest} rows per step ({schedule.scaling.value})"
+    )
 
 
 def describe_evaluations(request: RunRequest) -> str:

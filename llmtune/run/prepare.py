@@ -15,7 +15,9 @@ from llmtune.config.best_model import resolve_best_model
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
+from llmtune.data.load.count_steps import count_in_steps
 from llmtune.data.prepare import prepare_data
+from llmtune.data.prepared_data import open_rows
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
 from llmtune.data.tokenize.chat_template import load_chat_template
@@ -26,9 +28,12 @@ from llmtune.model.source import resolve_model_folder
 from llmtune.model.task_folder import resolve_task_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.length.batch_schedule import ScheduledBatch
+from llmtune.plan.length.resolve_steps import resolve_steps
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
-from llmtune.plan.steps import StepsPlan, evaluation_interval, resolve_steps
+from llmtune.plan.steps import StepsPlan, evaluation_interval
 from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.check_model import check_model, check_quantized
 from llmtune.run.task import resolve_labels
@@ -83,8 +88,7 @@ def prepare_run(
         _check_head(config, plan, model_folder, tokenizer, cache, console)
 
     # The steps that the rows make.
-    epoch_rows = None if config.data.streaming else data.train.rows
-    steps = resolve_steps(config.train, config.schedule, epoch_rows, step_rows)
+    steps = _resolve_steps(config, data, plan.batch)
     check_evaluations(config, data, steps, console.say)
     if longer := folder.find_extension(steps, data.fingerprint):
         console.say(longer)
@@ -100,6 +104,16 @@ def prepare_run(
         steps=steps,
         resume_from=resume_from,
     )
+
+
+def _resolve_steps(config: Config, data: PreparedData, batch: BatchPlan) -> StepsPlan:
+    """Resolve the number of steps; a batch that grows with tokens needs the rows for it."""
+    rows = None if config.data.streaming else data.train.rows
+    scheduled = ScheduledBatch.from_config(config.train, batch)
+    in_steps = None
+    if rows is not None and scheduled.schedule.counts_tokens:
+        in_steps = count_in_steps(open_rows(data, "train"), scheduled, config.train, config.seed)
+    return resolve_steps(config.train, config.schedule, rows, batch.global_batch_size, in_steps)
 
 
 def watch_tokenizing(console: Console) -> ProgressCallback:

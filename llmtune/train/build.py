@@ -26,6 +26,7 @@ from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
 from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.registry import NONE
 from llmtune.storage import layout
@@ -120,6 +121,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         module=module,
         loader=loader,
         steps=request.steps,
+        batches=BatchSchedule.from_config(config.train, plan.batch.global_batch_size),
         train=config.train,
         learning_rate=plan.learning_rate,
         schedule=config.schedule,
@@ -251,7 +253,8 @@ def build_save_settings(request: RunRequest, rank: Rank, weights: WeightFiles) -
 
 def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:
     """Build the loader of training rows, from disk or tokenized during training."""
-    config, batch = request.config, request.plan.batch
+    config = request.config
+    batch = ScheduledBatch.from_config(config.train, request.plan.batch)
     pinned = config.data.pin_memory
     settings = LoaderSettings(
         config.data.dataloader_num_workers,

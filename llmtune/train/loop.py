@@ -19,6 +19,7 @@ from llmtune.draws import Draw, torch_seed
 from llmtune.engine.distributed import Rank, broadcast_object
 from llmtune.engine.train_module import StepResult, TrainModule
 from llmtune.errors import CheckpointError, DivergedError, StoppedError
+from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.steps import Interval, StepsPlan
 from llmtune.storage.manifest import is_complete
 from llmtune.track.tracker import Record, Trackers
@@ -85,9 +86,10 @@ class Job:
     module: TrainModule
     loader: Steps
     steps: StepsPlan
+    batches: BatchSchedule
     train: TrainConfig
     learning_rate: float
-    """The peak rate."""
+    """The peak rate, for steps as large as the first."""
     schedule: ScheduleConfig
     seed: int
     evaluations: Interval
@@ -124,7 +126,9 @@ def run(job: Job) -> TrainingState:
         job.saver.save(progress)
 
     # The steps. All ranks take the same branches, because ``agree`` is collective.
-    batches = job.loader.from_position(progress.data_position, last - progress.step)
+    batches = job.loader.from_position(
+        progress.data_position, last - progress.step, progress.reached
+    )
     while progress.step < last and not ends_early(job.best, progress.best):
         progress = train_step(job, progress, batches)
         if job.evaluations.is_due(progress.step):
@@ -161,11 +165,12 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
     step = progress.step + 1
     job.rank.phases.step = step
     batch = next(batches)
+    batch_size = job.batches.rows_at(progress.reached)
     rate = learning_rate_at(
         progress.step - progress.skipped,
         job.steps.total_steps,
         job.steps.warmup_steps,
-        job.learning_rate,
+        job.learning_rate * job.batches.rate_factor(batch_size),
         job.schedule.lr_scheduler_type,
     )
 
@@ -185,6 +190,8 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         "seconds": seconds,
         "memory_bytes": used_memory_bytes(job.rank.device),
     }
+    if job.train.batch_schedule is not None:
+        record["batch_size"] = batch_size
     if step % job.train.logging_steps == 0 or step == job.steps.total_steps:
         pause = job.saver.pause_seconds()
         if pause is not None:

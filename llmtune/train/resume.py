@@ -9,8 +9,11 @@ from llmtune.checkpoint.find import find_checkpoints, restore_checkpoints
 from llmtune.checkpoint.mirror import fetch_remote, find_remote, read_place, read_remote
 from llmtune.checkpoint.trainer_state import check_draws, read_trainer_state
 from llmtune.config.best_model import resolve_best_model
+from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config
+from llmtune.config.stored import load_config
 from llmtune.errors import CheckpointError
+from llmtune.plan.length.batch_schedule import BatchSchedule, Reached
 from llmtune.plan.run_record import BeganFrom
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
@@ -46,8 +49,7 @@ def resume_point(
         checkpoint = _own_since(folder, config, run_name, setting, say)
         if checkpoint is None:
             checkpoint = _named(folder, config, run_name, setting, say)
-        find_config_changes(checkpoint, config)
-        check_draws(checkpoint)
+        _check_checkpoint(checkpoint, config)
         _fetch_best(folder, config, run_name, checkpoint, say)
         return checkpoint
 
@@ -58,8 +60,7 @@ def resume_point(
     if newest is None and not find_checkpoints(folder.path):
         newest = _where_it_began(folder, say)
     if newest is not None:
-        find_config_changes(newest, config)
-        check_draws(newest)
+        _check_checkpoint(newest, config)
         _fetch_best(folder, config, run_name, newest, say)
     if newest is None and find_checkpoints(folder.path):
         raise CheckpointError(
@@ -87,6 +88,35 @@ def began_from(folder: RunFolder, config: Config) -> BeganFrom | None:
     if began is not None and began.origin == origin:
         return began
     return BeganFrom(origin, _named_step(named, origin))
+
+
+def _check_checkpoint(checkpoint: Path, config: Config) -> None:
+    """Check that a checkpoint is of this run, and of this version's draws.
+
+    Raises:
+        CheckpointError: It is not, or its steps followed another ``train.batch_schedule``.
+    """
+    find_config_changes(checkpoint, config)
+    check_draws(checkpoint)
+    _check_batch_schedule(checkpoint, config.train)
+
+
+def _check_batch_schedule(checkpoint: Path, train: TrainConfig) -> None:
+    """Check that ``train.batch_schedule`` has changed only in what is still to come."""
+    old = load_config(checkpoint / layout.CONFIG).train
+    if old.batch_schedule is None and train.batch_schedule is None:
+        return
+    # A stored configuration holds the planned rows, and that of a run has been planned.
+    before, now = (BatchSchedule.from_config(of, int(of.global_batch_size)) for of in (old, train))
+    state = read_trainer_state(checkpoint)
+    if not before.agrees_until(now, Reached(state.step, state.tokens)):
+        raise ForeignRunError(
+            f"{checkpoint} was trained with other batches than train.batch_schedule gives now:\n"
+            f"  {before.describe()} there, {now.describe()} now (learning rate:"
+            f" {before.scaling.value} there, {now.scaling.value} now)\n"
+            f"Only sizes that begin after its {state.step:,} steps and {state.tokens:,} tokens may"
+            " change: take the old values, or another run_name= or output_dir="
+        )
 
 
 def _own_since(

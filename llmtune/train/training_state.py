@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmtune.checkpoint.best import BestSoFar
+from llmtune.plan.length.batch_schedule import Reached
 from llmtune.train.line_sums import LineSums
 
 
@@ -28,3 +29,8 @@ class TrainingState:
     """The best evaluation, and how many in a row have not improved on it."""
     line: LineSums = field(default_factory=LineSums)
     """Sums of the steps since the last line of ``metrics.jsonl``."""
+
+    @property
+    def reached(self) -> Reached:
+        """Return how far the run is, as the size of the next step depends on it."""
+        return Reached(self.step, self.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -31,9 +32,10 @@ from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import resolve
+from llmtune.plan.length.batch_schedule import ScheduledBatch
+from llmtune.plan.length.resolve_steps import resolve_steps
 from llmtune.plan.plan import Plan, with_nvme
 from llmtune.plan.resolve import resolve_plan
-from llmtune.plan.steps import resolve_steps
 from llmtune.storage.plain_fields import from_plain
 from llmtune.task.labels import Labels
 from llmtune.task.losses import sum_cross_entropy
@@ -87,7 +89,9 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         assert load_checkpoint(module, load).step == task["first"]
     write_loss_scale(module, task.get("loss_scale", {}))
     collator = Collator(pad_token_id=int(tokenizer.pad_token_id))
-    loader = TrainLoader(open_rows(data, "train"), plan.batch, rank.rank, config.seed, collator)
+    batch_plan = ScheduledBatch.from_config(config.train, plan.batch)
+    loader = TrainLoader(open_rows(data, "train"), batch_plan, rank.rank, config.seed, collator)
+    starts = list(itertools.islice(loader.step_starts(), task["last"]))
     seen, norms, applied = [], [], []
     pending: PendingSave | None = None
     for step in range(task["first"], task["last"]):
@@ -95,7 +99,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
             continue
         module.loss_function = not_a_number if step == task.get("poison") else sum_cross_entropy
         torch.manual_seed(step)
-        batch = loader.step_at(step * plan.batch.global_batch_size)
+        batch = loader.step_at(*starts[step])
         result = module.train_step(batch.micro_batches, batch.loss_weight, plan.learning_rate)
         assert result is not None
         seen.append(result.loss)

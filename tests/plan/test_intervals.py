@@ -8,13 +8,8 @@ from hypothesis import strategies as st
 
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import TrainConfig
-from llmtune.plan.steps import (
-    Interval,
-    StepsPlan,
-    evaluation_interval,
-    resolve_steps,
-    save_interval,
-)
+from llmtune.plan.length.resolve_steps import resolve_steps
+from llmtune.plan.steps import Interval, StepsPlan, evaluation_interval, save_interval
 
 
 def plan_of(rows: int, size: int, epochs: float = 1.0, max_steps: int | None = None) -> StepsPlan:
@@ -55,6 +50,23 @@ def test_the_epochs_are_those_of_rows_counted_one_by_one(
     expected = sorted(step for step in ends if step < steps)
     assert due(interval) == expected
     assert interval.count(after) == len([step for step in expected if step > after])
+
+
+def test_epochs_of_a_batch_that_grows_end_where_its_rows_say() -> None:
+    schedule = [[0, 2], [3, 4], [5, 8]]
+    train = TrainConfig(batch_schedule=schedule, eval_strategy="epoch", num_train_epochs=3)
+    # Rows after each step: 2, 4, 6, 10, 14, 22, 30, 38, 46, 48. Steps of 2 would end no epoch.
+    plan = resolve_steps(train, ScheduleConfig(warmup_steps=0), 16, 2)
+    interval = evaluation_interval(train, plan)
+    assert plan.total_steps == 10
+    assert [plan.rows_until(step) for step in (0, 3, 4, 5, 6, 9)] == [0, 6, 10, 14, 22, 46]
+    assert due(interval) == [6, 8]
+    assert interval.describe() == "every epoch (2 before the end)"
+    # A size that begins after the end, and one that begins at once.
+    for schedule in ([[0, 8], [99, 16]], [[0, 8]]):
+        train = TrainConfig(batch_schedule=schedule, eval_strategy="epoch", num_train_epochs=3)
+        plan = resolve_steps(train, ScheduleConfig(warmup_steps=0), 16, 8)
+        assert due(evaluation_interval(train, plan)) == [2, 4]
 
 
 @given(every=st.integers(1, 12), steps=st.integers(1, 40), after=st.integers(0, 40))

@@ -17,6 +17,7 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError, DoesNotFitError, MissingPrerequisiteError
 from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.plan.length.resolve_steps import resolve_steps
 from llmtune.plan.memory import model_shape as shapes
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import Placement
@@ -25,7 +26,6 @@ from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.plan import Plan
 from llmtune.plan.resolve import resolve_ladder, resolve_plan
-from llmtune.plan.steps import resolve_steps
 from llmtune.storage.plain_fields import from_plain
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count, format_seconds

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.utils import clip_grad_norm_
 
 IGNORE = -100
@@ -21,9 +22,7 @@ class PlainJob:
     """A model folder with a head, and rows as their file has them."""
 
     def __init__(self, folder: Path, model_class: str, length: int):
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-            folder, add_prefix_space=True
-        )
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         self.model: Any = getattr(transformers, model_class).from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         )
@@ -85,6 +84,10 @@ class PlainJob:
         return torch.tensor([self.numbers[str(label)] for label in labels])
 
     def _words(self, rows: Sequence[dict[str, Any]]) -> Any:
+        backend = self.tokenizer.backend_tokenizer
+        if isinstance(backend.pre_tokenizer, ByteLevel):
+            # transformers' ``add_prefix_space``, which only RoBERTa's own class takes.
+            backend.pre_tokenizer = ByteLevel(add_prefix_space=True)
         batch = self.tokenizer(
             [row["tokens"] for row in rows],
             is_split_into_words=True,

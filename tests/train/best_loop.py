@@ -22,6 +22,7 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.data.load.loader import StepBatch
 from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import StepResult
+from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.steps import StepsPlan, evaluation_interval, save_interval
 from llmtune.track.tracker import Record
 from llmtune.train.loop import Job, run
@@ -152,7 +153,7 @@ def train(
             raise Killed
         return StepResult(1.0, 1.0, True)
 
-    def batches(_: object, count: int) -> Iterator[StepBatch]:
+    def batches(_: object, count: int, __: object) -> Iterator[StepBatch]:
         for _number in range(count):
             yield StepBatch(micro_batches=[], loss_weight=1, tokens=1, position={})
 
@@ -162,6 +163,7 @@ def train(
         module=stands_in(train_step=step),
         loader=stands_in(from_position=batches),
         steps=steps,
+        batches=BatchSchedule(((0, 1),)),
         train=config,
         learning_rate=1.0,
         schedule=ScheduleConfig(),

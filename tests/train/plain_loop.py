@@ -45,6 +45,8 @@ class Recipe:
     optimizer: str = "adamw"
     trained: str = ""
     """Regular expression for the names of the weights that are trained; the others are frozen."""
+    peaks: list[float] | None = None
+    """What the learning rate of each step is multiplied by; None for nothing."""
 
 
 @dataclass(kw_only=True)
@@ -153,11 +155,12 @@ def rate_of(number: int, recipe: Recipe) -> float:
     last.
     """
     warm, total = recipe.warmup_steps, len(recipe.steps)
+    peak = recipe.learning_rate * (recipe.peaks[number] if recipe.peaks is not None else 1.0)
     if number < warm:
-        return recipe.learning_rate * (number + 1) / (warm + 1)
+        return peak * (number + 1) / (warm + 1)
     left = (total - number) / (total - warm)
     shape = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
-    return recipe.learning_rate * shape[recipe.kind]
+    return peak * shape[recipe.kind]
 
 
 def evaluate(model: Any, documents: list[Document]) -> float:

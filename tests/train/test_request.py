@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmtune.data.prepare import prepare_data
+from llmtune.plan.length.resolve_steps import resolve_steps
 from llmtune.plan.resolve import resolve_plan
-from llmtune.plan.steps import resolve_steps
 from llmtune.task.labels import LabelKind, Labels
 from llmtune.train.request import RunRequest
 from tests.train.test_resume import config_of

@@ -18,6 +18,21 @@ class OnNan(Enum):
 STEPS, EPOCH, NO = "steps", "epoch", "no"
 
 
+class BatchScheduleUnit(Enum):
+    """The unit in which ``train.batch_schedule`` says where a size begins."""
+
+    steps = "steps"
+    tokens = "tokens"
+
+
+class BatchScheduleLr(Enum):
+    """The change of the peak learning rate with the batch size."""
+
+    none = "none"
+    linear = "linear"
+    sqrt = "sqrt"
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
@@ -33,6 +48,22 @@ class TrainConfig:
     """Rows per micro-batch on one rank; ``auto`` derives it."""
     gradient_accumulation_steps: int | str = "auto"
     """Micro-batches per optimizer step; ``auto`` derives it."""
+    batch_schedule: list[list[int]] | None = None
+    """Rows per optimizer step that grow during the run: pairs of a beginning and a size.
+
+    The first begins at 0. The micro-batch stays, and the accumulation grows.
+    """
+    batch_schedule_unit: BatchScheduleUnit = BatchScheduleUnit.steps
+    """Unit of the beginnings of sizes: optimizer ``steps`` done, or ``tokens`` seen.
+
+    Padding is excluded.
+    """
+    batch_schedule_lr: BatchScheduleLr = BatchScheduleLr.none
+    """Change of the peak learning rate with the size: ``none``, ``linear`` or ``sqrt``.
+
+    It is multiplied by the size over the first size (``linear``), by the root of that (``sqrt``),
+    or not at all (``none``).
+    """
     per_device_eval_batch_size: int | str = "auto"
     """Rows per forward pass of an evaluation on one rank; ``auto`` takes the micro-batch size."""
     num_train_epochs: float = 1.0

@@ -6,7 +6,8 @@ is starting at another position, and any number of ranks sees the same global ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,7 @@ from llmtune.data.store.token_store import Rows
 from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError
 from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.length.batch_schedule import BEGINNING, Reached, ScheduledBatch
 from llmtune.process import die_with_parent
 
 if TYPE_CHECKING:
@@ -50,8 +52,14 @@ class StepBatch:
 class Steps(Protocol):
     """The data of a run, step by step."""
 
-    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
-        """Yield the next ``steps`` steps after a position; None is the beginning."""
+    def from_position(
+        self, position: Mapping[str, Any] | None, steps: int, reached: Reached = BEGINNING
+    ) -> Iterator[StepBatch]:
+        """Yield the next ``steps`` steps after a position; None is the beginning.
+
+        Args:
+            reached: The steps and tokens before it, which a growing batch depends on.
+        """
 
     def locations(self, row: int) -> list[str]:
         """Return file and line of the documents of a row; none where that is not known."""
@@ -72,7 +80,7 @@ class TrainLoader:
     def __init__(
         self,
         rows: Rows,
-        batch: BatchPlan,
+        batch: BatchPlan | ScheduledBatch,
         rank: int,
         seed: int,
         collator: Collator,
@@ -85,7 +93,8 @@ class TrainLoader:
                 it is smaller.
         """
         self.rows = rows
-        self.batch = batch
+        scheduled = ScheduledBatch.of(batch)
+        self.batch, self.schedule = scheduled.first, scheduled.schedule
         self.rank = rank
         self.seed = seed
         self.collator = collator
@@ -96,8 +105,13 @@ class TrainLoader:
         self._epoch = -1
         self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
-    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
+    def from_position(
+        self, position: Mapping[str, Any] | None, steps: int, reached: Reached = BEGINNING
+    ) -> Iterator[StepBatch]:
         """Yield the next ``steps`` steps after a position; None is the beginning.
+
+        Args:
+            reached: The steps and tokens before it, which a growing batch depends on.
 
         Raises:
             CheckpointError: The position is that of other rows.
@@ -112,18 +126,35 @@ class TrainLoader:
                     f" {here}"
                 )
             first = int(position["next_row"])
-        size = self.batch.global_batch_size
-        starts = range(first, first + steps * size, size)
+        starts = itertools.islice(self.step_starts(first, reached), steps)
         yield from load(_StepsAt(self), starts, self.settings)
 
-    def step_at(self, first_row: int) -> StepBatch:
-        """Return the step whose global batch begins at a row, counted over epochs."""
+    def step_starts(
+        self, first_row: int = 0, reached: Reached = BEGINNING
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the first row of each step, counted over epochs, and its rows; without end."""
+        steps, tokens = reached.steps, reached.tokens
+        while True:
+            size = self.schedule.rows_at(Reached(steps, tokens))
+            yield first_row, size
+            if self.schedule.counts_tokens:
+                tokens += int(self._lengths[self.row_numbers(first_row, size)].sum())
+            first_row += size
+            steps += 1
+
+    def step_at(self, first_row: int, size: int | None = None) -> StepBatch:
+        """Return the step whose global batch begins at a row, counted over epochs.
+
+        Args:
+            size: Rows of the global batch; None for those of the first step.
+        """
         # Longest first: rows of a micro-batch, and those of the ranks at the same moment, are of
         # like length, so that little is padded and no rank waits. The sum that the step computes
         # does not depend on it.
-        numbers = self.row_numbers(first_row)
+        numbers = self.row_numbers(first_row, size)
         chosen = sorted(numbers, key=lambda row: (-self._lengths[row], row))
-        mine = share_of_rank(chosen, self.batch, self.rank)
+        batch = self.batch if size is None else self.batch.resized(size)
+        mine = share_of_rank(chosen, batch, self.rank)
         index = np.asarray(chosen, dtype=np.int64)
         position = {"next_row": first_row + len(numbers), "rows": len(self.rows), "seed": self.seed}
         return StepBatch(
@@ -138,12 +169,12 @@ class TrainLoader:
         """Return file and line of the documents of a row."""
         return [f"{file}:{line}" for file, line in self.rows.locations(row)]
 
-    def row_numbers(self, first_row: int) -> list[int]:
+    def row_numbers(self, first_row: int, size: int | None = None) -> list[int]:
         """Return the rows of the global batch, in order.
 
         There are fewer than its size only in the last step of whole epochs.
         """
-        end = first_row + self.batch.global_batch_size
+        end = first_row + (self.batch.global_batch_size if size is None else size)
         end = end if self.last_row is None else min(end, self.last_row)
         return [self._row_at(position) for position in range(first_row, end)]
 
@@ -163,7 +194,7 @@ def share_of_rank(rows: Sequence[Any], batch: BatchPlan, rank: int) -> list[list
     return [slots[start : start + micro] for start in starts]
 
 
-def load(items: Any, order: Sequence[int] | None, settings: LoaderSettings) -> Iterator[Any]:
+def load(items: Any, order: Iterable[Any] | None, settings: LoaderSettings) -> Iterator[Any]:
     """Yield the items of a torch data set in order; worker processes, if any, make them ahead."""
     # batch_size None: an item is a batch already.
     loader: DataLoader[Any] = DataLoader(
@@ -181,13 +212,13 @@ def load(items: Any, order: Sequence[int] | None, settings: LoaderSettings) -> I
 
 
 class _StepsAt(Dataset[StepBatch]):
-    """A data set for torch's DataLoader: item ``n`` is the step that begins at row ``n``."""
+    """A data set for torch's DataLoader: an item is the step of a first row and a size."""
 
     def __init__(self, loader: TrainLoader):
         self._loader = loader
 
-    def __getitem__(self, first_row: int) -> StepBatch:
-        return self._loader.step_at(first_row)
+    def __getitem__(self, start: tuple[int, int]) -> StepBatch:
+        return self._loader.step_at(*start)
 
 
 def _start_worker(_: int) -> None:

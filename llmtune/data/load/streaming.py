@@ -39,6 +39,7 @@ from llmtune.data.tokenize.workers import make_encoder, tokenize_block
 from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError, DataError
 from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.length.batch_schedule import BEGINNING, Reached, ScheduledBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -271,20 +272,26 @@ class StreamLoader:
     def __init__(
         self,
         stream: RowStream,
-        batch: BatchPlan,
+        batch: BatchPlan | ScheduledBatch,
         rank: int,
         collator: Collator,
         settings: LoaderSettings,
     ):
         self.stream = stream
-        self.batch = batch
+        scheduled = ScheduledBatch.of(batch)
+        self.batch, self.schedule = scheduled.first, scheduled.schedule
         self.rank = rank
         self.collator = collator
         # One process keeps the order.
         self.settings = replace(settings, workers=min(settings.workers, 1))
 
-    def from_position(self, position: Mapping[str, Any] | None, steps: int) -> Iterator[StepBatch]:
+    def from_position(
+        self, position: Mapping[str, Any] | None, steps: int, reached: Reached = BEGINNING
+    ) -> Iterator[StepBatch]:
         """Yield the next ``steps`` steps after a position; None is the beginning.
+
+        Args:
+            reached: The steps and tokens before it, which a growing batch depends on.
 
         Raises:
             CheckpointError: The position is not one of a stream of so many sources.
@@ -303,7 +310,7 @@ class StreamLoader:
                 raise CheckpointError(
                     "the checkpoint's place in the data is that of another number of sources"
                 )
-        for item in load(_Stream(self, cursor, steps), None, self.settings):
+        for item in load(_Stream(self, cursor, steps, reached), None, self.settings):
             if isinstance(item, DataError):
                 raise item
             yield item
@@ -312,11 +319,11 @@ class StreamLoader:
         """Return nothing: a stream's rows have no numbers."""
         return []
 
-    def steps(self, cursor: Cursor, steps: int) -> Iterator[StepBatch]:
+    def steps(self, cursor: Cursor, steps: int, reached: Reached) -> Iterator[StepBatch]:
         """Yield batches from the cursor on."""
-        size = self.batch.global_batch_size
         rows, after = self.stream.window(cursor)
         for _ in range(steps):
+            size = self.schedule.rows_at(reached)
             chosen: list[Row] = []
 
             # The rows of a global batch, which may begin in one window and end in the next.
@@ -330,12 +337,14 @@ class StreamLoader:
 
             # Longest first, as in ``TrainLoader``; then this rank's share.
             chosen.sort(key=lambda row: -len(row.ids))
-            mine = share_of_rank(chosen, self.batch, self.rank)
+            mine = share_of_rank(chosen, self.batch.resized(size), self.rank)
+            tokens = sum(len(row.ids) for row in chosen)
+            reached = Reached(reached.steps + 1, reached.tokens + tokens)
             collate = self.collator.pack if self.stream.config.packing else self.collator.pad
             yield StepBatch(
                 micro_batches=[collate(rows_of) for rows_of in mine],
                 loss_weight=sum(int(np.count_nonzero(row.mask)) for row in chosen),
-                tokens=sum(len(row.ids) for row in chosen),
+                tokens=tokens,
                 position=asdict(cursor),
             )
 
@@ -346,13 +355,14 @@ class _Stream(IterableDataset[Any]):
     An error is handed over as an item: the loader would wrap it into a traceback.
     """
 
-    def __init__(self, loader: StreamLoader, cursor: Cursor, steps: int):
+    def __init__(self, loader: StreamLoader, cursor: Cursor, steps: int, reached: Reached):
         self._loader = loader
         self._cursor = cursor
         self._steps = steps
+        self._reached = reached
 
     def __iter__(self) -> Iterator[StepBatch | DataError]:
         try:
-            yield from self._loader.steps(self._cursor, self._steps)
+            yield from self._loader.steps(self._cursor, self._steps, self._reached)
         except DataError as error:
             yield error

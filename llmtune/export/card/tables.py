@@ -81,6 +81,7 @@ def describe_settings(facts: Facts) -> Rows:
         ("optimizer", _describe_optimizer(get("optim"))),
         ("gradient clipping", get("train.max_grad_norm")),
         ("batch", _describe_batch(plan.batch, get("train.global_batch_size"))),
+        ("batch schedule", _describe_schedule(facts)),
         ("optimizer steps", steps),
         ("chosen", _describe_choice(facts)),
         ("precision", get("precision")),
@@ -198,6 +199,15 @@ def _describe_batch(batch: BatchPlan | None, configured: Any) -> str | None:
         f"{rows} rows ({batch.micro_batch_size} per micro-batch, {batch.accumulation_steps}"
         " accumulated)"
     )
+
+
+def _describe_schedule(facts: Facts) -> str | None:
+    """Describe how the rows per step grew; None where they did not."""
+    entries = facts.get("train.batch_schedule")
+    if not isinstance(entries, list) or len(entries) < 2:
+        return None
+    unit, scaling = (facts.get(f"train.batch_schedule_{name}") for name in ("unit", "lr"))
+    return f"{entries} ({unit} before, rows per step); learning rate scaled: {scaling}"
 
 
 def _describe_choice(facts: Facts) -> str | None:
