@@ -93,9 +93,11 @@ def test_an_answer_of_a_model_gives_no_orders(
     class Target:
         adapter, model_folder = None, Path("/m")
         config = compose_config(["model=tiny"]).config
+        base_name = "m"
 
     monkeypatch.setattr("llmtune.run.artifact.resolve_target", lambda _: Target)
     monkeypatch.setattr("llmtune.run.artifact.load_model", lambda _: (None, None))
+    monkeypatch.setattr("llmtune.data.tokenize.chat_template.check_chat_template", lambda *_: None)
     monkeypatch.setattr(
         "llmtune.model.generate.generate", lambda *_: ["fine\x1b]52;c;cm0gLXJmIH4=\x07 👩‍💻\n\tend"]
     )

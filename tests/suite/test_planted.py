@@ -39,10 +39,10 @@ PLANTED = [
     ),
     Planted(
         fault="labels are shifted by two",
-        file="data/load/collate.py",
-        right="following = labels[:, 1:]",
-        wrong="following = labels[:, 2:]",
-        tests=("tests/model/test_loss.py",),
+        file="task/targets.py",
+        right="tokens.append(row.ids[1:][columns]",
+        wrong="tokens.append(np.roll(row.ids, -1)[1:][columns]",
+        tests=("tests/data/test_loader.py",),
     ),
     Planted(
         fault="the mask ends one token early",
