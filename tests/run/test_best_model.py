@@ -23,6 +23,7 @@ from llmtune.run.finish import describe_end, finished_message
 from llmtune.run.prepare import check_evaluations
 from llmtune.storage.rank_files import FinishedRecord
 from llmtune.track.tracker import Record, Trackers
+from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import RunFolder
 from tests.checkpoint.test_retention import make
 
@@ -93,6 +94,12 @@ def test_early_stopping_needs_evaluations_before_the_end() -> None:
     )
 
 
+class Described(SimpleNamespace):
+    """What the page before step 1 reads of a request."""
+
+    evaluates = RunRequest.evaluates
+
+
 @pytest.mark.parametrize(
     ("overrides", "evaluations", "checkpoints"),
     [
@@ -124,7 +131,7 @@ def test_early_stopping_needs_evaluations_before_the_end() -> None:
 def test_the_page_before_step_1_says_how_often_they_come(
     overrides: list[str], evaluations: str, checkpoints: str
 ) -> None:
-    request: Any = SimpleNamespace(config=config_of(*overrides), steps=STEPS, data=data_of(9))
+    request: Any = Described(config=config_of(*overrides), steps=STEPS, data=data_of(9))
     assert describe_evaluations(request) == evaluations
     assert describe_checkpoints(request).startswith(checkpoints)
 
