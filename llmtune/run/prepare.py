@@ -15,7 +15,6 @@ from llmtune.config.best_model import resolve_best_model
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
-from llmtune.data.load.count_steps import count_in_steps
 from llmtune.data.prepare import prepare_data
 from llmtune.data.prepared_data import open_rows
 from llmtune.data.rows.fields import describe_unknown_fields
@@ -112,6 +111,9 @@ def _resolve_steps(config: Config, data: PreparedData, batch: BatchPlan) -> Step
     scheduled = ScheduledBatch.from_config(config.train, batch)
     in_steps = None
     if rows is not None and scheduled.schedule.counts_tokens:
+        # It imports torch, for which ranks that start cold would wait.
+        from llmtune.data.load.count_steps import count_in_steps
+
         in_steps = count_in_steps(open_rows(data, "train"), scheduled, config.train, config.seed)
     return resolve_steps(config.train, config.schedule, rows, batch.global_batch_size, in_steps)
 
