@@ -16,7 +16,6 @@ from llmtune.config.best_model import resolve_best_model
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
-from llmtune.data.prepare import prepare_data
 from llmtune.data.read.parse_sources import parse_sources
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
@@ -33,7 +32,7 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan, evaluation_interval, resolve_steps
 from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.check_model import check_model, check_quantized
-from llmtune.run.task import resolve_labels
+from llmtune.run.task import prepare_rows, resolve_labels
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.task.task import find_task
@@ -99,7 +98,7 @@ def prepare_run(
 
     # The rows, and the head that their labels ask for.
     tokenizer = load_tokenizer(base, config.model, load_chat_template(config.data.chat_template))
-    data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenizing(console))
+    data = prepare_rows(config, tokenizer, cache, watch_tokenizing(console))
     _check_data(config, data, tokenizer, base, console)
     labels = resolve_labels(config, data, base)
     model_folder = resolve_task_folder(
