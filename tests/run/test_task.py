@@ -42,8 +42,6 @@ def test_numbers_need_no_weights(weights: Any, tiny_model: Path, tmp_path: Path)
     assert resolve([1, 2, 3], "regression", weights, tiny_model, tmp_path).names == ("value",)
 
 
-def test_whole_numbers_are_weighed_where_they_are_classes(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_whole_numbers_are_weighed_where_they_are_classes(tiny_model: Path, tmp_path: Path) -> None:
     labels = resolve([1, 2, 2], "sequence_classification", "balanced", tiny_model, tmp_path)
     assert (labels.names, labels.weights) == (("1", "2"), (1.5, 0.75))
