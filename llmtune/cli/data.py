@@ -13,7 +13,6 @@ from llmtune.config.composed import Composed
 from llmtune.config.groups.data import DataConfig, name_data
 from llmtune.config.schema import Config
 from llmtune.data.formats.format import FORMATS
-from llmtune.data.prepare import prepare_data
 from llmtune.data.prepared_data import open_rows, read_problems
 from llmtune.data.report.html import DataReport, write_page, write_picture
 from llmtune.data.report.statistics import (
@@ -78,6 +77,7 @@ def run(composed: Composed, options: Options) -> int:
 
 def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
     from llmtune.run.prepare import watch_tokenizing
+    from llmtune.run.task import prepare_rows
 
     config = composed.config
     if config.data.streaming:
@@ -91,9 +91,7 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
     cache = open_cache(config.paths)
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
-    data = prepare_data(
-        config.data, tokenizer, config.seed, cache, watch_tokenizing(console), strict=False
-    )
+    data = prepare_rows(config, tokenizer, cache, watch_tokenizing(console), strict=False)
     check_padding(folder, tokenizer)
     beyond = list(find_beyond((*data.train_stores, *data.eval_stores), folder, tokenizer))
     data = replace(data, fatal=data.fatal + len(beyond))

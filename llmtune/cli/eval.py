@@ -104,7 +104,6 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     from llmtune.config.cache_folder import open_cache
     from llmtune.data.load.collate import Collator
     from llmtune.data.load.loader import iterate_eval
-    from llmtune.data.prepare import prepare_data
     from llmtune.data.prepared_data import open_rows
     from llmtune.data.report.label_checks import find_unknown_labels
     from llmtune.data.rows.problem_report import refuse
@@ -113,6 +112,7 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     from llmtune.model.build import sees_padding
     from llmtune.plan.abilities import check_row_length, max_positions
     from llmtune.run.artifact import free_memory_bytes, load_model, resolve_target
+    from llmtune.run.task import prepare_rows
     from llmtune.task.task import find_task
 
     status.doing = "loading the model"
@@ -120,7 +120,7 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     config = target.config
     model, tokenizer = load_model(target)
     status.doing = "preparing the data"
-    data = prepare_data(config.data, tokenizer, config.seed, open_cache(config.paths))
+    data = prepare_rows(config, tokenizer, open_cache(config.paths))
     check_stores((*data.train_stores, *data.eval_stores), target.model_folder, tokenizer)
     if data.eval is None:
         raise DataError("nothing is held out: add data.eval=FILE, or data.val_set_size above 0")

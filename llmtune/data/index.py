@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,9 @@ from llmtune.data.read.sources import Source
 from llmtune.data.report.label_checks import (
     find_label_problems,
     find_mixed_labels,
+    find_number_problems,
     find_unlabeled,
+    have_numbers,
     keep_every_class,
     summarize_labels,
 )
@@ -43,6 +45,11 @@ class _Splits:
     """Documents left out of training because they equal one for evaluation."""
 
 
+#: Key of the summary of rows with labels; raise its value when labels are checked or numbered
+#: differently.
+LABELS, LABELS_VERSION = "labels_version", 2
+
+
 class IndexWriter:
     """Writes the index of a folder of prepared data, its problems and its summary."""
 
@@ -54,11 +61,13 @@ class IndexWriter:
         eval_stores: list[str],
         seed: int,
         folder: Path,
+        learns_numbers: bool = False,
     ):
         """
         Args:
             stores: Folders of the tokens of ``sources``.
             eval_stores: Those of ``data.eval``; empty where evaluation rows are split off.
+            learns_numbers: Labels that are numbers are values, not classes.
         """
         self.config = config
         self.sources = sources
@@ -67,6 +76,7 @@ class IndexWriter:
         self.names = stores, eval_stores
         self.stores = [TokenStore(Path(name)) for name in stores]
         self.eval_stores = [TokenStore(Path(name)) for name in eval_stores]
+        self.as_numbers = learns_numbers and have_numbers(self.stores)
 
     def write(self) -> None:
         """Split, mix, check, pack and count.
@@ -86,11 +96,7 @@ class IndexWriter:
             *find_overlong_sources(
                 every, self.config.max_seq_length, self.config.max_overlong_share
             ),
-            *(
-                find_unlabeled(every)
-                or find_mixed_labels(every)
-                or find_label_problems(splits.train, splits.eval)
-            ),
+            *self._label_problems(every, splits),
         ]
         bad_rows = sum(store.summary.bad_rows for store in every)
 
@@ -128,6 +134,13 @@ class IndexWriter:
             summary["eval"] = self._summarize(written, self.eval_stores, leaks=len(leaks))
         (self.folder / SUMMARY).write_text(json.dumps(summary))
 
+    def _label_problems(self, every: list[TokenStore], splits: _Splits) -> Iterable[Problem]:
+        if problems := find_unlabeled(every):
+            return problems
+        if self.as_numbers:
+            return find_number_problems(splits.train, splits.eval)
+        return find_mixed_labels(every) or find_label_problems(splits.train, splits.eval)
+
     def _bad_rows(self, stores: list[TokenStore]) -> Iterator[Problem]:
         return (problem for store in stores for problem in store.problems())
 
@@ -163,7 +176,7 @@ class IndexWriter:
             hashes = every.documents("hashes")
             is_duplicate = np.isin(hashes[keep], hashes[drawn])
             keep, duplicates = keep[~is_duplicate], int(is_duplicate.sum())
-            if every.labels:
+            if every.labels and not self.as_numbers:
                 keep, drawn = keep_every_class(keep, drawn, every.labels)
         return _Splits(
             train=self._mix(keep), eval=Rows(self.stores, drawn), duplicates_of_eval=duplicates
@@ -222,10 +235,11 @@ class IndexWriter:
         ).to_dict()
 
     def _describe_labels(self, train: Rows) -> dict[str, Any]:
-        labels = summarize_labels(train)
+        labels = summarize_labels(train, self.as_numbers)
         if labels is None:
             return {"classes": []}
         return {
+            LABELS: LABELS_VERSION,
             "classes": labels.classes,
             "class_counts": labels.counts,
             "label_kind": labels.kind.value,

@@ -12,11 +12,11 @@ import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.data import DataConfig
-from llmtune.data.index import IndexWriter
+from llmtune.data.index import LABELS, LABELS_VERSION, IndexWriter
 from llmtune.data.prepared_data import SAMPLES, SUMMARY, SamplePrompt, open_index, read_problems
 from llmtune.data.read.fingerprint import hash_tokenizer, identify_file
 from llmtune.data.read.parse_sources import parse_sources
@@ -68,6 +68,7 @@ def prepare_data(
     cache_dir: Path,
     watch: ProgressCallback | None = None,
     strict: bool = True,
+    learns_numbers: bool = False,
 ) -> PreparedData:
     """Read, tokenize, check, split, mix, pack and store.
 
@@ -76,6 +77,7 @@ def prepare_data(
     Args:
         watch: Told of the progress of tokenizing.
         strict: Refuse data with problems; otherwise they are in :func:`read_problems`.
+        learns_numbers: Labels that are numbers are values, not classes: ``model.task=regression``.
 
     Raises:
         ConfigError: A source is not written as one, or a chat template is missing.
@@ -99,19 +101,19 @@ def prepare_data(
         ]
         return _TokenizedSources(sources=of_split, keys=keys)
 
-    train = tokenize(sources)
-    evaluation = tokenize(eval_sources)
+    splits = tokenize(sources), tokenize(eval_sources)
 
     # The index over them.
-    fingerprint = _fingerprint(config, seed, tokenizer_hash, train, evaluation, stream)
+    identity = [stream, "numbers"] if learns_numbers else stream
+    fingerprint = _fingerprint(config, seed, tokenizer_hash, *splits, identity)
     folder = cache_dir / "data" / "prepared" / fingerprint
     if _is_outdated(folder):
         remove_folder(folder)
     if not (folder / SUMMARY).is_file():
         with write_cache_folder(folder) as aside:
-            _write_index(config, tokenizer, seed, cache_dir, (train, evaluation), aside)
+            _write_index(config, tokenizer, seed, cache_dir, splits, aside, learns_numbers)
     require_own(folder, KEY, INSTEAD)
-    values = json.loads((folder / SUMMARY).read_text())
+    values = _read_summary(folder)
     data = from_plain(PreparedData, {"folder": str(folder), "fingerprint": fingerprint, **values})
     if strict and data.fatal:
         advice = (
@@ -121,12 +123,19 @@ def prepare_data(
     return data
 
 
+def _read_summary(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+    values.pop(LABELS, None)
+    return values
+
+
 def _is_outdated(folder: Path) -> bool:
     """Tell whether an index of rows with labels is that of an earlier version."""
     if not (folder / SUMMARY).is_file():
         return False
     summary = json.loads((folder / SUMMARY).read_text())
-    return bool(summary["classes"]) and "label_kind" not in summary
+    has_labels = bool(summary["classes"]) or "label_kind" in summary
+    return has_labels and summary.get(LABELS) != LABELS_VERSION
 
 
 def _write_index(
@@ -136,6 +145,7 @@ def _write_index(
     cache_dir: Path,
     splits: tuple[_TokenizedSources, _TokenizedSources],
     folder: Path,
+    learns_numbers: bool,
 ) -> None:
     """Write the index, its summary, and the evaluation prompts.
 
@@ -152,6 +162,7 @@ def _write_index(
         eval_stores=eval_stores,
         seed=seed,
         folder=folder,
+        learns_numbers=learns_numbers,
     ).write()
     samples = _find_samples(
         folder, eval_stores or stores, evaluation.sources or train.sources, tokenizer
@@ -166,9 +177,13 @@ def _fingerprint(
     tokenizer_hash: str,
     train: _TokenizedSources,
     evaluation: _TokenizedSources,
-    stream: list[list[str]] | None,
+    other: Any,
 ) -> str:
-    """Hash all that shapes the index; its order is part of it."""
+    """Hash all that shapes the index; its order is part of it.
+
+    Args:
+        other: The files of a stream, and how labels are read.
+    """
     mixing = [(source.repeat, source.weight) for source in train.sources]
     settings = [
         None if evaluation.sources else config.val_set_size,
@@ -178,7 +193,7 @@ def _fingerprint(
         config.max_seq_length,
     ]
     versions = [INDEX_VERSION, DRAWS_VERSION, tokenizer_hash]
-    return hash_json([*versions, train.keys, evaluation.keys, stream, mixing, settings, seed])
+    return hash_json([*versions, train.keys, evaluation.keys, other, mixing, settings, seed])
 
 
 def _identify_stream(sources: list[Source]) -> list[list[str]]:

@@ -15,7 +15,6 @@ from llmtune.config.best_model import resolve_best_model
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
-from llmtune.data.prepare import prepare_data
 from llmtune.data.prepared_data import open_rows
 from llmtune.data.rows.fields import describe_unknown_fields
 from llmtune.data.store.vocabulary import check_stores
@@ -35,7 +34,7 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan, evaluation_interval
 from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.check_model import check_model, check_quantized
-from llmtune.run.task import resolve_labels
+from llmtune.run.task import prepare_rows, resolve_labels
 from llmtune.storage.signature import read_signer
 from llmtune.task.task import find_task
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
@@ -77,7 +76,7 @@ def prepare_run(
 
     # The rows, and the head that their labels ask for.
     tokenizer = load_tokenizer(base, config.model, load_chat_template(config.data.chat_template))
-    data = prepare_data(config.data, tokenizer, config.seed, cache, watch_tokenizing(console))
+    data = prepare_rows(config, tokenizer, cache, watch_tokenizing(console))
     _check_data(config, data, tokenizer, base, console)
     labels = resolve_labels(config, data, base)
     model_folder = resolve_task_folder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.config.best_model import can_choose
 from llmtune.config.composed import Composed
@@ -18,6 +18,11 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.storage.plain_json import parse_json
 from llmtune.task.labels import LabelKind, Labels
 from llmtune.task.task import AUTO, TASKS, Task, find_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.data.tokenized_source import ProgressCallback
 
 
 def adopt_task(composed: Composed) -> Composed:
@@ -53,6 +58,28 @@ def _adopt_best(config: Config, task: Task) -> Config:
     return replace(config, train=train, checkpoint=checkpoint)
 
 
+def prepare_rows(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    watch: ProgressCallback | None = None,
+    strict: bool = True,
+) -> PreparedData:
+    """Prepare the rows with their labels as the task reads them; see :func:`prepare_data`."""
+    # A plan asks this module for the task alone.
+    from llmtune.data.prepare import prepare_data
+
+    return prepare_data(
+        config.data,
+        tokenizer,
+        config.seed,
+        cache,
+        watch,
+        strict=strict,
+        learns_numbers=find_task(config.model.task).learns_numbers,
+    )
+
+
 def resolve_labels(config: Config, data: PreparedData, model_folder: Path) -> Labels:
     """Number the classes of the rows; no labels for language modeling.
 
@@ -60,16 +87,23 @@ def resolve_labels(config: Config, data: PreparedData, model_folder: Path) -> La
 
     Raises:
         ConfigError: The rows are not those of ``model.task``, or ``data.class_weights`` does not
-            fit the classes.
+            fit the classes, of which there may be none.
     """
     task = find_task(config.model.task)
     kind = LabelKind(data.label_kind) if data.label_kind else None
     if kind not in task.label_kinds:
-        kind = _convert_kind(task, kind, config, data)
+        raise _wrong_labels(task, kind, config)
+    has_classes = kind is not None and kind is not LabelKind.value
+    if config.data.class_weights not in (None, "none") and not has_classes:
+        raise ConfigError(
+            f"data.class_weights={json.dumps(config.data.class_weights)}: the rows of"
+            f" data.train={name_data(config.data.train)} have no classes; take"
+            " data.class_weights=none"
+        )
     if kind is None:
         return Labels()
     if kind is LabelKind.value:
-        count = max(data.outputs if data.label_kind == LabelKind.value.value else 1, 1)
+        count = max(data.outputs, 1)
         names = ("value",) if count == 1 else tuple(f"value_{index}" for index in range(count))
         return Labels(kind=kind, names=names)
     stored: dict[str, Any] = parse_json((model_folder / "config.json").read_text())
@@ -77,17 +111,7 @@ def resolve_labels(config: Config, data: PreparedData, model_folder: Path) -> La
     return Labels(kind=kind, names=names, weights=_resolve_weights(config, data, kind, names))
 
 
-def _convert_kind(
-    task: Task, kind: LabelKind | None, config: Config, data: PreparedData
-) -> LabelKind | None:
-    """Return the kind of labels that a task learns from labels of another kind.
-
-    Raises:
-        ConfigError: It cannot learn from them.
-    """
-    are_numbers = kind is LabelKind.name and all(map(_is_number, data.classes))
-    if are_numbers and LabelKind.value in task.label_kinds:
-        return LabelKind.value
+def _wrong_labels(task: Task, kind: LabelKind | None, config: Config) -> ConfigError:
     described = {
         None: "no labels",
         LabelKind.name: "classes as labels",
@@ -96,18 +120,10 @@ def _convert_kind(
         LabelKind.tags: "a tag for every word",
     }[kind]
     fitting = [one.name for one in TASKS.list().values() if kind in one.label_kinds]
-    raise ConfigError(
+    return ConfigError(
         f"model.task={task.name}: the rows of data.train={name_data(config.data.train)} have"
         f" {described}; take model.task={' or '.join(fitting)}, or other rows"
     )
-
-
-def _is_number(name: str | float) -> bool:
-    try:
-        float(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _resolve_weights(

@@ -133,18 +133,6 @@ def link_or_copy(source: Path, target: Path) -> bool:
     return True
 
 
-def link(source: Path, target: Path) -> None:
-    """Give a large file a second name: a hard link where there are some, else a symbolic one.
-
-    Raises:
-        OSError: The disk refused.
-    """
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        target.symlink_to(source.resolve())
-
-
 def aside_path(folder: Path) -> Path:
     """Return the path that a folder is written to before it gets its name."""
     return folder.with_name(folder.name + ASIDE)

@@ -52,6 +52,11 @@ class Task:
         """Tell whether its rows must have labels."""
         return None not in self.label_kinds
 
+    @property
+    def learns_numbers(self) -> bool:
+        """Tell whether labels that are numbers are values to it, not classes."""
+        return LabelKind.value in self.label_kinds
+
     def head_settings(self, labels: Labels) -> dict[str, Any]:
         """Return the keys of ``config.json`` that describe the head."""
         return {

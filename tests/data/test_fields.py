@@ -330,3 +330,16 @@ def test_what_is_to_be_ignored_is_a_list_of_names(ignore: Any) -> None:
         ConfigError, match=r"data.train.ignore=.*: a list of fields such as \[label, score\]"
     ):
         parse_sources({"path": "a.jsonl", "ignore": ignore}, "data.train", "auto")
+
+
+def test_a_column_of_labels_is_told_how_it_becomes_the_label(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    """The name that transformers gives its targets; its rows look like continued pre-training."""
+    rows = [{"text": f"t{n}", "labels": n % 2} for n in range(4)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(DataError, match=r"add fields: \{label: labels\} to the source"):
+        prepare(tokenizer, tmp_path, {"path": str(source)})
+    named = {"path": str(source), "fields": {"label": "labels"}}
+    assert prepare(tokenizer, tmp_path, named).classes == [0, 1]

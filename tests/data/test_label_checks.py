@@ -175,3 +175,67 @@ def test_labels_become_numbers() -> None:
     assert Labels(kind=LabelKind.tags, names=names).encode(Tags(("c", "a"))) == [2, 0]
     assert Labels(kind=LabelKind.value, names=("v",)).encode(2) == [2.0]
     assert Labels(kind=LabelKind.value, names=("v", "w")).encode((2, 0.5)) == [2.0, 0.5]
+
+
+def prepare_numbers(file: Path, tokenizer: Any, folder: Path, **settings: Any) -> PreparedData:
+    given = {"val_set_size": 0, "num_workers": 0, "max_seq_length": 64, **settings}
+    config = DataConfig(train=str(file), **given)
+    return prepare_data(config, tokenizer, 1, folder / "cache", learns_numbers=True)
+
+
+NUMBERS: dict[str, tuple[list[Any], int]] = {
+    "integers": ([3, 1, 2], 1),
+    "as_text": (["3", "1.5", "-2e3"], 1),
+    "text_beside_numbers": ([3, "1", 2.5], 1),
+    "lists_of_integers": ([[0, 0], [1, 2], [1, 1]], 2),
+    "the_same_everywhere": ([7, 7, 7], 1),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_whole_numbers_are_values_where_numbers_are_learned(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    labels, outputs = NUMBERS[name]
+    rows = [{"text": f"t{n}", "label": one} for n, one in enumerate(labels)]
+    data = prepare_numbers(write(tmp_path, rows), tokenizer, tmp_path)
+    assert (data.label_kind, data.outputs, data.classes) == ("value", outputs, [])
+
+
+def test_numbers_are_held_out_that_no_training_row_has(tokenizer: Any, tmp_path: Path) -> None:
+    """1,500 prices, each of them once: they are no classes."""
+    rows = [{"text": f"t{n}", "label": 1000 + 7 * n} for n in range(1500)]
+    file = write(tmp_path, rows)
+    data = prepare_numbers(file, tokenizer, tmp_path, val_set_size=0.1)
+    assert data.eval is not None
+    assert (data.train.rows, data.eval.rows) == (1350, 150)
+    other = write(tmp_path, [{"text": "x", "label": 3}], "eval.jsonl")
+    assert prepare_numbers(file, tokenizer, tmp_path, eval=str(other)).eval is not None
+    with pytest.raises(DataError, match="1,500 classes, more than 1,000"):
+        prepare(file, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["NaN", "inf", "five", [], [1, 2]])
+def test_labels_that_are_no_numbers_are_refused_where_numbers_are_learned(
+    wrong: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"text": f"t{n}", "label": one} for n, one in enumerate([1, 2, wrong, 4])]
+    with pytest.raises(DataError, match=r"rows.jsonl:3: the label"):
+        prepare_numbers(write(tmp_path, rows), tokenizer, tmp_path)
+
+
+def test_names_stay_classes_where_numbers_are_learned(tokenizer: Any, tmp_path: Path) -> None:
+    """The error is of the task then, not of one row."""
+    rows = [{"text": f"t{n}", "label": "ab"[n % 2]} for n in range(4)]
+    data = prepare_numbers(write(tmp_path, rows), tokenizer, tmp_path)
+    assert (data.label_kind, data.classes) == ("class", ["a", "b"])
+
+
+def test_a_number_with_a_fraction_is_none_of_the_trained_classes(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    """Python says that 1.0 equals 1; as the name of a class it does not."""
+    train = write(tmp_path, [{"text": f"t{n}", "label": n % 2} for n in range(6)])
+    other = write(tmp_path, [{"text": "x", "label": 1.0}], "eval.jsonl")
+    with pytest.raises(DataError, match=r"eval.jsonl:1: the class 1.0 is in no training row"):
+        prepare(train, tokenizer, tmp_path, eval=str(other))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.task_folder import read_labels, resolve_task_folder
+from llmtune.security.trust import find_objection
 from llmtune.task.labels import LabelKind, Labels
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
@@ -149,3 +152,26 @@ def test_an_architecture_without_such_a_head_is_refused(tmp_path: Path) -> None:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match=r"no sequence classification for its architecture"):
         make(tmp_path / "base", CLASSES, tmp_path, task="sequence_classification")
+
+
+@pytest.mark.parametrize("reason", [errno.EXDEV, errno.EPERM, errno.EMLINK])
+def test_a_base_that_cannot_be_linked_is_copied(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another file system, or somebody else's: an export takes no link out of a folder."""
+    base = save_base("bert", tmp_path / "base")
+    linked = make(base, CLASSES, tmp_path / "linked")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(reason, "no link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    said: list[str] = []
+    config = ModelConfig(name_or_path=str(base))
+    cache = tmp_path / "copied"
+    copied = resolve_task_folder(base, config, CLASSES, Tokenizer(), 3, cache, said.append)
+    assert {file.name for file in copied.iterdir()} == {file.name for file in linked.iterdir()}
+    for file in copied.iterdir():
+        assert find_objection(file, None) is None
+        assert file.read_bytes() == (linked / file.name).read_bytes()
+    assert any("cannot be linked" in text and "paths.cache_dir" in text for text in said)

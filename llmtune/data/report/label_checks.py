@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,15 +36,18 @@ class LabelSummary:
     """Classes, or values per row."""
 
 
-def summarize_labels(train: Rows) -> LabelSummary | None:
+def summarize_labels(train: Rows, as_numbers: bool = False) -> LabelSummary | None:
     """Summarize the labels of the training rows; None where rows have none.
+
+    Args:
+        as_numbers: Whole numbers are values too, also where they are text.
 
     Raises:
         DataError: There are too many classes.
     """
     if not train.labels:
         return None
-    kind = find_kind(train.labels)
+    kind = LabelKind.value if as_numbers else find_kind(train.labels)
     if kind is LabelKind.value:
         first: Any = train.labels[0]
         outputs = len(first) if isinstance(first, tuple) else 1
@@ -96,7 +101,7 @@ def find_label_problems(train: Rows, evaluation: Rows) -> Iterator[Problem]:
     """
     if not train.labels or not all(len(rows.labels) == len(rows) for rows in (train, evaluation)):
         return
-    kind = find_kind([*train.labels, *evaluation.labels])
+    kind = find_kind(train.labels)
     if kind is LabelKind.value:
         yield from _find_lengths(train, evaluation)
         return
@@ -109,14 +114,44 @@ def find_label_problems(train: Rows, evaluation: Rows) -> Iterator[Problem]:
             *train.location(0),
             f"every row has {which}, so that there is nothing to tell apart",
         )
+    # As text: 1.0 is not the class 1, although Python says that they are equal.
+    texts = set(map(str, known))
     for row, label in enumerate(evaluation.labels):
-        new = [name for name in classes_of(label) if name not in known]
+        new = [name for name in classes_of(label) if str(name) not in texts]
         if new:
             yield Problem(
                 *evaluation.location(row),
                 f"the class {short(new[0])} is in no training row, so that it could never be"
                 " told; correct it, or take the row out",
             )
+
+
+def have_numbers(stores: Sequence[TokenStore]) -> bool:
+    """Tell whether some label is a number, or a text that says one."""
+    return any(map(_are_numbers, itertools.chain.from_iterable(store.labels for store in stores)))
+
+
+def find_number_problems(train: Rows, evaluation: Rows) -> Iterator[Problem]:
+    """Find labels that are no numbers, or not as many as those of other rows."""
+    wrong = [
+        Problem(
+            *rows.location(row),
+            f"the label {short(label)} is no finite number, and model.task=regression learns"
+            " numbers; correct it, or take the row out",
+        )
+        for rows in (train, evaluation)
+        for row, label in enumerate(rows.labels)
+        if not _are_numbers(label)
+    ]
+    yield from wrong or _find_lengths(train, evaluation)
+
+
+def _are_numbers(label: Label) -> bool:
+    several: Any = label if isinstance(label, tuple) else (label,)
+    try:
+        return not isinstance(label, Tags) and all(math.isfinite(float(one)) for one in several)
+    except (ValueError, OverflowError):
+        return False
 
 
 def _find_repeated(train: Rows, evaluation: Rows) -> Iterator[Problem]:

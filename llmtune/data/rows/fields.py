@@ -177,6 +177,13 @@ _BORDER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[-. ]+")
 #: Names that would change what is learned, and what llmtune makes of them.
 _CHANGES: list[tuple[re.Pattern[str], str]] = [
     (
+        re.compile("labels"),
+        (
+            "is not read under this name: where it is the class or the number of a text, add"
+            " fields: {label: labels} to the source"
+        ),
+    ),
+    (
         re.compile(
             r"(input|token|prompt|completion|position|token_type|label|target)_ids|attention_mask|.+_masks?"
         ),
@@ -184,7 +191,7 @@ _CHANGES: list[tuple[re.Pattern[str], str]] = [
     ),
     (
         re.compile(
-            r"labels?|kto(_.*)?|(.*_)?preference(s|_.*)?|(dis|un|non_?)?preferred(_.*)?|"
+            r"label|kto(_.*)?|(.*_)?preference(s|_.*)?|(dis|un|non_?)?preferred(_.*)?|"
             r"(.*_)?(chosen|rejected)(_.*)?|(hard_)?negatives?(_.*)?|"
             r"(.*_)?(scores?|ratings?|rewards?|votes?)(_.*)?|upvotes|downvotes|(.*_)?rank(s|ing|ings)?|"
             r"(.*_)?(winner|loser|better|worse|best|worst)(_.*)?|margin|advantages?|quality|(un)?desirable|feedback|"

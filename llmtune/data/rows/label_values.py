@@ -38,7 +38,12 @@ def read_class(value: Any, field: str) -> str | int | float:
     Raises:
         RowError: It is neither.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool):
+        raise RowError(
+            f"the field {field!r} must be text, a number, or a list of them, not {short(value)}:"
+            " write it as text, or as 0 and 1"
+        )
+    if not isinstance(value, str | int | float):
         raise RowError(
             f"the field {field!r} must be text, a number, or a list of them, not {short(value)}"
         )
