@@ -257,7 +257,7 @@ def test_a_tuner_that_trains_nothing_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TUNERS.find("full"), "trains", lambda name, parameter: False)
+    # In a cache of its own: the shape with a tuner that trains something is remembered.
+    config = compose_config(["model=tiny", "tuner=full", f"paths.cache_dir={tmp_path}"]).config
     with pytest.raises(ConfigError, match="tuner.kind=full trains no parameter of random"):
-        # In a cache of its own: the shape with a tuner that trains something is remembered.
-        overrides = ["model=tiny", "tuner=full", f"paths.cache_dir={tmp_path}"]
-        resolve_plan(compose_config(overrides).config)
+        resolve_plan(config)
