@@ -252,7 +252,8 @@ def evaluate(job: Job, progress: TrainingState) -> TrainingState:
         job.saver.record_evaluation(record)
         job.trackers.log(record)
         progress = replace(progress, best=update_best(job.best, progress.best, record))
-        if job.best is None or progress.best.step == progress.step:
+        is_published = job.best is None or not job.best.load_at_end
+        if is_published or progress.best.step == progress.step:
             job.evaluator.write_table()
     elif job.stop.requested():
         save_and_stop(job, replace(progress, evaluation_due=True))
