@@ -158,12 +158,12 @@ def _load_weights(target: Target) -> Any:
     from llmtune.model.build import WeightsTo, build_model
     from llmtune.plan.abilities import attention_kernels, resolve_attention
     from llmtune.plan.architecture.meta_model import build_meta_model
-    from llmtune.plan.devices.gpus import visible_gpus
+    from llmtune.plan.devices import gpus
     from llmtune.plan.devices.probe import resolve_accelerator
 
     config = target.config
     accelerator = resolve_accelerator(config.hardware.accelerator)
-    capability = visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
+    capability = gpus.visible_gpus()[0].compute_capability if accelerator == "cuda" else 0
     trusted = config.model.trust_remote_code
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
     task = find_task(config.model.task)

@@ -742,4 +742,4 @@ def test_a_real_run_has_every_part(tmp_path: Path) -> None:
         assert part in text
     assert str(tmp_path) not in text
     data: Any = ModelCard(text).data
-    assert len(data.eval_results) == 2
+    assert len(data.eval_results) == 3

@@ -27,7 +27,7 @@ ONCE = (
     "llmtune.run.prepare.resolve_model_folder",
     "llmtune.run.prepare.check_exportable",
     "llmtune.run.prepare.load_tokenizer",
-    "llmtune.run.prepare.prepare_data",
+    "llmtune.run.prepare.prepare_rows",
     "llmtune.data.prepare.hash_tokenizer",
 )
 #: Done once per attempt, and once per attempt after the first.
