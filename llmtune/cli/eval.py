@@ -100,7 +100,6 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
-
     from llmtune.config.cache_folder import open_cache
     from llmtune.data.load.collate import Collator
     from llmtune.data.load.loader import iterate_eval

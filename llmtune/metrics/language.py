@@ -1,23 +1,21 @@
-"""Metrics of language models, from sums over the trained tokens of all rows."""
+"""Metrics of language models, over the trained tokens of all rows."""
 
 from __future__ import annotations
 
 import math
 
 
-def language_metrics(loss_sum: float, correct: int, tokens: int) -> dict[str, float]:
-    """Return loss, perplexity and token accuracy; empty without tokens.
+def language_metrics(loss: float, correct: int, tokens: int) -> dict[str, float]:
+    """Return perplexity and token accuracy; empty without tokens.
 
     Args:
-        loss_sum: Cross entropy in nats, summed over the tokens.
+        loss: Mean cross entropy of the tokens, in nats.
         correct: Tokens that have the largest logit.
-        tokens: Trained tokens, which every mean is over.
+        tokens: Trained tokens, which both means are over.
     """
     if not tokens:
         return {}
-    loss = loss_sum / tokens
     return {
-        "eval_loss": loss,
         "eval_perplexity": perplexity(loss),
         "eval_token_accuracy": correct / tokens,
     }

@@ -20,10 +20,19 @@ def write_confusion(table: ConfusionTable, folder: Path) -> None:
     Raises:
         OSError: The disk refused.
     """
+    write_table(table, folder)
+    draw_confusion(table, folder / layout.CONFUSION_PLOT)
+
+
+def write_table(table: ConfusionTable, folder: Path) -> None:
+    """Write ``confusion_matrix.json`` alone, without its picture; one process does.
+
+    Raises:
+        OSError: The disk refused.
+    """
     # Half a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it.
     text = table.to_json().encode(errors="backslashreplace")
     write_atomically(folder / layout.CONFUSION_TABLE, text)
-    draw_confusion(table, folder / layout.CONFUSION_PLOT)
 
 
 def read_confusion(folder: Path) -> ConfusionTable | None:

@@ -70,8 +70,7 @@ class CausalLanguageModel(Task):
         from llmtune.metrics.language import language_metrics
 
         correct, tokens = int(observed["correct"].sum()), int(observed["tokens"].sum())
-        values = language_metrics(loss * tokens, correct, tokens)
-        return {key: value for key, value in values.items() if key != "eval_loss"}
+        return language_metrics(loss, correct, tokens)
 
 
 TASKS.register(CausalLanguageModel())

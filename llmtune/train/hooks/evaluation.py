@@ -12,8 +12,7 @@ from llmtune.data.load.loader import iterate_eval
 from llmtune.data.store.token_store import Rows
 from llmtune.engine.distributed import gather_rows
 from llmtune.engine.train_module import TrainModule
-from llmtune.storage.atomic import write_atomically
-from llmtune.storage.layout import CONFUSION_TABLE
+from llmtune.metrics.report import write_table
 from llmtune.task.labels import Labels
 from llmtune.task.task import Task
 from llmtune.track.tracker import Record
@@ -58,4 +57,4 @@ class Evaluator:
     def write_table(self) -> None:
         """Write which classes were taken for which by the newest evaluation."""
         if self.table is not None and self.module.rank.is_first:
-            write_atomically(self.run / CONFUSION_TABLE, self.table.to_json())
+            write_table(self.table, self.run)
