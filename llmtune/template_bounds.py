@@ -114,7 +114,9 @@ class bounded_template:  # noqa: N801 - a context manager reads as a function
         except _EndlessError:
             # It was raised between the last line of the block and this one.
             self._end()
-        if self._render.is_stopped:
+        # A template that ended late with an error of its own has that error, not this one.
+        is_own_error = kind is not None and not issubclass(kind, _EndlessError)
+        if self._render.is_stopped and not is_own_error:
             raise ConfigError(
                 f"the chat template has not ended after {SECONDS:g} s of computing, for one"
                 " conversation: take another data.chat_template, or fix it"

@@ -92,11 +92,13 @@ def test_a_template_that_does_not_end_is_ended(template: str, tiny_model: Path) 
     ids=["a macro", "two macros", "a loop"],
 )
 def test_a_template_that_calls_itself_is_refused_as_one_that_raises(
-    template: str, tiny_model: Path
+    template: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python's limit of calls comes before the limit of time; it is an error of the template, not
     of the program.
     """
+    # Thousands of calls take a tenth of a second on a slow machine.
+    monkeypatch.setattr(template_bounds, "SECONDS", 10.0)
     tokenizer = tokenizer_with(template, tiny_model)
     for way in (ChatTemplates(tokenizer).render, ChatTemplates(tokenizer).render_prompt):
         with pytest.raises(RowError, match="the chat template refuses the row: .*recursion"):
@@ -207,3 +209,13 @@ def test_a_child_of_a_fork_is_watched_too() -> None:
             os._exit(code)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_template_that_ends_late_has_its_own_error() -> None:
+    """The watch may look between the template's own error and the end of the block."""
+    with pytest.raises(RecursionError, match="its own"), template_bounds.bounded_template():
+        try:
+            while True:
+                pass
+        except template_bounds._EndlessError:
+            raise RecursionError("its own") from None
