@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from llmtune.config.groups.schedule import DECAY_TYPES
 from llmtune.config.schema import Config
 from llmtune.config.stored import read_key, to_plain
 
@@ -42,6 +43,11 @@ _POSITIVE = (
     "hardware.gpu_flops",
     "hardware.compute_efficiency",
     "optim.eps",
+    "schedule.min_lr",
+    "schedule.num_cycles",
+    "schedule.power",
+    "schedule.timescale",
+    "schedule.num_decay_steps",
     "export.max_shard_bytes",
     "chat.max_new_tokens",
     "predict.max_new_tokens",
@@ -55,6 +61,9 @@ _NOT_NEGATIVE = (
     "tuner.lora_dropout",
     "schedule.warmup_ratio",
     "schedule.warmup_steps",
+    "schedule.min_lr_rate",
+    "schedule.lr_end",
+    "schedule.decay_ratio",
     "data.val_set_size",
     "data.dataloader_num_workers",
     "launch.max_restarts",
@@ -142,6 +151,11 @@ def _find_range_problems(config: Config) -> Iterator[str]:
     )
     if ratio >= 1:
         yield f"schedule.warmup_ratio={ratio}: a share of all steps, below 1"
+    decay, least = config.schedule.decay_ratio, config.schedule.min_lr_rate
+    if decay > 1:
+        yield f"schedule.decay_ratio={decay}: a share of all steps, at most 1"
+    if least is not None and least >= 1:
+        yield f"schedule.min_lr_rate={least}: a share of the peak, below 1"
     if dropout >= 1:
         yield f"tuner.lora_dropout={dropout}: a probability, below 1"
     if not 0 < config.predict.top_p <= 1:
@@ -165,6 +179,8 @@ def _find_choice_problems(config: Config) -> Iterator[str]:
     rate = config.optim.learning_rate
     if rate != "auto" and (isinstance(rate, str) or rate <= 0):
         yield f"optim.learning_rate={rate}: 'auto', or a number above 0"
+    if (shape := config.schedule.decay_type) not in DECAY_TYPES:
+        yield f"schedule.decay_type={shape}: one of {', '.join(DECAY_TYPES)}"
     for key in _FLAGS_OR_AUTO:
         flag = read_key(config, key)
         if flag not in ("auto", True, False):

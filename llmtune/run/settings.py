@@ -8,7 +8,6 @@ and ``plan`` refuses what ``train`` refuses.
 from collections.abc import Callable
 
 from llmtune.config.groups.export import MergeOnto
-from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
@@ -33,14 +32,11 @@ def find_problems(config: Config) -> list[str]:
             check(config)
         except ConfigError as error:
             found.append(str(error))
-    try:
-        found += _find_tuner_problems(config)
-    except ConfigError as error:
-        found.append(str(error))
-    try:
-        found += _find_optimizer_problems(config.optim)
-    except ConfigError as error:
-        found.append(str(error))
+    for find in (_find_tuner_problems, _find_optimizer_problems, _find_schedule_problems):
+        try:
+            found += find(config)
+        except ConfigError as error:
+            found.append(str(error))
     return found
 
 
@@ -81,7 +77,8 @@ def _find_tuner_problems(config: Config) -> list[str]:
     return problems
 
 
-def _find_optimizer_problems(optim: OptimConfig) -> list[str]:
+def _find_optimizer_problems(config: Config) -> list[str]:
+    optim = config.optim
     found = list(find_entry_problems(optim))
     for index, entry in enumerate(optim.param_groups):
         pattern = entry.get("pattern")
@@ -98,6 +95,14 @@ def _find_optimizer_problems(optim: OptimConfig) -> list[str]:
     return found + optimizer.find_problems(optim)
 
 
+def _find_schedule_problems(config: Config) -> list[str]:
+    schedule = SCHEDULES.find(config.schedule.lr_scheduler_type)
+    problems = schedule.find_problems(config.schedule)
+    if not problems:
+        schedule.check_settings(config.schedule, config.train.max_steps)
+    return problems
+
+
 def _check_export(config: Config) -> None:
     """Check that the export can be written, which would fail only after the training."""
     if config.export.format == NONE:
@@ -109,10 +114,6 @@ def _check_export(config: Config) -> None:
 def _check_tracker(config: Config) -> None:
     if config.tracker.kind != NONE:
         SERVICES.find(config.tracker.kind)
-
-
-def _check_schedule(config: Config) -> None:
-    SCHEDULES.find(config.schedule.lr_scheduler_type)
 
 
 def _check_upload(config: Config) -> None:
@@ -134,7 +135,6 @@ _CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_launch,
     _check_export,
     _check_tracker,
-    _check_schedule,
     _check_upload,
     _check_mirror,
 )

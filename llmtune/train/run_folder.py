@@ -118,8 +118,8 @@ class RunFolder:
             )
         return find_config_changes(self.path, config)
 
-    def find_extension(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
-        """Refuse a shorter run or other data; return a note if the run is longer than before.
+    def find_extension(self, steps: StepsPlan, data_fingerprint: str) -> StepsPlan | None:
+        """Refuse a shorter run or other data; return the old steps if there are more now.
 
         Raises:
             CheckpointError: With what differs.
@@ -140,12 +140,7 @@ class RunFolder:
                 f" {steps.total_steps}, which is another schedule; take train.max_steps of at least"
                 " as many, or another run_name= or output_dir="
             )
-        if steps.total_steps > before:
-            return (
-                f"longer than before: {before} -> {steps.total_steps} steps; the schedule now runs"
-                " to the new end"
-            )
-        return None
+        return record.steps if steps.total_steps > before else None
 
     def begin(
         self,
