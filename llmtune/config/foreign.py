@@ -205,6 +205,7 @@ MEANINGS: dict[str, str] = {
     "scheduler_type": "schedule.lr_scheduler_type",
     "num_warmup_steps": "schedule.warmup_steps",
     "warmup": "schedule.warmup_steps",
+    "label_smoothing_factor": "train.label_smoothing",
     "min_lr_ratio": "schedule.min_lr_rate",
     "decay_steps": "schedule.num_decay_steps",
     "warmup_proportion": "schedule.warmup_ratio",

@@ -29,6 +29,7 @@ _POSITIVE = (
     "train.save_steps",
     "train.save_total_limit",
     "train.early_stopping_patience",
+    "train.neftune_noise_alpha",
     "data.max_seq_length",
     "data.shuffle_buffer",
     "tuner.lora_r",
@@ -57,6 +58,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "optim.weight_decay",
     "train.max_grad_norm",
+    "train.label_smoothing",
     "train.early_stopping_threshold",
     "tuner.lora_dropout",
     "schedule.warmup_ratio",
@@ -156,6 +158,8 @@ def _find_range_problems(config: Config) -> Iterator[str]:
         yield f"schedule.decay_ratio={decay}: a share of all steps, at most 1"
     if least is not None and least >= 1:
         yield f"schedule.min_lr_rate={least}: a share of the peak, below 1"
+    if (smoothing := config.train.label_smoothing) >= 1:
+        yield f"train.label_smoothing={smoothing}: a share, below 1"
     if dropout >= 1:
         yield f"tuner.lora_dropout={dropout}: a probability, below 1"
     if not 0 < config.predict.top_p <= 1:

@@ -113,9 +113,11 @@ class TrainModule:
         loss_function: LossFunction,
         optimizer: Optimizer,
         group_of: GroupOf = lambda _: DEFAULT_GROUP,
+        training_loss: LossFunction | None = None,
     ):
         """
         Args:
+            loss_function: The loss of evaluations, and of training where it has no other one.
             group_of: Finds the settings of a parameter that are not the optimizer's.
         """
         import deepspeed
@@ -124,6 +126,7 @@ class TrainModule:
 
         self.rank = rank
         self.loss_function = loss_function
+        self.training_loss = training_loss
         self.placement = read_placement(deepspeed_config)
         self.zero_stage = self.placement.zero_stage
         self.config = deepspeed_config
@@ -285,7 +288,8 @@ class TrainModule:
     def _loss(self, batch: MicroBatch) -> torch.Tensor:
         batch = batch.to(self.rank.device)
         output = self.engine(**batch.inputs, use_cache=False)
-        return self.loss_function(output.logits, batch.targets)
+        loss_function = self.training_loss or self.loss_function
+        return loss_function(output.logits, batch.targets)
 
     def _leave_step_out(self) -> None:
         """Count the micro-batch without a step.

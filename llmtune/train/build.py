@@ -24,6 +24,7 @@ from llmtune.engine.distributed import Rank
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
+from llmtune.model.neftune import add_noise
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
@@ -109,9 +110,9 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     evaluator = Evaluator(
         module=module,
         rows=open_rows(request.data, "eval") if request.evaluates else None,
-        batch_size=eval_batch_size(request),
+        batch_size=request.eval_batch_size,
         collator=collator,
-        max_rows=eval_max_rows(request),
+        max_rows=request.eval_max_rows,
         task=find_task(config.model.task),
         labels=request.labels,
         run=request.run_folder,
@@ -285,20 +286,6 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
     )
 
 
-def eval_batch_size(request: RunRequest) -> int:
-    """Return the rows per evaluation batch: as set, or the planned micro-batch size."""
-    rows = request.config.train.per_device_eval_batch_size
-    return rows if isinstance(rows, int) else request.plan.batch.micro_batch_size
-
-
-def eval_max_rows(request: RunRequest) -> int | None:
-    """Return the rows per evaluation during training; None for all."""
-    rows = request.config.train.eval_max_rows
-    if isinstance(rows, str):
-        return 256 if find_task(request.config.model.task).generates else None
-    return rows
-
-
 def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     """Build the model with its adapters, and DeepSpeed's engine around it.
 
@@ -331,11 +318,17 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
             load_adapter(model, Path(adapter).expanduser())
+    if (alpha := config.train.neftune_noise_alpha) is not None:
+        add_noise(model, alpha)
+    smoothed = None
+    if smoothing := config.train.label_smoothing:
+        smoothed = partial(task.sum_smoothed_losses, labels=request.labels, smoothing=smoothing)
     return TrainModule(
         model,
         plan.deepspeed,
         rank,
         partial(task.sum_losses, labels=request.labels),
+        training_loss=smoothed,
         optimizer=OPTIMIZERS.find(config.optim.kind),
         group_of=resolve_groups(config.optim, config.tuner),
     )

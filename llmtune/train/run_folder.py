@@ -34,7 +34,10 @@ from llmtune.track.metrics import cut_metrics, read_metrics
 IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
 #: Keys of those groups that change how the work is done, but no result.
 NO_IDENTITY = {"data.num_workers", "data.dataloader_num_workers", "data.pin_memory"}
-TRAIN_IDENTITY = ("train.global_batch_size", "train.max_grad_norm")
+TRAIN_IDENTITY = (
+    *("train.global_batch_size", "train.max_grad_norm"),
+    *("train.neftune_noise_alpha", "train.label_smoothing"),
+)
 #: Keys for the place and the start of a run; their changes are not reported.
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint", "trace", "paths.cache_dir"}
 
