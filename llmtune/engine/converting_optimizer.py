@@ -18,7 +18,7 @@ from llmtune.engine.rounding import RandomBits, Run, round_stochastically, round
 from llmtune.engine.state_slices import StateSlice
 from llmtune.optimizer.block_codes import count_blocks, decode_blocks, encode_blocks
 from llmtune.optimizer.optimizer import COMPENSATION, CONVERTED_ELEMENTS, Optimizer, Update
-from llmtune.optimizer.storage import BLOCK_ELEMENTS, Storage
+from llmtune.optimizer.storage import BF16, BLOCK_ELEMENTS, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,11 @@ class ConvertingOptimizer(torch.optim.Optimizer):
         self._rule = rule
         self._seed = seed
         self._pieces: dict[int, list[Piece]] = {}
+        # Codes of 8 bits are the nearest, and Kahan's sum loses nothing.
+        self._draws = rule.rounding is Rounding.stochastic or (
+            rule.rounding is Rounding.kahan
+            and any(rule.storage(name) is BF16 for name in rule.states if name != COMPENSATION)
+        )
 
     def place(self, slices: Iterable[StateSlice]) -> None:
         """Tell which elements of which parameters are in the flat tensors. Once, before a step."""
@@ -148,7 +153,7 @@ class ConvertingOptimizer(torch.optim.Optimizer):
 
         # Rounded, and stored.
         bits = None
-        if rule.rounding is not Rounding.nearest:
+        if self._draws:
             bits = RandomBits(list(self._runs(pieces, step)), flat.device)
         for name in names:
             if rule.storage(name).in_blocks:
