@@ -10,18 +10,22 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from llmtune.engine.converting_optimizer import ConvertingOptimizer
 from llmtune.engine.deepspeed_fixes import (
+    allow_bf16_masters,
     grow_loss_scale_behind_step,
     keep_norm_precision,
     keep_overflow_on_device,
     missing_loss_scale,
     norms_of,
+    share_weights_with_masters,
     step_in_few_kernels,
     undo_stage0_dummy_step,
 )
 from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.engine.state_slices import list_slices
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.memory.parameter_groups import parameter_groups
 from llmtune.plan.memory.placement import Placement, read_placement
@@ -111,7 +115,13 @@ class TrainModule:
         rank: Rank,
         loss_function: LossFunction,
         optimizer: Optimizer,
+        seed: int = 0,
     ):
+        """Build DeepSpeed's engine around a model.
+
+        Args:
+            seed: Of the random bits with which an optimizer rounds.
+        """
         import deepspeed
 
         self.optimizer = optimizer
@@ -129,13 +139,19 @@ class TrainModule:
         settings = dict(copy["optimizer"]["params"])
         copy["optimizer"]["params"] = settings
         groups = group_parameters(model, self.placement, rank.world_size)
-        own = None
+        own: ElementwiseOptimizer | ConvertingOptimizer | None = None
         if optimizer.update is not None:
             del copy["optimizer"]
+        if optimizer.converts:
+            own = ConvertingOptimizer(groups, optimizer, settings, seed)
+        elif optimizer.update is not None:
             own = ElementwiseOptimizer(groups, optimizer, settings)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=groups, optimizer=own, config=copy
-        )
+        with share_weights_with_masters(), allow_bf16_masters():
+            self.engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=groups, optimizer=own, config=copy
+            )
+        if isinstance(own, ConvertingOptimizer):
+            own.place(list_slices(self.engine.optimizer, self.model, self.zero_stage, rank.rank))
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)

@@ -13,7 +13,7 @@ from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, LlmtuneError, MissingPrerequisiteError
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
 from llmtune.plan.advice import check_fits
 from llmtune.plan.architecture.corrected_architecture import describe_correction
@@ -123,7 +123,7 @@ def plan_candidate(
         *ladder.notes,
         f"ranks: {ladder.world_size} ({_world_origin(config, launched)})",
     ]
-    tuner, optimizer = TUNERS.find(config.tuner.kind), OPTIMIZERS.find(config.optim.kind)
+    tuner, optimizer = TUNERS.find(config.tuner.kind), find_optimizer(config.optim)
     rate = resolve_learning_rate(config.optim, tuner, ladder.shape.parameters, notes)
     notes += [ladder.rows.origin] if ladder.rows.origin else []
     notes += describe_choice(config, ladder, candidate)

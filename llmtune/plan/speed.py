@@ -46,7 +46,7 @@ def step_bytes(optimizer: Optimizer) -> int:
     """Count the bytes of a device's memory that an optimizer step touches per parameter."""
     if optimizer.kernel_bytes is not None:
         return optimizer.kernel_bytes
-    return STEP_BYTES + 2 * optimizer.state_bytes
+    return STEP_BYTES + 2 * int(optimizer.state_bytes)
 
 
 def forward_flops(shape: ModelShape, length: int) -> float:
@@ -235,9 +235,10 @@ def _step_terms(
     on_node = share * cluster.ranks_on_node
     touched = (step_bytes(optimizer) + HOST_BYTES) * on_node
     terms["optimizer on the host"] = touched / hardware.host_memory_bandwidth
-    # Each micro-batch's gradients go to the host and, to be added to, back again; at the end fp32
-    # gradients go to the host, and weights come back.
-    moved = 2 * size * share * (batch.accumulation_steps - 1) + (size + 4 + size) * share
+    # Each micro-batch's gradients go to the host and, to be added to, back again; at the end
+    # gradients in the master weights' dtype go to the host, and weights come back.
+    at_the_end = size + optimizer.master_bytes + size
+    moved = 2 * size * share * (batch.accumulation_steps - 1) + at_the_end * share
     terms["gradients and weights over PCIe"] = moved / hardware.pcie_bandwidth
     if placement.optimizer == "nvme":
         # Weights, states and gradients.

@@ -12,7 +12,7 @@ from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import find_format
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.registry import NONE
 from llmtune.track.service import SERVICES
 from llmtune.train.schedule import SCHEDULES
@@ -35,7 +35,7 @@ def find_problems(config: Config) -> list[str]:
     except ConfigError as error:
         found.append(str(error))
     try:
-        found += OPTIMIZERS.find(config.optim.kind).find_problems(config.optim)
+        found += _find_optimizer_problems(config)
     except ConfigError as error:
         found.append(str(error))
     return found
@@ -58,6 +58,19 @@ def _check_launch(config: Config) -> None:
             f"launch.nproc={launch.nproc}: with launch.hostfile the file says how many ranks, as"
             " slots=N"
         )
+
+
+def _find_optimizer_problems(config: Config) -> list[str]:
+    optimizer = find_optimizer(config.optim)
+    problems = optimizer.find_problems(config.optim, config.precision)
+    stage, device = config.zero.stage, config.offload.optimizer
+    obstacle = optimizer.find_obstacle(
+        optimizer.stages[-1] if stage == "auto" else int(stage),
+        "none" if device is OffloadDevice.auto else device.value,
+    )
+    if obstacle is not None:
+        problems.append(f"optim={optimizer.name}: {obstacle}")
+    return problems
 
 
 def _find_tuner_problems(config: Config) -> list[str]:

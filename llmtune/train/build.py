@@ -25,7 +25,7 @@ from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.tokenizer import load_tokenizer
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
 from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.registry import NONE
@@ -335,7 +335,8 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         plan.deepspeed,
         rank,
         partial(task.sum_losses, labels=request.labels),
-        optimizer=OPTIMIZERS.find(config.optim.kind),
+        optimizer=find_optimizer(config.optim),
+        seed=config.seed,
     )
 
 

@@ -63,7 +63,10 @@ def estimate_memory(
     buffers = states.buckets.device + at_loss
     backward = work.activations.working + states.backward + at_layer + unpacked
     working_set = max(0, backward - logits - at_loss)
-    step = max(0, states.step - saved - logits - at_loss - working_set)
+    updating = 0
+    if placement.optimizer == "none":
+        updating = states.step + arithmetic.optimizer.update_bytes(work.accelerator)
+    step = max(0, updating - saved - logits - at_loss - working_set)
     device = DeviceBytes(
         weights=states.weights.device,
         gradients=states.gradients.device,
@@ -106,7 +109,7 @@ def checkpoint_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
     # An adapter's file holds the task's head too.
     model = shape.trainable_parameters if shape.adapter_parameters else shape.parameters
     master_and_states = arithmetic.optimizer.master_and_state_bytes * shape.trainable_parameters
-    return arithmetic.element_bytes * model + master_and_states
+    return arithmetic.element_bytes * model + int(master_and_states)
 
 
 def _host_bytes(
