@@ -20,10 +20,11 @@ from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
 from llmtune.data.load.streaming import RowStream, StreamLoader
 from llmtune.data.prepared_data import open_rows, read_samples
 from llmtune.data.tokenize.chat_template import load_chat_template
-from llmtune.engine.distributed import Rank
+from llmtune.engine.distributed import Rank, gather_rows
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
+from llmtune.model.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
@@ -307,21 +308,13 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     config, plan = request.config, request.plan
     tuner = TUNERS.find(config.tuner.kind)
 
-    # Weights go to slices under ZeRO 3, else straight to the GPU or to the host.
-    weights = WeightsTo()
-    if plan.placement.zero_stage == 3:
-        weights = WeightsTo(partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank)
-    elif rank.device.type != "cpu" and not tuner.has_adapter:
-        # Adapters are drawn on the host, so that every rung begins with the same ones.
-        weights = WeightsTo({"": str(rank.device)})
-
     # A full fine-tuning resumes from the weights of the checkpoint, an adapter from its base.
     folder = request.model_folder
     if request.resume_from is not None and not tuner.has_adapter:
         folder = request.resume_from
     recompute = plan.gradient_checkpointing
     model = build_model(
-        folder, config.model, config.precision, recompute, plan.attn_implementation, weights
+        folder, config.model, config.precision, recompute, plan.attn_implementation, _place(request, rank)
     )
     task = find_task(config.model.task)
     head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
@@ -337,6 +330,25 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         partial(task.sum_losses, labels=request.labels),
         optimizer=OPTIMIZERS.find(config.optim.kind),
     )
+
+
+def _place(request: RunRequest, rank: Rank) -> WeightsTo:
+    """Say where the weights go: to slices under ZeRO 3, else straight to the GPU or to the host."""
+    tuner, plan = TUNERS.find(request.config.tuner.kind), request.plan
+    in_4_bits, sharded = None, plan.placement.zero_stage == 3
+    if tuner.is_quantized:
+        # The ranks of ZeRO 3 exchange scales; of other stages each has all of them.
+        join = {"gather": partial(gather_rows, rank=rank)} if sharded else {}
+        double_quant = request.config.tuner.bnb_4bit_use_double_quant
+        in_4_bits = In4Bits(double_quant, rank.device, **join)
+    if sharded:
+        return WeightsTo(
+            partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank, in_4_bits=in_4_bits
+        )
+    if rank.device.type != "cpu" and not tuner.has_adapter:
+        # Adapters are drawn on the host, so that every rung begins with the same ones.
+        return WeightsTo(device_map={"": str(rank.device)})
+    return WeightsTo(in_4_bits=in_4_bits)
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:

@@ -7,12 +7,11 @@ from llmtune.tuner.tuner import TUNERS
 
 
 class QloraTuner(LoraTuner):
-    """Train adapters on a model in 4 bits; it can be planned and not trained yet."""
+    """Train adapters on a model whose linear layers are kept in NF4."""
 
     name = "qlora"
     title = "QLoRA"
     is_quantized = True
-    not_trained_yet = "tuner=lora"
 
 
 TUNERS.register(QloraTuner())
