@@ -161,7 +161,8 @@ def _load_in_4_bits(
     with no_init_weights():
         with init_empty_weights(include_buffers=False):
             model = make(dtype)
-            model.tie_weights()
+        # Inside, accelerate would make a new parameter of the tied one.
+        model.tie_weights()
         head = find_task(config.task).head_modules(model)
         with weights.partitioned() if weights.partitioned is not None else settings.device:
             layers = quantize_layers(model, head, settings, dtype)
