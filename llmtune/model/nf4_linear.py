@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from llmtune.model.weights.nf4_slices import load_bitsandbytes
-from llmtune.tuner.nf4_layout import BLOCK_SIZE, FP32_BYTES, NESTED_BLOCK_SIZE, Nf4Layout
+from llmtune.tuner.nf4_layout import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class Nf4Matrix:
         # AVX-512; and flat tensors of an odd length take a path that it compiles first.
         numel = self.layout.numel
         codes, state = self.unpack(stored, (numel + numel % 2,))
-        values = load_bitsandbytes().dequantize_4bit(codes, state).reshape(-1)
-        return values[:numel].view(self.shape)
+        values: torch.Tensor = load_bitsandbytes().dequantize_4bit(codes, state)
+        return values.reshape(-1)[:numel].view(self.shape)
 
     def multiply(
         self, values: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None
@@ -156,8 +156,9 @@ class Nf4Linear(nn.Linear):
         outputs, inputs = self.matrix.shape
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Multiply by the dequantized weight. Shape (..., inputs) -> (..., outputs)."""
-        product = _Product.apply(input, self.weight, self.bias, self.matrix)
-        assert isinstance(product, torch.Tensor)
+        product: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            values, self.weight, self.bias, self.matrix
+        )
         return product

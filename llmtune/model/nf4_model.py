@@ -12,25 +12,22 @@ from torch import nn
 
 from llmtune.model.nf4_linear import Nf4Linear
 from llmtune.model.weights.nf4_slices import Nf4Weight
-from llmtune.model.weights.zero3_loading import PackedWeight, Read
+from llmtune.model.weights.zero3_loading import PackedWeight, Read, is_partitioned
 from llmtune.tuner.adapted_layers import matrix_sides
 from llmtune.tuner.quantized_layers import find_quantized_layers
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 @dataclass(frozen=True, slots=True)
 class In4Bits:
     """How the weights of a model are quantized while they are read."""
 
-    double_quant: bool = True
+    double_quant: bool
     """The scales are quantized too."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     """Where they are quantized, and where unpartitioned weights stay."""
-    gather: Callable[[torch.Tensor], torch.Tensor] = _alone
-    """Joins the tensors of all ranks that partition the weights, on every rank; on the host."""
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    """Joins the tensors of all ranks on every rank, where ZeRO 3 partitions weights; on the
+    host."""
 
 
 def quantize_layers(
@@ -116,7 +113,7 @@ def packed_weights(
             read=read,
             dtype=dtype,
             device=settings.device,
-            gather=settings.gather,
+            gather=settings.gather if is_partitioned(layer.weight) else None,
         ).read_stored
 
     packed = {}

@@ -1,10 +1,10 @@
 """The bytes of a weight in NF4: where its 4-bit numbers and their scales are in one flat buffer.
 
-The numbers and the scales of a weight are one parameter, so that ZeRO 3 partitions both, and gathers
-them together. The values are those of bitsandbytes (``functional.quantize_4bit``): one scale for
-each 64 numbers and, with double quantization, one byte for each scale, an fp32 scale for each 256
-of these bytes, and the mean that was subtracted from the scales before (Dettmers et al. 2023,
-"QLoRA", section 3).
+The numbers and the scales of a weight are one parameter, so that ZeRO 3 partitions both, and
+gathers them together. The values are those of bitsandbytes (``functional.quantize_4bit``): one
+scale for each 64 numbers and, with double quantization, one byte for each scale, an fp32 scale for
+each 256 of these bytes, and the mean that was subtracted from the scales before (Dettmers et al.
+2023, "QLoRA", section 3).
 """
 
 from __future__ import annotations

@@ -44,8 +44,11 @@ class Nf4Weight:
     """The dtype from which it is quantized: the training's."""
     device: torch.device
     """Where it is quantized."""
-    gather: Callable[[torch.Tensor], torch.Tensor]
-    """Joins the tensors of all ranks, in their order, on every rank; on the host."""
+    gather: Callable[[torch.Tensor], torch.Tensor] | None
+    """Joins the tensors of all ranks, in their order, on every rank; on the host.
+
+    None where a rank reads the whole parameter.
+    """
 
     def read_stored(self, start: int, count: int) -> torch.Tensor:
         """Quantize a slice of the parameter that holds the weight. Collective.
@@ -67,7 +70,8 @@ class Nf4Weight:
 
         # The scales lie behind the numbers; whose slice reaches there computes them all.
         layout = self.layout
-        absmax = self.gather(absmax.cpu())
+        if self.gather is not None:
+            absmax = self.gather(absmax.cpu())
         if last > layout.scales_start:
             scales = _pack_scales(absmax.to(self.device), layout)
             begin, end = max(first, layout.scales_start), min(last, layout.nbytes)

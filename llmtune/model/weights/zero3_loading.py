@@ -87,9 +87,12 @@ def load_partitions(
         )
 
 
-def _shape_in_files(
-    name: str, tensor: Any, packed: Mapping[str, PackedWeight]
-) -> tuple[int, ...]:
+def is_partitioned(parameter: Any) -> bool:
+    """Tell whether ``zero.Init`` made a parameter, of which a rank holds a slice."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def _shape_in_files(name: str, tensor: Any, packed: Mapping[str, PackedWeight]) -> tuple[int, ...]:
     if name in packed:
         return packed[name].stored_shape
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -123,8 +126,7 @@ def _read_flat(flat: torch.Tensor, start: int, count: int) -> torch.Tensor:
 
 def _load_slice(parameter: Any, read: Read, rank: int) -> None:
     """Fill this rank's slice of a parameter; all of it, where ZeRO has not partitioned it."""
-    partition = getattr(parameter, "ds_tensor", None)
-    if partition is None:
+    if not is_partitioned(parameter):
         parameter.data.view(-1).copy_(read(0, parameter.numel()))
         return
     swapper = parameter.nvme_swapper
