@@ -190,10 +190,13 @@ def _check_trainable(config: Config, hardware: Hardware, world_size: int | None)
         raise MissingPrerequisiteError(
             "precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32"
         )
-    tuner = TUNERS.find(config.tuner.kind)
-    if tuner.not_trained_yet is not None:
+    key = "stage3_use_all_reduce_for_fetch_params"
+    if TUNERS.find(config.tuner.kind).is_quantized and config.zero.deepspeed.get(
+        "zero_optimization", {}
+    ).get(key):
         raise ConfigError(
-            f"tuner={tuner.name} can be planned, not trained yet: take {tuner.not_trained_yet}"
+            f"zero.deepspeed.zero_optimization.{key}=true adds numbers, and tuner="
+            f"{config.tuner.kind} gathers bytes of 4-bit weights; leave the key out"
         )
     if config.launch.memory_limit is not None:
         parse_bytes(config.launch.memory_limit, "launch.memory_limit")

@@ -164,8 +164,8 @@ def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
         return "pointless: the optimizer of what is trained is small"
     if option.uses_nvme and not hardware.nvme_bytes:
         return "no NVMe: set offload.nvme_path=/path, or hardware.nvme_bytes=4TB to plan with it"
-    if rung != "none" and tuner.is_quantized:
-        return "weights in 4 bits are not offloaded"
+    if option.param == "nvme" and tuner.is_quantized:
+        return "weights in 4 bits are not kept on NVMe: a rank's slice of them fits the host"
     return None
 
 

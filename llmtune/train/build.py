@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
 from llmtune.data.load.streaming import RowStream, StreamLoader
 from llmtune.data.prepared_data import open_rows, read_samples
 from llmtune.data.tokenize.chat_template import load_chat_template
-from llmtune.engine.distributed import Rank
+from llmtune.engine.distributed import Rank, gather_rows
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
+from llmtune.model.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
@@ -108,9 +110,9 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     evaluator = Evaluator(
         module=module,
         rows=open_rows(request.data, "eval") if request.evaluates else None,
-        batch_size=eval_batch_size(request),
+        batch_size=request.eval_batch_size,
         collator=collator,
-        max_rows=eval_max_rows(request),
+        max_rows=request.eval_max_rows,
         task=find_task(config.model.task),
         labels=request.labels,
         run=request.run_folder,
@@ -284,20 +286,6 @@ def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Coll
     )
 
 
-def eval_batch_size(request: RunRequest) -> int:
-    """Return the rows per evaluation batch: as set, or the planned micro-batch size."""
-    rows = request.config.train.per_device_eval_batch_size
-    return rows if isinstance(rows, int) else request.plan.batch.micro_batch_size
-
-
-def eval_max_rows(request: RunRequest) -> int | None:
-    """Return the rows per evaluation during training; None for all."""
-    rows = request.config.train.eval_max_rows
-    if isinstance(rows, str):
-        return 256 if find_task(request.config.model.task).generates else None
-    return rows
-
-
 def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     """Build the model with its adapters, and DeepSpeed's engine around it.
 
@@ -308,12 +296,16 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     tuner = TUNERS.find(config.tuner.kind)
 
     # Weights go to slices under ZeRO 3, else straight to the GPU or to the host.
-    weights = WeightsTo()
+    weights = WeightsTo(rank=rank.rank)
     if plan.placement.zero_stage == 3:
-        weights = WeightsTo(partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank)
+        weights = replace(weights, partitioned=lambda: zero_init(plan.deepspeed))
     elif rank.device.type != "cpu" and not tuner.has_adapter:
         # Adapters are drawn on the host, so that every rung begins with the same ones.
-        weights = WeightsTo({"": str(rank.device)})
+        weights = replace(weights, device_map={"": str(rank.device)})
+    if tuner.is_quantized:
+        double_quant = config.tuner.bnb_4bit_use_double_quant
+        in_4_bits = In4Bits(double_quant, rank.device, partial(gather_rows, rank=rank))
+        weights = replace(weights, in_4_bits=in_4_bits)
 
     # A full fine-tuning resumes from the weights of the checkpoint, an adapter from its base.
     folder = request.model_folder
@@ -321,11 +313,16 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         folder = request.resume_from
     recompute = plan.gradient_checkpointing
     model = build_model(
-        folder, config.model, config.precision, recompute, plan.attn_implementation, weights
+        folder,
+        config.model,
+        config.precision,
+        recompute,
+        plan.attn_implementation,
+        weights,
     )
     task = find_task(config.model.task)
     head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
-    model = tuner.attach(model, config.tuner, _base_name(request), config.seed, head)
+    model = tuner.attach(model, config.tuner, request.base_name, config.seed, head)
     if tuner.has_adapter:
         adapter = request.resume_from or config.tuner.adapter_path
         if adapter is not None:
@@ -391,9 +388,3 @@ def build_hooks(
     else:
         console.say(f"no sample answers: {reason}")
     return hooks
-
-
-def _base_name(request: RunRequest) -> str:
-    """Name the adapter's base: the hub id, or the folder of weights from elsewhere."""
-    name = request.config.model.name_or_path
-    return name if "models--" in str(request.model_folder) else str(request.model_folder)

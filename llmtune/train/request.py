@@ -15,6 +15,7 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan
 from llmtune.storage import plain_fields
 from llmtune.task.labels import Labels
+from llmtune.task.task import find_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,26 @@ class RunRequest:
     def evaluates(self) -> bool:
         """Tell whether there are rows to evaluate on, and ``train.eval_strategy`` is not ``no``."""
         return self.data.eval is not None and strategy_name(self.config.train.eval_strategy) != NO
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Return the rows per evaluation batch: as set, or the planned micro-batch size."""
+        rows = self.config.train.per_device_eval_batch_size
+        return rows if isinstance(rows, int) else self.plan.batch.micro_batch_size
+
+    @property
+    def eval_max_rows(self) -> int | None:
+        """Return the rows per evaluation during training; None for all."""
+        rows = self.config.train.eval_max_rows
+        if isinstance(rows, str):
+            return 256 if find_task(self.config.model.task).generates else None
+        return rows
+
+    @property
+    def base_name(self) -> str:
+        """Return the name of an adapter's base: the hub id, or the folder of the weights."""
+        name = self.config.model.name_or_path
+        return name if "models--" in str(self.model_folder) else str(self.model_folder)
 
     def to_json(self) -> str:
         """Serialize the request, for a file or a broadcast."""

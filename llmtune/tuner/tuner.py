@@ -33,9 +33,10 @@ class Tuner:
     reads_freeze: ClassVar[bool] = False
     """``tuner.freeze`` chooses the parameters that it trains."""
     is_quantized: ClassVar[bool] = False
-    """Linear layers of the model except the head are kept in 4 bits (NF4)."""
-    not_trained_yet: ClassVar[str | None] = None
-    """The setting to take instead, for a tuner that can be planned and not trained."""
+    """The model's linear layers are kept in 4 bits (NF4).
+
+    :func:`llmtune.tuner.quantized_layers.find_quantized_layers` says which.
+    """
     learning_rates: ClassVar[Sequence[tuple[float, float]]]
     """(Upper limit of the model's parameters, peak learning rate), smallest first."""
 
@@ -46,6 +47,11 @@ class Tuner:
             problems.append(
                 f"tuner.adapter_path={config.adapter_path} needs tuner=lora; {self.title} has no"
                 " adapter"
+            )
+        if not config.bnb_4bit_use_double_quant and not self.is_quantized:
+            problems.append(
+                f"tuner.bnb_4bit_use_double_quant=false needs tuner=qlora; {self.title} has no"
+                " weights in 4 bits"
             )
         if not self.reads_freeze:
             problems += [

@@ -21,6 +21,7 @@ from llmtune.plan.memory.tensor_shapes import (
     largest_layer,
     list_tensors,
     matrix_parameters,
+    packed_sizes,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.task.task import find_task
@@ -46,7 +47,7 @@ def resolve_shape(
         return _count(config, tuner)
     patterns = (tuner.rank_pattern, tuner.alpha_pattern)
     sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules, tuner.freeze)
-    key = repr((identity, config.task, *sizes))
+    key = repr((identity, config.task, *sizes, tuner.bnb_4bit_use_double_quant))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))
@@ -85,7 +86,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapted = kind.choose_layers(model, tuner, head)
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
     trained = find_trained(kind, model, tuner, head)
-    tensors = list_tensors(model, adapters, trained, kind.is_quantized, head)
+    packed = packed_sizes(model, tuner, head)
+    tensors = list_tensors(model, adapters, trained, packed)
     if not any(tensor.trained for tensor in tensors):
         raise ConfigError(
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
@@ -99,6 +101,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
     vocabulary = int(getattr(text, "vocab_size", 0))
     base = [tensor for tensor in tensors if not tensor.adapter]
+    layer_parameters, layer_quantized = largest_layer(model, adapters, tensors)
     return ModelShape(
         parameters=sum(tensor.numel for tensor in base),
         trainable_parameters=sum(tensor.numel for tensor in tensors if tensor.trained),
@@ -110,7 +113,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         largest_adapter_tensor=max(
             (tensor.numel for tensor in tensors if tensor.adapter), default=0
         ),
-        layer_parameters=largest_layer(model, adapters),
+        layer_parameters=layer_parameters,
+        layer_quantized=layer_quantized,
         hidden_size=hidden,
         intermediate_size=_intermediate_size(text) or 4 * hidden,
         layers=layers,

@@ -8,11 +8,6 @@ from llmtune.config.schema import Precision
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.memory.shapes import ModelShape
 
-#: NF4 with double quantization takes half a byte per element, one byte per block of 64 elements,
-#: and four bytes per 256 blocks.
-NF4_BYTES = 0.5
-NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
-
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:

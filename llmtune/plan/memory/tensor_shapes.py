@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llmtune.config.groups.tuner import TunerConfig
@@ -11,14 +11,16 @@ from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
 from llmtune.tuner.blocks import count_elements, find_blocks
 from llmtune.tuner.head import in_modules
 from llmtune.tuner.lora_settings import check_patterns, lora_rank
+from llmtune.tuner.nf4_layout import Nf4Layout
+from llmtune.tuner.quantized_layers import find_quantized_layers
+from llmtune.tuner.tuner import TUNERS
 
 
 def list_tensors(
     model: Any,
     adapters: dict[str, tuple[int, int]],
     trained: Collection[str],
-    is_quantized: bool = False,
-    head: Sequence[str] = (),
+    packed: Mapping[str, int],
 ) -> list[TensorShape]:
     """List the parameters in the order of peft's model.
 
@@ -27,29 +29,17 @@ def list_tensors(
     Args:
         adapters: Elements of the two matrices of each adapted layer.
         trained: Names of the model's own parameters that are trained.
-        is_quantized: Linear layers except the head are kept in 4 bits.
-        head: Names of the modules that are the task's head.
+        packed: Name of a weight that is kept in 4 bits -> its bytes.
     """
-    from torch import nn
-
-    linear = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not in_modules(name, head)
-    }
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if module is not None:
-            linear -= {id(parameter) for parameter in module.parameters()}
     tensors: list[TensorShape] = []
     for name, parameter in model.named_parameters():
-        quantized = is_quantized and id(parameter) in linear
         tensors.append(
             TensorShape(
                 name=name,
                 numel=parameter.numel(),
                 trained=name in trained,
                 vector=parameter.dim() <= 1,
-                quantized=quantized,
+                packed_bytes=packed.get(name, 0),
             )
         )
         owner = name.removesuffix(".weight")
@@ -125,19 +115,41 @@ def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int
     return round(total)
 
 
-def largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
-    """Count the parameters of the largest block of the module list that holds most."""
+def largest_layer(
+    model: Any, adapters: dict[str, tuple[int, int]], tensors: Sequence[TensorShape]
+) -> tuple[int, int]:
+    """Count the parameters of the largest block of the module list that holds most.
+
+    Returns:
+        All of them, and those that are kept in 4 bits.
+    """
+    quantized = {tensor.name: tensor.numel for tensor in tensors if tensor.is_quantized}
     blocks = find_blocks(model)
     if blocks is None:
-        return count_elements(model)
+        return count_elements(model), sum(quantized.values())
     sizes = []
     for index, block in enumerate(blocks.modules):
-        size = count_elements(block)
+        size, start = count_elements(block), f"{blocks.path(index)}."
         for owner, matrices in adapters.items():
-            if owner.startswith(f"{blocks.path(index)}."):
+            if owner.startswith(start):
                 size += sum(matrices)
-        sizes.append(size)
+        in_4_bits = sum(numel for name, numel in quantized.items() if name.startswith(start))
+        sizes.append((size, in_4_bits))
     return max(sizes)
+
+
+def packed_sizes(model: Any, tuner: TunerConfig, head: Sequence[str]) -> dict[str, int]:
+    """Map each weight that the tuner keeps in 4 bits to its bytes, scales included.
+
+    Args:
+        head: Names of the modules that are the task's head.
+    """
+    if not TUNERS.find(tuner.kind).is_quantized:
+        return {}
+    return {
+        f"{name}.weight": Nf4Layout(layer.weight.numel(), tuner.bnb_4bit_use_double_quant).nbytes
+        for name, layer in find_quantized_layers(model, head).items()
+    }
 
 
 def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:

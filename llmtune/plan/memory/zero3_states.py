@@ -16,8 +16,6 @@ from llmtune.plan.memory.parameter_groups import (
 )
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
-    NF4_BYTES,
-    NF4_SCALE_BYTES,
     Arithmetic,
     Split,
     StateBytes,
@@ -65,9 +63,8 @@ def partition_states(
     # On one rank the partition of a small weight is the weight itself.
     persistent = 0
     if world_size > 1:
-        persistent = sum(
-            tensor.numel for tensor in shape.tensors if tensor.numel <= sizes.persistence_threshold
-        )
+        stored = [tensor.stored_numel(size) for tensor in shape.tensors]
+        persistent = sum(numel for numel in stored if numel <= sizes.persistence_threshold)
     buffers = 0
     if placement.param == "nvme":
         buffers = _param_buffers(stepped, sizes, size, world_size)
@@ -172,17 +169,14 @@ def _partitioned_weights(
 ) -> Split:
     """Partitions in the training dtype (``zero/partition_parameters.py: Init._partition_param``).
 
-    4-bit weights keep their scales on every rank, because bitsandbytes does not partition them.
+    4-bit weights are partitioned with their scales (:class:`llmtune.model.nf4_linear.Nf4Linear`).
     Trained weights on NVMe stay on the host up to ``max_in_cpu`` (``zero/stage3.py:
     _create_param_groups_fp16_flat_cpu_memory``).
     """
     device = host = nvme = 0
     for tensor in tensors:
-        partition = partition_numel(tensor.numel, world_size)
+        partition = partition_numel(tensor.stored_numel(size), world_size)
         nbytes = size * partition
-        if tensor.quantized:
-            nbytes = int(NF4_BYTES * partition)
-            device += int(NF4_SCALE_BYTES * tensor.numel)
         stays_on_host = tensor.trained and sizes.max_in_cpu > 0
         if placement.param == "none":
             device += nbytes

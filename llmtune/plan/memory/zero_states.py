@@ -12,8 +12,6 @@ from llmtune.optimizer.optimizer import FP32_BYTES
 from llmtune.plan.memory.parameter_groups import partition_numel
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
-    NF4_BYTES,
-    NF4_SCALE_BYTES,
     Arithmetic,
     Split,
     StateBytes,
@@ -134,10 +132,7 @@ def _stages_1_and_2_on_host(
 
 def _unpartitioned_weights(shape: ModelShape, size: int) -> tuple[Split, Split]:
     """Weights of the base model and of the adapters."""
-    quantized = shape.quantized_parameters
-    packed = int(quantized * (NF4_BYTES + NF4_SCALE_BYTES))
-    base = size * (shape.parameters - quantized) + packed
-    return Split(base), Split(size * shape.adapter_parameters)
+    return Split(shape.weight_bytes(size)), Split(size * shape.adapter_parameters)
 
 
 def _reduction_bytes(shape: ModelShape, sizes: ZeroSizes, size: int) -> int:
