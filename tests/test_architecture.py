@@ -146,7 +146,7 @@ ROOMS: dict[str, list[str]] = {
     "task": ["kinds"],
     "tuner": ["kinds"],
     "optimizer": ["kinds"],
-    "model": ["weights"],
+    "model": ["weights", "folders"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
     "launch": ["launchers", "preflight", "processes", "supervise"],
 }

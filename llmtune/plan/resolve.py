@@ -17,6 +17,7 @@ from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
 from llmtune.plan.advice import check_fits
 from llmtune.plan.architecture.corrected_architecture import describe_correction
+from llmtune.plan.architecture.rope_scaling import describe_scaling
 from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
@@ -94,7 +95,11 @@ def resolve_ladder(
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_task, shape, config.model.name_or_path)
     require(
-        check_row_length, config.data.max_seq_length, shape.max_positions, config.model.name_or_path
+        check_row_length,
+        config.data.max_seq_length,
+        shape.max_positions,
+        config.model.name_or_path,
+        _scaled_by(config, shape),
     )
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
@@ -106,9 +111,19 @@ def resolve_ladder(
         require(
             check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path
         )
-    correction = describe_correction(Path(config.model.name_or_path).expanduser())
-    notes = (*hardware.notes, *([correction] if correction else ()))
+    described = (
+        describe_correction(Path(config.model.name_or_path).expanduser()),
+        describe_scaling(config.model.rope_scaling, shape.max_positions),
+    )
+    notes = (*hardware.notes, *filter(None, described))
     return replace(ladder, refusals=tuple(refusals), notes=notes)
+
+
+def _scaled_by(config: Config, shape: ModelShape) -> float | None:
+    """Return by what rotary positions are multiplied; None where they cannot be."""
+    if config.model.rope_scaling:
+        return float(config.model.rope_scaling["factor"])
+    return 1.0 if shape.scalable else None
 
 
 def plan_candidate(

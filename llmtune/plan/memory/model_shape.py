@@ -13,6 +13,7 @@ from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_posi
 from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
+from llmtune.plan.architecture.rope_scaling import check_scaled, is_scalable
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.tensor_shapes import (
     adapter_sizes,
@@ -47,7 +48,8 @@ def resolve_shape(
         return _count(config, tuner)
     patterns = (tuner.rank_pattern, tuner.alpha_pattern)
     sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules, tuner.freeze)
-    key = repr((identity, config.task, *sizes, tuner.bnb_4bit_use_double_quant))
+    sizes += (tuner.bnb_4bit_use_double_quant,)
+    key = repr((identity, config.rope_scaling, config.task, *sizes))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))
@@ -81,6 +83,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         architecture, config.trust_remote_code, task.model_class
     )
     model: Any = meta_model
+    check_scaled(model, config.rope_scaling, config.name_or_path)
     head = task.head_modules(model) if trainable else []
     kind = TUNERS.find(tuner.kind)
     adapted = kind.choose_layers(model, tuner, head)
@@ -128,6 +131,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         trainable=trainable,
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
+        scalable=is_scalable(text),
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
         adapted=tuple(adapted.endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),

@@ -78,6 +78,8 @@ class ModelShape:
     """Names of its attention kernels in transformers."""
     max_positions: int | None = None
     """Tokens of the longest row that it has positions for; None without a limit."""
+    scalable: bool = False
+    """Its positions are rotary, and ``model.rope_scaling`` can multiply them."""
     frozen_layers: int = 0
     """Layers before everything that is trained: no gradient flows back through them."""
     adapted: tuple[str, ...] = ()
