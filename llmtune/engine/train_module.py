@@ -22,6 +22,7 @@ from llmtune.engine.deepspeed_fixes import (
 from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.engine.partitions import gather_for_readers
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.memory.parameter_groups import parameter_groups
 from llmtune.plan.memory.placement import Placement, read_placement
@@ -111,7 +112,13 @@ class TrainModule:
         rank: Rank,
         loss_function: LossFunction,
         optimizer: Optimizer,
+        read_elsewhere: Iterable[tuple[Any, Any]] = (),
     ):
+        """
+        Args:
+            read_elsewhere: Modules of the model, each with a parameter of another module that it
+                reads in its forward pass.
+        """
         import deepspeed
 
         self.optimizer = optimizer
@@ -136,6 +143,7 @@ class TrainModule:
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=groups, optimizer=own, config=copy
         )
+        gather_for_readers(read_elsewhere)
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)

@@ -22,11 +22,15 @@ from llmtune.storage.tensors.safetensors_header import read_header
 from llmtune.tuner.lora_settings import match_pattern
 from llmtune.tuner.pattern_limits import pattern_problem
 
+#: peft's name for the only adapter, which its files leave out.
+ADAPTER_NAME = "default"
+
 _OLD_WEIGHTS_FILE = "adapter_model.bin"
 
 #: peft's prefix of the names of the model's own modules.
 PREFIX = "base_model.model."
-_MATRICES = (".lora_A.weight", ".lora_B.weight")
+#: Ends of the names of a pair of matrices.
+MATRICES = (".lora_A.weight", ".lora_B.weight")
 
 #: peft's defaults for settings that an older version's file lacks (``peft.LoraConfig``).
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -89,6 +93,13 @@ _MERGE = (
 )
 
 
+def to_file_name(parameter_name: str) -> str:
+    """Return a parameter's name in adapter files."""
+    name = parameter_name.replace(f".{ADAPTER_NAME}.", ".").removesuffix(f".{ADAPTER_NAME}")
+    # peft writes DoRA's lengths without the name of their parameter.
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
+
+
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
     """An adapter folder."""
@@ -104,8 +115,8 @@ class StoredAdapter:
         """List the modules of the base that have a pair of matrices, in the order of the file."""
         modules: dict[str, None] = {}
         for name in self.shapes:
-            if name.endswith(_MATRICES[0]):
-                modules[name.removeprefix(PREFIX).removesuffix(_MATRICES[0])] = None
+            if name.endswith(MATRICES[0]):
+                modules[name.removeprefix(PREFIX).removesuffix(MATRICES[0])] = None
         return list(modules)
 
 
@@ -233,7 +244,7 @@ def find_misfits(stored: StoredAdapter, built: dict[str, int], model: str) -> li
             continue
         rank = _rank(stored, name)
         other = built[name] // rank
-        built_shape = (rank, other) if name.endswith(_MATRICES[0]) else (other, rank)
+        built_shape = (rank, other) if name.endswith(MATRICES[0]) else (other, rank)
         if shape != built_shape:
             stored_sides, built_sides = (
                 " x ".join(map(str, sides)) for sides in (shape, built_shape)
@@ -307,7 +318,7 @@ def _check_kind(stored: StoredAdapter) -> None:
             f"{file}: {described}: llmtune trains LoRA matrices of linear layers only; {_MERGE}"
         )
     others = [
-        name for name in stored.shapes if not (name.startswith(PREFIX) and name.endswith(_MATRICES))
+        name for name in stored.shapes if not (name.startswith(PREFIX) and name.endswith(MATRICES))
     ]
     if others:
         raise CheckpointError(

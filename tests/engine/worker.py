@@ -17,7 +17,6 @@ import torch
 
 from llmtune.checkpoint.save import PendingSave, SaveRequest, begin_save, load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
-from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.checkpoint.writer import Buffers
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision
@@ -41,9 +40,8 @@ from llmtune.task.labels import Labels
 from llmtune.task.losses import sum_cross_entropy
 from llmtune.task.targets import Targets
 from llmtune.train.build import build_module
-from llmtune.train.model_files import render_model_files
+from llmtune.train.model_files import render_model_files, resolve_weight_files
 from llmtune.train.request import RunRequest
-from llmtune.tuner.peft_model import to_file_name
 from tests.joined import join_ranks
 
 
@@ -156,8 +154,7 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
     """A checkpoint as a run writes it; in the background where the task says so, while training
     goes on.
     """
-    lora = config.tuner.kind == "lora"
-    weights = WeightFiles(lora, 10**9, to_file_name if lora else str)
+    weights = resolve_weight_files(config.tuner.kind, module.model, 10**9)
     folder, step = Path(task["save"]), task["save_at"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     model_files = {}

@@ -44,9 +44,7 @@ def resolve_shape(
     identity = _identify(config)
     if identity is None:
         return _count(config, tuner)
-    patterns = (tuner.rank_pattern, tuner.alpha_pattern)
-    sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules, tuner.freeze)
-    key = repr((identity, config.task, *sizes))
+    key = repr((identity, config.task, tuner))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))

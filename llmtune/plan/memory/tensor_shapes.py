@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.groups.tuner import TunerConfig
+from llmtune.errors import ConfigError
 from llmtune.plan.memory.shapes import TensorShape
 from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
 from llmtune.tuner.blocks import count_elements, find_blocks
 from llmtune.tuner.head import in_modules
-from llmtune.tuner.lora_settings import check_patterns, lora_rank
+from llmtune.tuner.lora_settings import changes_base, check_patterns, lora_rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSizes:
+    """The elements of a layer's adapter."""
+
+    a: int
+    """``r x in``."""
+    b: int
+    """``out x r``."""
+    lengths: int = 0
+    """DoRA's, one for each output; 0 without DoRA."""
+
+    @property
+    def total(self) -> int:
+        """Return the elements of the whole adapter."""
+        return self.a + self.b + self.lengths
 
 
 def list_tensors(
     model: Any,
-    adapters: dict[str, tuple[int, int]],
+    adapters: dict[str, AdapterSizes],
     trained: Collection[str],
     is_quantized: bool = False,
     head: Sequence[str] = (),
 ) -> list[TensorShape]:
     """List the parameters in the order of peft's model.
 
-    An adapted layer's own weight comes first, then ``lora_A``, then ``lora_B``.
+    An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths.
 
     Args:
-        adapters: Elements of the two matrices of each adapted layer.
+        adapters: Elements of the adapter of each adapted layer.
         trained: Names of the model's own parameters that are trained.
         is_quantized: Linear layers except the head are kept in 4 bits.
         head: Names of the modules that are the task's head.
@@ -62,8 +81,9 @@ def list_tensors(
     return tensors
 
 
-def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
-    return [
+def _matrices(owner: str, sizes: AdapterSizes) -> list[TensorShape]:
+    parts = [("A", sizes.a), ("B", sizes.b)]
+    tensors = [
         TensorShape(
             name=f"{owner}.lora_{matrix}.default.weight",
             numel=numel,
@@ -71,8 +91,19 @@ def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
             vector=False,
             adapter=True,
         )
-        for matrix, numel in zip("AB", sizes, strict=True)
+        for matrix, numel in parts
     ]
+    if sizes.lengths:
+        tensors.append(
+            TensorShape(
+                name=f"{owner}.lora_magnitude_vector.default.weight",
+                numel=sizes.lengths,
+                trained=True,
+                vector=True,
+                adapter=True,
+            )
+        )
+    return tensors
 
 
 def is_tied(model: Any) -> bool:
@@ -125,7 +156,7 @@ def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int
     return round(total)
 
 
-def largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
+def largest_layer(model: Any, adapters: dict[str, AdapterSizes]) -> int:
     """Count the parameters of the largest block of the module list that holds most."""
     blocks = find_blocks(model)
     if blocks is None:
@@ -133,19 +164,26 @@ def largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
     sizes = []
     for index, block in enumerate(blocks.modules):
         size = count_elements(block)
-        for owner, matrices in adapters.items():
+        for owner, sizes_of_owner in adapters.items():
             if owner.startswith(f"{blocks.path(index)}."):
-                size += sum(matrices)
+                size += sizes_of_owner.total
         sizes.append(size)
     return max(sizes)
 
 
-def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
-    """Map each adapted layer to the elements of its LoRA matrices, ``r x in`` and ``out x r``."""
+def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, AdapterSizes]:
+    """Map each adapted layer to the elements of its adapter."""
     check_patterns(tuner, adapted.layers)
-    sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
-    ranks = {name: lora_rank(tuner, name) for name in sides}
-    return {
-        name: (ranks[name] * inputs, ranks[name] * outputs)
-        for name, (inputs, outputs) in sides.items()
-    }
+    found = {}
+    for name, layer in adapted.layers.items():
+        inputs, outputs = matrix_sides(layer)
+        rank = lora_rank(tuner, name)
+        if changes_base(tuner) and rank > min(inputs, outputs):
+            raise ConfigError(
+                f"tuner.init_lora_weights={tuner.init_lora_weights} takes {rank} directions of"
+                f" {name}, which has {min(inputs, outputs)}; lower tuner.lora_r, or give it a rank"
+                " of its own with tuner.rank_pattern"
+            )
+        lengths = outputs if tuner.use_dora else 0
+        found[name] = AdapterSizes(a=rank * inputs, b=rank * outputs, lengths=lengths)
+    return found
