@@ -26,6 +26,7 @@ from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.param_groups import check_groups, describe_groups
 from llmtune.plan.plan import Plan
 from llmtune.plan.search import build_ladder
 from llmtune.task.task import TASKS
@@ -93,6 +94,7 @@ def resolve_ladder(
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_task, shape, config.model.name_or_path)
+    check_groups(config.optim, shape)
     require(
         check_row_length, config.data.max_seq_length, shape.max_positions, config.model.name_or_path
     )
@@ -125,6 +127,7 @@ def plan_candidate(
     ]
     tuner, optimizer = TUNERS.find(config.tuner.kind), OPTIMIZERS.find(config.optim.kind)
     rate = resolve_learning_rate(config.optim, tuner, ladder.shape.parameters, notes)
+    notes += describe_groups(config.optim, config.tuner, ladder.shape, rate)
     notes += [ladder.rows.origin] if ladder.rows.origin else []
     notes += describe_choice(config, ladder, candidate)
     planned = to_deepspeed(

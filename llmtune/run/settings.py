@@ -8,14 +8,17 @@ and ``plan`` refuses what ``train`` refuses.
 from collections.abc import Callable
 
 from llmtune.config.groups.export import MergeOnto
+from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import find_format
 from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.param_groups import entry_key, find_entry_problems
 from llmtune.registry import NONE
 from llmtune.track.service import SERVICES
 from llmtune.train.schedule import SCHEDULES
+from llmtune.tuner.pattern_limits import pattern_problem
 from llmtune.tuner.tuner import TUNERS
 
 
@@ -35,7 +38,7 @@ def find_problems(config: Config) -> list[str]:
     except ConfigError as error:
         found.append(str(error))
     try:
-        found += OPTIMIZERS.find(config.optim.kind).find_problems(config.optim)
+        found += _find_optimizer_problems(config.optim)
     except ConfigError as error:
         found.append(str(error))
     return found
@@ -76,6 +79,23 @@ def _find_tuner_problems(config: Config) -> list[str]:
             f"export.merge_onto=nf4: {tuner.title} has no adapter to merge; the key is for QLoRA"
         )
     return problems
+
+
+def _find_optimizer_problems(optim: OptimConfig) -> list[str]:
+    found = list(find_entry_problems(optim))
+    for index, entry in enumerate(optim.param_groups):
+        pattern = entry.get("pattern")
+        if isinstance(pattern, str) and (problem := pattern_problem(pattern)):
+            found.append(f"{entry_key(index)}.pattern={pattern}: {problem}")
+    optimizer = OPTIMIZERS.find(optim.kind)
+    if "weight_decay" not in optimizer.reads:
+        found += [
+            f"{entry_key(index)}.weight_decay={entry['weight_decay']}: {optimizer.title} does not"
+            " read it; leave it out"
+            for index, entry in enumerate(optim.param_groups)
+            if entry.get("weight_decay") is not None
+        ]
+    return found + optimizer.find_problems(optim)
 
 
 def _check_export(config: Config) -> None:

@@ -27,6 +27,7 @@ from llmtune.model.build import WeightsTo, build_model, sees_padding
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
+from llmtune.plan.param_groups import resolve_groups
 from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.registry import NONE
 from llmtune.storage import layout
@@ -330,6 +331,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         rank,
         partial(task.sum_losses, labels=request.labels),
         optimizer=OPTIMIZERS.find(config.optim.kind),
+        group_of=resolve_groups(config.optim, config.tuner),
         read_elsewhere=tuner.find_read_elsewhere(model),
     )
 

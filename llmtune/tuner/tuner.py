@@ -110,6 +110,17 @@ class Tuner:
             name for name, parameter in model.named_parameters() if self.trains(name, parameter)
         }
 
+    def find_rate_factor(self, name: str, config: TunerConfig) -> tuple[str, float] | None:
+        """Find a factor of the peak learning rate of one trained parameter.
+
+        Args:
+            name: As in :func:`llmtune.optimizer.param_groups.plain_name`.
+
+        Returns:
+            The dotted key that sets the factor, and the factor; None where there is none.
+        """
+        return None
+
     def attach(
         self,
         model: Any,

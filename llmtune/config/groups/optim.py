@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True, kw_only=True)
@@ -19,3 +20,9 @@ class OptimConfig:
     """Decay of the two moments; for Lion of the momentum in a step, and from step to step."""
     eps: float = 1e-8
     """Added to the denominator."""
+    param_groups: list[dict[str, Any]] = field(default_factory=list)
+    """Other settings of some parameters: mappings with ``pattern``, and the settings themselves.
+
+    They are ``learning_rate`` and ``weight_decay``. The first entry counts whose regular expression
+    is found in a parameter's name, such as ``model.layers.0.mlp.up_proj.weight``.
+    """

@@ -18,6 +18,8 @@ class TensorShape:
     adapter: bool = False
     quantized: bool = False
     """Stored as 4-bit NF4."""
+    group: str = ""
+    """Label of its settings (:class:`llmtune.optimizer.param_groups.ParamGroup`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

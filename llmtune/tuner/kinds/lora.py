@@ -34,6 +34,15 @@ class LoraTuner(Tuner):
             return ()
         return find_own_parameters(model, config, choose_layers(model, config))
 
+    def find_rate_factor(self, name: str, config: TunerConfig) -> tuple[str, float] | None:
+        """Give the matrices B a learning rate of their own: LoRA+.
+
+        See https://arxiv.org/abs/2402.12354.
+        """
+        if config.lora_plus_ratio is None or ".lora_B." not in name:
+            return None
+        return "tuner.lora_plus_ratio", config.lora_plus_ratio
+
     def attach(
         self,
         model: Any,
