@@ -30,6 +30,7 @@ from llmtune.plan.param_groups import check_groups, describe_groups
 from llmtune.plan.plan import Plan
 from llmtune.plan.search import build_ladder
 from llmtune.task.task import TASKS
+from llmtune.tuner.coverage import Weight, describe_coverage
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes
 
@@ -228,6 +229,8 @@ def describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> lis
             f"gradient checkpointing: {state} (activations of a micro-batch: {saved} per rank)"
         )
     notes += _describe_adapters(config, ladder.shape)
+    if TUNERS.find(config.tuner.kind).has_adapter and ladder.shape.tensors:
+        notes.append(describe_coverage(_list_weights(ladder.shape)))
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
     return notes
@@ -243,6 +246,20 @@ def _describe_placement(config: Config, ladder: Ladder, candidate: Candidate) ->
     if fitting < 2:
         return f"{rung}, ZeRO {stage} (the only one that fits)"
     return f"{rung}, ZeRO {stage} (the fastest of {fitting} that fit)"
+
+
+def _list_weights(shape: ModelShape) -> list[Weight]:
+    """List the model's own matrices, and whether each has an adapter or is trained itself."""
+    adapted = {tensor.name.partition(".lora_")[0] for tensor in shape.tensors if tensor.adapter}
+    return [
+        Weight(
+            tensor.name,
+            tensor.numel,
+            tensor.trained or tensor.name.removesuffix(".weight") in adapted,
+        )
+        for tensor in shape.tensors
+        if not tensor.adapter and not tensor.vector
+    ]
 
 
 def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:

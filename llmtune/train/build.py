@@ -43,6 +43,7 @@ from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.confusion_plot import ConfusionPlot
 from llmtune.train.hooks.evaluation import Evaluator
+from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
@@ -143,6 +144,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
+        gradients=GradientCheck(module, console.say),
     )
 
 

@@ -42,6 +42,7 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "init_lora_weights": True,
+    "modules_to_save": None,
 }
 
 #: Settings that do not matter here: they say how an adapter was trained or initialized, or follow
@@ -73,7 +74,6 @@ _IGNORED = {
     "prune_temporary_fields",
     "init_lora_weights",
 }
-_CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
 #: Initializations that also change the base; the adapter is then relative to a base that nobody
 #: stored.
@@ -86,6 +86,9 @@ _KEYS = {
     "use_rslora": "use_rslora",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
+    "use_dora": "use_dora",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
 }
 _MERGE = (
     "merge it with `export base= adapter= output_dir=` and train on the merged model"
@@ -204,6 +207,7 @@ def adopt_settings(tuner: TunerConfig, stored: StoredAdapter, asked: set[str]) -
     """
     _check_kind(stored)
     adopted = {key: stored.settings[name] for key, name in _KEYS.items()}
+    adopted["modules_to_save"] = list(adopted["modules_to_save"] or ())
     # Another program may have written the alpha 32 as 32.0.
     adopted["lora_alpha"] = _as_integer(adopted["lora_alpha"])
     adopted["alpha_pattern"] = {
@@ -241,6 +245,13 @@ def find_misfits(stored: StoredAdapter, built: dict[str, int], model: str) -> li
         problems.append(f"{len(lacking)} that {model} needs are not in it, such as {lacking[0]}")
     for name, shape in stored.shapes.items():
         if name not in built:
+            continue
+        if not name.endswith(MATRICES):
+            if math.prod(shape) != built[name]:
+                problems.append(
+                    f"{name} has {math.prod(shape)} elements there and {built[name]} in {model}"
+                )
+                break
             continue
         rank = _rank(stored, name)
         other = built[name] // rank
@@ -306,7 +317,7 @@ def _check_kind(stored: StoredAdapter) -> None:
         raise CheckpointError(f"{file}: {invalid[0]} is not a scale: a number other than 0 is")
 
     # Settings, and tensors, of anything but plain LoRA.
-    known = _IGNORED | _CARRIED
+    known = _IGNORED | set(_KEYS.values())
     unsupported = sorted(
         key
         for key, value in settings.items()
@@ -318,15 +329,29 @@ def _check_kind(stored: StoredAdapter) -> None:
             f"{file}: {described}: llmtune trains LoRA matrices of linear layers only; {_MERGE}"
         )
     others = [
-        name for name in stored.shapes if not (name.startswith(PREFIX) and name.endswith(MATRICES))
+        name
+        for name in stored.shapes
+        if not (name.startswith(PREFIX) and _is_trained_here(name, settings))
     ]
     if others:
         raise CheckpointError(
             f"{stored.folder / ADAPTER_WEIGHTS}: {len(others)} tensors are not LoRA matrices of"
-            f" linear layers, such as {others[0]}; {_MERGE}"
+            f" linear layers, nor named by its settings, such as {others[0]}; {_MERGE}"
         )
     if not stored.shapes:
         raise CheckpointError(f"{stored.folder / ADAPTER_WEIGHTS} holds no tensors")
+
+
+def _is_trained_here(name: str, settings: dict[str, Any]) -> bool:
+    """Tell whether a tensor is one that the settings announce, and that is trained here."""
+    if name.endswith(MATRICES):
+        return True
+    if name.endswith(".lora_magnitude_vector"):
+        return bool(settings["use_dora"])
+    if settings["bias"] != "none" and name.endswith("bias"):
+        return True
+    module = f".{name.removeprefix(PREFIX).rpartition('.')[0]}."
+    return any(f".{saved}." in module for saved in settings["modules_to_save"] or ())
 
 
 def _is_scale(value: Any) -> bool:
