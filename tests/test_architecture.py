@@ -803,6 +803,7 @@ SUBJECTS = {
         "left_behind",
         "plain_loop",
     },
+    "tuner": {"family"},
 }
 
 

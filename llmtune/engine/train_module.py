@@ -25,8 +25,10 @@ from llmtune.engine.deepspeed_fixes import (
 from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.state_slices import list_slices
 from llmtune.optimizer.optimizer import Optimizer
+from llmtune.optimizer.param_groups import DEFAULT_GROUP, RATE_FACTOR, GroupOf, plain_name
 from llmtune.plan.memory.parameter_groups import parameter_groups
 from llmtune.plan.memory.placement import Placement, read_placement
 from llmtune.plan.memory.shapes import TensorShape
@@ -116,11 +118,16 @@ class TrainModule:
         loss_function: LossFunction,
         optimizer: Optimizer,
         seed: int = 0,
+        group_of: GroupOf = lambda _: DEFAULT_GROUP,
+        read_elsewhere: Iterable[tuple[Any, Any]] = (),
     ):
         """Build DeepSpeed's engine around a model.
 
         Args:
             seed: Of the random bits with which an optimizer rounds.
+            group_of: Finds the settings of a parameter that are not the optimizer's.
+            read_elsewhere: Modules of the model, each with a parameter of another module that it
+                reads in its forward pass.
         """
         import deepspeed
 
@@ -138,7 +145,7 @@ class TrainModule:
         }
         settings = dict(copy["optimizer"]["params"])
         copy["optimizer"]["params"] = settings
-        groups = group_parameters(model, self.placement, rank.world_size)
+        groups = group_parameters(model, self.placement, rank.world_size, settings, group_of)
         own: ElementwiseOptimizer | ConvertingOptimizer | None = None
         if optimizer.update is not None:
             del copy["optimizer"]
@@ -150,6 +157,7 @@ class TrainModule:
             self.engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=groups, optimizer=own, config=copy
             )
+        gather_for_readers(read_elsewhere)
         if isinstance(own, ConvertingOptimizer):
             own.place(list_slices(self.engine.optimizer, self.model, self.zero_stage, rank.rank))
         if self.zero_stage == 0:
@@ -190,7 +198,7 @@ class TrainModule:
                 True abandons the step: None is returned, and the state is that of the step before.
         """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(RATE_FACTOR, 1.0)
         scale = self.rank.world_size / (loss_weight or 1)
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
         norm: float | None = None
@@ -314,26 +322,41 @@ class TrainModule:
         return float(torch.linalg.vector_norm(torch.stack(list(norms)))) if norms else 0.0
 
 
-def group_parameters(model: Any, placement: Placement, world_size: int) -> list[dict[str, Any]]:
+def group_parameters(
+    model: Any,
+    placement: Placement,
+    world_size: int,
+    settings: Mapping[str, Any],
+    group_of: GroupOf,
+) -> list[dict[str, Any]]:
     """Group the model's parameters as the plan does.
 
     See :func:`llmtune.plan.memory.parameter_groups.parameter_groups`.
+
+    Args:
+        settings: The optimizer's, which a group has unless it has its own.
     """
     by_name = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
+    own = {name: group_of(plain_name(name)) for name in by_name}
     shapes = [
         TensorShape(
             name=name,
             numel=getattr(p, "ds_numel", p.numel()),
             trained=True,
             vector=len(getattr(p, "ds_shape", p.shape)) <= 1,
+            group=own[name].label,
         )
         for name, p in by_name.items()
     ]
     groups: list[dict[str, Any]] = []
     for group in parameter_groups(shapes, placement, world_size):
-        groups.append({"params": [by_name[tensor.name] for tensor in group]})
-        if group[0].vector:
-            groups[-1]["weight_decay"] = 0.0
+        first = group[0]
+        groups.append(
+            {
+                "params": [by_name[tensor.name] for tensor in group],
+                **own[first.name].to_settings(settings, first.vector),
+            }
+        )
     return groups

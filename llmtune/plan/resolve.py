@@ -27,9 +27,11 @@ from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.param_groups import check_groups, describe_groups
 from llmtune.plan.plan import Plan
 from llmtune.plan.search import build_ladder
 from llmtune.task.task import TASKS
+from llmtune.tuner.coverage import Weight, describe_coverage
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes
 
@@ -94,6 +96,7 @@ def resolve_ladder(
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_task, shape, config.model.name_or_path)
+    check_groups(config.optim, shape)
     require(
         check_row_length,
         config.data.max_seq_length,
@@ -140,6 +143,7 @@ def plan_candidate(
     ]
     tuner, optimizer = TUNERS.find(config.tuner.kind), find_optimizer(config.optim)
     rate = resolve_learning_rate(config.optim, tuner, ladder.shape.parameters, notes)
+    notes += describe_groups(config.optim, config.tuner, ladder.shape, rate)
     notes += [ladder.rows.origin] if ladder.rows.origin else []
     notes += describe_choice(config, ladder, candidate)
     planned = to_deepspeed(
@@ -243,6 +247,8 @@ def describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> lis
             f"gradient checkpointing: {state} (activations of a micro-batch: {saved} per rank)"
         )
     notes += _describe_adapters(config, ladder.shape)
+    if TUNERS.find(config.tuner.kind).has_adapter and ladder.shape.tensors:
+        notes.append(describe_coverage(_list_weights(ladder.shape)))
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
     return notes
@@ -258,6 +264,20 @@ def _describe_placement(config: Config, ladder: Ladder, candidate: Candidate) ->
     if fitting < 2:
         return f"{rung}, ZeRO {stage} (the only one that fits)"
     return f"{rung}, ZeRO {stage} (the fastest of {fitting} that fit)"
+
+
+def _list_weights(shape: ModelShape) -> list[Weight]:
+    """List the model's own matrices, and whether each has an adapter or is trained itself."""
+    adapted = {tensor.name.partition(".lora_")[0] for tensor in shape.tensors if tensor.adapter}
+    return [
+        Weight(
+            tensor.name,
+            tensor.numel,
+            tensor.trained or tensor.name.removesuffix(".weight") in adapted,
+        )
+        for tensor in shape.tensors
+        if not tensor.adapter and not tensor.vector
+    ]
 
 
 def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:

@@ -24,12 +24,14 @@ from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.memory.activations import ActivationModel
 from llmtune.plan.memory.fake_run import TraceSettings
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.parameter_groups import assign_groups
 from llmtune.plan.memory.peak_memory import Workload, estimate_memory, find_shortfall
 from llmtune.plan.memory.placement import RUNGS, Placement, find_rung, make_placement
 from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
+from llmtune.plan.param_groups import resolve_groups
 from llmtune.plan.speed import Cluster, SpeedPlan, average_speed, estimate_speed
 from llmtune.tuner.tuner import TUNERS
 
@@ -184,7 +186,7 @@ class Search:
         self.config = config
         self.tuner = TUNERS.find(config.tuner.kind)
         self.arithmetic = Arithmetic(config.precision, find_optimizer(config.optim))
-        self.shape = shape
+        self.shape = assign_groups(shape, resolve_groups(config.optim, config.tuner))
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
         self.trace = ActivationModel(config.model, config.tuner, shape, find_cache(config.paths))

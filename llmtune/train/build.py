@@ -29,6 +29,7 @@ from llmtune.model.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
+from llmtune.plan.param_groups import resolve_groups
 from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.registry import NONE
 from llmtune.storage import layout
@@ -39,22 +40,23 @@ from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import TrackedRun, open_service
 from llmtune.track.tracker import Tracker, Trackers
+from llmtune.train.adapters.attach import attach_tuner
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.confusion_plot import ConfusionPlot
 from llmtune.train.hooks.evaluation import Evaluator
+from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Hook, Job, run
-from llmtune.train.model_files import render_model_files
+from llmtune.train.model_files import render_model_files, resolve_weight_files
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
 from llmtune.train.training_state import TrainingState
 from llmtune.tuner.head import Head
-from llmtune.tuner.peft_model import load_adapter, to_file_name
 from llmtune.tuner.tuner import TUNERS
 
 #: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because the
@@ -144,6 +146,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
+        gradients=GradientCheck(module, console.say),
     )
 
 
@@ -190,10 +193,8 @@ def build_saver(
         state: The trainer's state in ``request.resume_from``.
     """
     run, checkpoint = request.run_folder, request.config.checkpoint
-    has_adapter = TUNERS.find(request.config.tuner.kind).has_adapter
-    weights = WeightFiles(
-        has_adapter, request.config.export.max_shard_bytes, to_file_name if has_adapter else str
-    )
+    checkpoint_shards = request.config.export.max_shard_bytes
+    weights = resolve_weight_files(request.config.tuner.kind, module.model, checkpoint_shards)
 
     # Rank 0 alone writes the small files, and copies checkpoints to the mirror.
     model_files: dict[str, bytes] = {}
@@ -322,11 +323,7 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     )
     task = find_task(config.model.task)
     head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
-    model = tuner.attach(model, config.tuner, request.base_name, config.seed, head)
-    if tuner.has_adapter:
-        adapter = request.resume_from or config.tuner.adapter_path
-        if adapter is not None:
-            load_adapter(model, Path(adapter).expanduser())
+    model = attach_tuner(model, request, rank, head)
     return TrainModule(
         model,
         plan.deepspeed,
@@ -334,6 +331,8 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         partial(task.sum_losses, labels=request.labels),
         optimizer=find_optimizer(config.optim),
         seed=config.seed,
+        group_of=resolve_groups(config.optim, config.tuner),
+        read_elsewhere=tuner.find_read_elsewhere(model),
     )
 
 

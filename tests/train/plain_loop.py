@@ -45,6 +45,8 @@ class Recipe:
     optimizer: str = "adamw"
     trained: str = ""
     """Regular expression for the names of the weights that are trained; the others are frozen."""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Peak rate and decay of weights whose names a pattern is found in; the first counts."""
     peaks: list[float] | None = None
     """What the learning rate of each step is multiplied by; None for nothing."""
 
@@ -99,14 +101,7 @@ def train(recipe: Recipe) -> Curve:
         if not re.search(recipe.trained, name):
             weight.requires_grad_(False)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    # Biases and norms are not decayed.
-    matrices = [weight for weight in trained.values() if weight.ndim > 1]
-    vectors = [weight for weight in trained.values() if weight.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = [of_weight(name, weight, recipe) for name, weight in trained.items()]
     optimizer: Any
     if recipe.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
@@ -116,7 +111,7 @@ def train(recipe: Recipe) -> Curve:
     for number, documents in enumerate(recipe.steps):
         rate = rate_of(number, recipe)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"] / recipe.learning_rate
         tokens = sum(int(document.trained[1:].sum()) for document in documents)
         loss = 0.0
         for document in documents:
@@ -132,6 +127,18 @@ def train(recipe: Recipe) -> Curve:
     curve.eval_losses.append(evaluate(model, recipe.held_out))
     curve.weights = {name: weight.detach() for name, weight in trained.items()}
     return curve
+
+
+def of_weight(name: str, weight: Tensor, recipe: Recipe) -> dict[str, Any]:
+    """A group of one weight."""
+    found = next((group for group in recipe.groups if re.search(group["pattern"], name)), {})
+    decay = found.get("weight_decay", recipe.weight_decay)
+    return {
+        "params": [weight],
+        # Biases and norms are not decayed.
+        "weight_decay": decay if weight.ndim > 1 else 0.0,
+        "rate": found.get("learning_rate", recipe.learning_rate),
+    }
 
 
 class Lion(torch.optim.Optimizer):

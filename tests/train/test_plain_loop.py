@@ -58,6 +58,19 @@ FREEZE_CELLS = [
 ]
 
 
+#: The same factors, with settings of single weights.
+GROUPS: list[dict[str, Any]] = [
+    {"pattern": "embed|q_proj.*lora_B", "learning_rate": RATE / 8, "weight_decay": 0.3},
+    {"pattern": r"layers\.0\.", "learning_rate": RATE * 2},
+    {"pattern": "norm|down_proj", "learning_rate": RATE / 2, "weight_decay": 0.0},
+]
+GROUP_CELLS = [
+    (("full", False, 3, 2, 1, 0.1), "adamw", RATE),
+    (("full", False, 0, 1, 2, 0.1), "lion", RATE / 5),
+    (("lora", False, 1, 2, 1, 0.1), "adamw", RATE),
+]
+
+
 def conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
     """Of one to three turns, some with a system message."""
     draws = random.Random(seed)
@@ -146,6 +159,7 @@ def check(
     rate: float = RATE,
     more: Sequence[str] = (),
     trained: str = "",
+    groups: Sequence[dict[str, Any]] = (),
 ) -> None:
     tuner, packing, stage, ranks, accumulation, decay = cell
     schedule = SCHEDULES[(stage + ranks) % 3]
@@ -198,6 +212,7 @@ def check(
             max_grad_norm=CLIP,
             optimizer=optimizer,
             trained=trained,
+            groups=list(groups),
         )
     )
 
@@ -213,7 +228,7 @@ def check(
     ]
     evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert evaluations == pytest.approx(found.eval_losses, rel=TOLERANCE)
-    check_weights(run, found, load_file(base / "model.safetensors") if more else {})
+    check_weights(run, found, load_file(base / "model.safetensors") if trained else {})
 
 
 def check_weights(run: Path, found: plain_loop.Curve, base: dict[str, torch.Tensor]) -> None:
@@ -244,6 +259,24 @@ def test_a_run_with_lion_is_what_plain_pytorch_computes(
     cell: tuple[Any, ...], folder: Path, tmp_path: Path
 ) -> None:
     check(cell, folder, tmp_path, "lion", RATE / 5)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("cell", "optimizer", "rate"), GROUP_CELLS)
+def test_a_run_with_groups_of_parameters_is_what_plain_pytorch_computes(
+    cell: tuple[Any, ...], optimizer: str, rate: float, folder: Path, tmp_path: Path
+) -> None:
+    entries = ", ".join(
+        "{"
+        + ", ".join(
+            f"{key}: '{value}'" if key == "pattern" else f"{key}: {value}"
+            for key, value in group.items()
+        )
+        + "}"
+        for group in GROUPS
+    )
+    typed = f"optim.param_groups=[{entries}]"
+    check(cell, folder, tmp_path, optimizer, rate, more=[typed], groups=GROUPS)
 
 
 @pytest.mark.process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Rounding(Enum):
@@ -41,4 +42,10 @@ class OptimConfig:
 
     ``stochastic``; ``kahan``, which takes 2 bytes more per trained parameter; or ``nearest``, which
     loses small updates.
+    """
+    param_groups: list[dict[str, Any]] = field(default_factory=list)
+    """Other settings of some parameters: mappings with ``pattern``, and the settings themselves.
+
+    They are ``learning_rate`` and ``weight_decay``. The first entry counts whose regular expression
+    is found in a parameter's name, such as ``model.layers.0.mlp.up_proj.weight``.
     """

@@ -46,10 +46,7 @@ def resolve_shape(
     identity = _identify(config)
     if identity is None:
         return _count(config, tuner)
-    patterns = (tuner.rank_pattern, tuner.alpha_pattern)
-    sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules, tuner.freeze)
-    sizes += (tuner.bnb_4bit_use_double_quant,)
-    key = repr((identity, config.rope_scaling, config.task, *sizes))
+    key = repr((identity, config.rope_scaling, config.task, tuner))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from llmtune.optimizer.param_groups import GroupOf
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.shapes import TensorShape
+from llmtune.plan.memory.shapes import ModelShape, TensorShape
 
 #: A gradient is read back into the middle of a buffer by O_DIRECT, which needs this alignment; else
 #: DeepSpeed silently trains on wrong gradients.
@@ -15,25 +18,39 @@ def partition_numel(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
+def assign_groups(shape: ModelShape, group_of: GroupOf) -> ModelShape:
+    """Return the shape with the label of its settings in each trained tensor."""
+    tensors = tuple(
+        replace(tensor, group=group_of(tensor.name).label) if tensor.trained else tensor
+        for tensor in shape.tensors
+    )
+    return replace(shape, tensors=tensors)
+
+
 def parameter_groups(
     tensors: list[TensorShape], placement: Placement, world_size: int
 ) -> list[list[TensorShape]]:
     """Return the optimizer's parameter groups: matrices, then vectors, which have no weight decay.
 
+    Matrices of equal settings are a group, and so are vectors; those with the optimizer's own
+    settings come first.
+
     With the optimizer on NVMe the groups also keep gradients right. A matrix whose slice is not a
     whole number of sectors has its own group, where its offset is 0, and vectors, which shift
     offsets, are apart.
     """
-    matrices = [tensor for tensor in tensors if tensor.trained and not tensor.vector]
-    vectors = [tensor for tensor in tensors if tensor.trained and tensor.vector]
-    groups: list[list[TensorShape]] = [[]]
-    for tensor in matrices:
+    matrices: dict[str, list[TensorShape]] = {"": []}
+    vectors: dict[str, list[TensorShape]] = {"": []}
+    alone: list[list[TensorShape]] = []
+    for tensor in tensors:
+        if not tensor.trained:
+            continue
         is_aligned = is_sector_aligned(partition_numel(tensor.numel, world_size))
-        if placement.optimizer == "nvme" and not is_aligned:
-            groups.append([tensor])
+        if placement.optimizer == "nvme" and not tensor.vector and not is_aligned:
+            alone.append([tensor])
         else:
-            groups[0].append(tensor)
-    return [group for group in (*groups, vectors) if group]
+            (vectors if tensor.vector else matrices).setdefault(tensor.group, []).append(tensor)
+    return [group for group in (*matrices.values(), *alone, *vectors.values()) if group]
 
 
 def is_sector_aligned(numel: int) -> bool:

@@ -18,6 +18,8 @@ class TensorShape:
     adapter: bool = False
     packed_bytes: int = 0
     """Bytes of its 4-bit numbers and of their scales, where it is kept in NF4."""
+    group: str = ""
+    """Label of its settings (:class:`llmtune.optimizer.param_groups.ParamGroup`)."""
 
     @property
     def is_quantized(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.tuner.head import NO_HEAD, Head
 from llmtune.tuner.kinds.lora import LoraTuner
+from llmtune.tuner.lora_settings import changes_base
 from llmtune.tuner.tuner import TUNERS
 
 
@@ -27,6 +28,21 @@ class QloraTuner(LoraTuner):
         if any(getattr(module, "transposed", False) for module in model.modules()):
             wrapped.peft_config["default"].fan_in_fan_out = True
         return wrapped
+
+    def find_problems(self, config: TunerConfig) -> list[str]:
+        """Find what reads or changes whole weights, which a base in 4 bits does not have."""
+        problems = super().find_problems(config)
+        if config.use_dora:
+            problems.append(
+                "tuner.use_dora=true with tuner=qlora: DoRA takes the lengths of whole weights in"
+                " every forward pass; take tuner=dora, or leave it out"
+            )
+        if changes_base(config):
+            problems.append(
+                f"tuner.init_lora_weights={config.init_lora_weights} with tuner=qlora changes the"
+                " base, which is quantized before; take tuner=lora, or leave it out"
+            )
+        return problems
 
 
 TUNERS.register(QloraTuner())
