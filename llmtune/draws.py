@@ -45,6 +45,8 @@ class Draw(StrEnum):
     """The documents with which packing is tried on a model, the same in every run."""
     dropout = "dropout"
     """The elements that dropout leaves out, and noise on embeddings. [steps done, rank]"""
+    rounding = "rounding"
+    """The direction in which a number is rounded to bf16. [step, name of the parameter]"""
     answer = "answer"
     """The tokens of a sampled answer. [row]"""
 
@@ -64,12 +66,12 @@ def draw_shares(count: int, seed: int, draw: Draw, *position: int) -> NDArray[np
     return generator(seed, draw, *position).random(count)
 
 
-def torch_seed(seed: int, draw: Draw, *position: int) -> int:
+def torch_seed(seed: int, draw: Draw, *position: int | str) -> int:
     """Return a seed for ``torch.manual_seed``, below 2**63."""
     return _entropy(seed, draw, position) >> 65
 
 
-def _entropy(seed: int, draw: Draw, position: tuple[int, ...]) -> int:
+def _entropy(seed: int, draw: Draw, position: tuple[int | str, ...]) -> int:
     # A hash of the text, since numpy takes [seed, 1] and [seed, 1, 0] for the same seed.
     text = f"{draw.value} {seed} {' '.join(map(str, position))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")

@@ -146,7 +146,7 @@ ROOMS: dict[str, list[str]] = {
     "task": ["kinds"],
     "tuner": ["kinds"],
     "optimizer": ["kinds"],
-    "model": ["weights"],
+    "model": ["weights", "folders"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
     "launch": ["launchers", "preflight", "processes", "supervise"],
 }
@@ -803,6 +803,7 @@ SUBJECTS = {
         "left_behind",
         "plain_loop",
     },
+    "tuner": {"family"},
 }
 
 

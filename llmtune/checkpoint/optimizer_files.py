@@ -6,23 +6,22 @@ Any number of ranks in any ZeRO stage reads what any other wrote.
 from __future__ import annotations
 
 import json
-from itertools import product
+from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from llmtune.checkpoint.stored_states import StoredParameter, read_stored_states
 from llmtune.checkpoint.writer import CheckpointWriter
 from llmtune.engine.optimizer_state import (
-    StateSlice,
     iterate_in_memory,
     make_state,
     slices_to_save,
-    state_keys,
+    state_kinds,
     state_slices,
+    state_tensors,
     view_state,
     write_state,
 )
+from llmtune.engine.state_slices import StateSlice
 from llmtune.engine.train_module import TrainModule
 from llmtune.errors import CheckpointError
 from llmtune.storage import layout
@@ -31,22 +30,27 @@ from llmtune.storage.tensors.tensor_spec import TensorSpec
 
 
 def add_states(module: TrainModule, writer: CheckpointWriter) -> None:
-    """Add this rank's file: its slices in fp32, and in the header which elements they are."""
+    """Add this rank's file: its slices, and in the header which elements they are."""
     pieces = slices_to_save(module)
     where = {piece.name: [piece.start, piece.numel, piece.parameter_numel] for piece in pieces}
     ((name, specs),) = state_specs(module).items()
-    writer.start(name, specs, {layout.STATE_SLICES: json.dumps(where)})
+    header = {
+        layout.STATE_SLICES: json.dumps(where),
+        layout.STATE_STORAGES: json.dumps(_storages(module)),
+    }
+    writer.start(name, specs, header)
     for batch in iterate_in_memory(module, pieces):
-        for piece, kind in product(batch, state_keys(module)):
-            writer.add(view_state(module, piece, kind))
+        for piece in batch:
+            for tensor in state_tensors(module, piece):
+                writer.add(view_state(module, piece, tensor))
 
 
 def state_specs(module: TrainModule) -> dict[str, list[TensorSpec]]:
     """Return the name of this rank's file, and the tensors in it."""
     specs = [
-        TensorSpec(f"{piece.name}/{kind}", torch.float32, (piece.numel,))
+        TensorSpec(f"{piece.name}/{tensor}", dtype, (numel,))
         for piece in slices_to_save(module)
-        for kind in state_keys(module)
+        for tensor, (dtype, numel) in state_tensors(module, piece).items()
     ]
     return {layout.state_file(module.rank.rank, module.rank.world_size): specs}
 
@@ -58,7 +62,8 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
         steps: Optimizer steps that the optimizer had counted.
 
     Raises:
-        CheckpointError: A file is damaged, a slice is not covered, or a parameter has another size.
+        CheckpointError: A file is damaged, a slice is not covered, a parameter has another size, or
+            another optimizer wrote them.
     """
     names = read_manifest(folder)["files"]
     stored = read_stored_states(
@@ -66,10 +71,34 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
     )
     if not stored:
         raise CheckpointError(f"{folder}: holds no optimizer state ({layout.STATE_FILES})")
+    _check_storages(module, stored, folder)
     for batch in iterate_in_memory(module, state_slices(module), write_back=True):
         make_state(module, batch, steps)
         for piece in batch:
             _load_slice(module, piece, stored, folder)
+
+
+def _storages(module: TrainModule) -> dict[str, str]:
+    """Name how each kind of numbers is stored."""
+    return {kind: module.optimizer.storage(kind).name for kind in state_kinds(module)}
+
+
+def _check_storages(module: TrainModule, stored: dict[str, StoredParameter], folder: Path) -> None:
+    """Refuse the states of another optimizer, and those that it stores otherwise."""
+    expected = _storages(module)
+    for parameter in stored.values():
+        for piece in parameter.slices:
+            if dict(piece.storages) != expected:
+                raise CheckpointError(
+                    f"{folder}: its optimizer state is {_describe(piece.storages)};"
+                    f" {module.optimizer.title} has {_describe(expected)}. An optimizer resumes"
+                    " its own state only: take the optimizer that wrote it, or begin a new run"
+                    " from the weights (model.name_or_path)"
+                )
+
+
+def _describe(storages: Mapping[str, str]) -> str:
+    return ", ".join(f"{kind} in {storage}" for kind, storage in storages.items())
 
 
 def _load_slice(
@@ -89,5 +118,5 @@ def _load_slice(
             f"{folder}: {piece.name} has {parameter.numel} elements there and"
             f" {piece.parameter_numel} here"
         )
-    for kind in state_keys(module):
+    for kind in state_kinds(module):
         write_state(module, piece, kind, parameter.read(kind, piece.start, piece.numel))

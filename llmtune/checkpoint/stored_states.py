@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from llmtune.checkpoint.slices import TensorSlice
 from llmtune.errors import CheckpointError
+from llmtune.optimizer.block_codes import count_blocks, decode_slice
+from llmtune.optimizer.storage import BLOCK_ELEMENTS, FP32, SCALES, STORAGES
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
 
@@ -32,6 +34,8 @@ class StoredSlice:
     """Name of the parameter."""
     start: int
     numel: int
+    storages: Mapping[str, str]
+    """The format of each kind of its numbers, as :data:`STORAGES` names them."""
 
     @property
     def end(self) -> int:
@@ -41,13 +45,21 @@ class StoredSlice:
     def read(self, kind: str, first: int, last: int) -> torch.Tensor:
         """Read elements ``[first, last)`` of the parameter. Shape (last - first,).
 
+        Those that are stored in blocks are decoded.
+
         Raises:
             CheckpointError: The file does not hold them.
         """
+        storage = STORAGES[self.storages.get(kind, FP32.name)]
         try:
             with safe_open(str(self.file), framework="pt") as handle:
                 stored = handle.get_slice(f"{self.name}/{kind}")
                 values: torch.Tensor = stored[first - self.start : last - self.start]
+                if storage.in_blocks:
+                    block = first // BLOCK_ELEMENTS - self.start // BLOCK_ELEMENTS
+                    count = count_blocks(first, last - first)
+                    scales = handle.get_slice(f"{self.name}/{kind}{SCALES}")
+                    values = decode_slice(values, scales[block : block + count], first, storage)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.file}: {self.name}/{kind}: {error}") from error
         if values.shape != (last - first,):
@@ -138,7 +150,9 @@ def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:
     pieces = []
     try:
         with safe_open(str(file), framework="pt") as handle:
-            where: dict[str, Any] = parse_json(handle.metadata()[layout.STATE_SLICES])
+            header = handle.metadata()
+            where: dict[str, Any] = parse_json(header[layout.STATE_SLICES])
+            storages = _read_storages(header, handle.keys())
             for name, (start, numel, total) in where.items():
                 if min(start, numel) < 0 or start + numel > total:
                     raise ValueError(f"{name}: {numel} elements from {start} of {total}")
@@ -147,7 +161,9 @@ def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:
                 shape = handle.get_slice(f"{name}/{layout.MASTER_WEIGHT}").get_shape()
                 if math.prod(shape) != numel:
                     raise CheckpointError(f"{file}: {name} has another size than its header says")
-                piece = StoredSlice(file=file, name=name, start=int(start), numel=int(numel))
+                piece = StoredSlice(
+                    file=file, name=name, start=int(start), numel=int(numel), storages=storages
+                )
                 pieces.append((piece, int(total)))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from error
@@ -157,3 +173,13 @@ def _read_header(file: Path) -> list[tuple[StoredSlice, int]]:
         # A header may hold anything.
         raise CheckpointError(f"{file} is not a state file of llmtune ({error!r})") from error
     return pieces
+
+
+def _read_storages(header: Mapping[str, str], tensors: Iterable[str]) -> dict[str, str]:
+    """Read how numbers are stored; all in fp32 where a file does not say so."""
+    if layout.STATE_STORAGES not in header:
+        return {name.rpartition("/")[2]: FP32.name for name in sorted(tensors)}
+    storages: dict[str, str] = parse_json(header[layout.STATE_STORAGES])
+    if unknown := set(storages.values()) - set(STORAGES):
+        raise ValueError(f"numbers stored as {min(unknown)}")
+    return storages

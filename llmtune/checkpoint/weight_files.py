@@ -6,9 +6,10 @@ Each file is written by one rank, so that no rank holds the model twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmtune.storage.tensors.tensor_spec import TensorSpec
 _GATHERED_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
     """The division of a model's weights into files."""
 
@@ -33,16 +34,35 @@ class WeightFiles:
     max_shard_bytes: int = 5_000_000_000
     file_name: Callable[[str], str] = str
     """Maps a parameter's name to its name in the file."""
+    joined: Mapping[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    """Parameter -> a tensor that is stored behind it, and the dimension along which it is.
+
+    Ranks that do not write the file may have tensors without values.
+    """
 
     def shards(self, module: TrainModule) -> list[tuple[str, list[TensorSpec]]]:
         """List the files by name, and the tensors of each."""
         specs = [
-            TensorSpec(self.file_name(name), tensor.dtype, _shape(tensor))
+            TensorSpec(self.file_name(name), tensor.dtype, self._stored_shape(name, tensor))
             for name, tensor in _tensors(module, self.adapter_only)
         ]
         if self.adapter_only:
             return [(ADAPTER_WEIGHTS, specs)]
         return plan_shards(specs, self.max_shard_bytes)
+
+    def to_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what is stored for a parameter, whose whole value is given."""
+        if name not in self.joined:
+            return tensor
+        behind, dim = self.joined[name]
+        return torch.cat([tensor, behind.to(tensor.device)], dim)
+
+    def _stored_shape(self, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+        shape = list(_shape(tensor))
+        if name in self.joined:
+            behind, dim = self.joined[name]
+            shape[dim] += behind.shape[dim]
+        return tuple(shape)
 
     def index(self, module: TrainModule) -> dict[str, bytes]:
         """Return the index file, by name; empty where there is one shard only."""
@@ -60,7 +80,7 @@ def add_weights(module: TrainModule, files: WeightFiles, writer: CheckpointWrite
     Collective under ZeRO 3.
     """
     rank = module.rank
-    tensors = [tensor for _, tensor in _tensors(module, files.adapter_only)]
+    tensors = list(_tensors(module, files.adapter_only))
     # Weights on NVMe are read through a handful of buffers, which hold one tensor at a time.
     limit = 0 if module.placement.param == "nvme" else _GATHERED_BYTES
     with _at_rest(module):
@@ -69,11 +89,11 @@ def add_weights(module: TrainModule, files: WeightFiles, writer: CheckpointWrite
             if is_mine:
                 writer.start(name, specs)
             shard, tensors = tensors[: len(specs)], tensors[len(specs) :]
-            for batch in _batches(shard, specs, limit):
-                with _gathered(module, batch):
+            for batch in _batches(shard, limit):
+                with _gathered(module, [tensor for _, tensor in batch]):
                     if is_mine:
-                        for tensor in batch:
-                            writer.add(tensor.data)
+                        for tensor_name, tensor in batch:
+                            writer.add(files.to_stored(tensor_name, tensor.data))
 
 
 def write_model_config(model: Any, folder: Path) -> None:
@@ -103,16 +123,17 @@ def _tensors(module: TrainModule, adapter_only: bool) -> Iterator[tuple[str, tor
 
 
 def _batches(
-    tensors: list[torch.Tensor], specs: list[TensorSpec], limit: int
-) -> Iterator[list[torch.Tensor]]:
-    batch: list[torch.Tensor] = []
+    tensors: list[tuple[str, torch.Tensor]], limit: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    batch: list[tuple[str, torch.Tensor]] = []
     size = 0
-    for tensor, spec in zip(tensors, specs, strict=True):
-        if batch and size + spec.nbytes > limit:
+    for name, tensor in tensors:
+        nbytes = tensor.dtype.itemsize * math.prod(_shape(tensor))
+        if batch and size + nbytes > limit:
             yield batch
             batch, size = [], 0
-        batch.append(tensor)
-        size += spec.nbytes
+        batch.append((name, tensor))
+        size += nbytes
     if batch:
         yield batch
 

@@ -77,8 +77,9 @@ def run(composed: Composed, options: Options) -> int:
 
 def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
     from llmtune.run.prepare import watch_tokenizing
-    from llmtune.run.task import prepare_rows
+    from llmtune.run.task import adopt_task, prepare_rows, resolve_labels
 
+    composed = adopt_task(composed)
     config = composed.config
     if config.data.streaming:
         raise DataError(
@@ -92,6 +93,8 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
     folder = resolve_model_folder(config.model, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_rows(config, tokenizer, cache, watch_tokenizing(console), strict=False)
+    if not data.fatal:
+        resolve_labels(config, data, folder)
     check_padding(folder, tokenizer)
     beyond = list(find_beyond((*data.train_stores, *data.eval_stores), folder, tokenizer))
     data = replace(data, fatal=data.fatal + len(beyond))

@@ -178,6 +178,7 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
                 f"   NVMe: {format_bytes(written)} written per step, {format_bytes(1000 * written)}"
                 " in 1,000 steps"
             )
+        lines += _describe_copies(config.checkpoint.background, ladder)
         seconds = ladder.chosen.speed
         lines.append(
             f"   a step of full rows: {_describe_time(seconds.step_seconds)}, bound by"
@@ -194,6 +195,23 @@ def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
         lines += ["", "would change the result, and is never done by itself:"]
         lines += [_advice_line(item) for item in advice]
     return "\n".join(lines) + "\n"
+
+
+def _describe_copies(background: bool | str, ladder: Ladder) -> list[str]:
+    """Describe what checkpoints take of one machine's memory while they are written."""
+    assert ladder.chosen is not None
+    if not background:
+        return []
+    copies = format_bytes(ladder.chosen.memory.checkpoint // ladder.hardware.nodes)
+    if background == "auto":
+        return [
+            f"   checkpoints: copied to {copies} of host memory where they are free, and written"
+            " while training goes on; not counted above"
+        ]
+    return [
+        f"   checkpoints: copied to {copies} of host memory (checkpoint.background=true), and"
+        " written while training goes on; not counted above"
+    ]
 
 
 def _describe_sizes(candidate: Candidate, schedule: BatchSchedule) -> list[str]:

@@ -28,7 +28,7 @@ ALIASES = {
 YAML_ALIASES = {alias: key for alias, key in ALIASES.items() if alias != "checkpoint"}
 
 #: Keys that take a word or a list of names.
-NAMES = ("tuner.target_modules",)
+NAMES = ("tuner.target_modules", "tuner.exclude_modules")
 
 #: Prompts. Nothing in them is interpolated, not even in a YAML file: the file may be another
 #: user's, and ask for variables of the environment.

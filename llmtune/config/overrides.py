@@ -130,7 +130,7 @@ def _read_value(key: str, value: str) -> Any:
     if key in keys.SOURCES:
         return _read_sources(key, value)
     if key in keys.NAMES:
-        return _read_names(value)
+        return None if value == "null" else _read_names(value)
     return _read_grammar(key, value)
 
 

@@ -34,6 +34,7 @@ _POSITIVE = (
     "data.shuffle_buffer",
     "tuner.lora_r",
     "tuner.lora_alpha",
+    "tuner.lora_plus_ratio",
     "tuner.freeze.last_layers",
     "checkpoint.keep_every",
     "launch.nproc",

@@ -6,12 +6,64 @@ Each has a test that fails when upstream fixes it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed
+
+
+@contextmanager
+def share_weights_with_masters() -> Iterator[None]:
+    """Let weights be their own master weights in stage 3, where both have the same dtype.
+
+    ``stage3.py: _create_fp32_partitions`` means to take them as they are, and asks whether
+    ``tensor.device == self.device``. That is a ``torch.device`` and a text, which are never equal,
+    so that it makes a copy: 2 bytes per trained parameter in bf16, 4 in fp32. Within that method
+    the device is a ``torch.device`` here. With the optimizer on the host nothing changes.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    create = Stage3._create_fp32_partitions
+
+    def create_shared(self: Any) -> None:
+        device = self.device
+        if not self.offload_optimizer:
+            self.device = torch.device(device)
+        try:
+            create(self)
+        finally:
+            self.device = device
+
+    Stage3._create_fp32_partitions = create_shared
+    try:
+        yield
+    finally:
+        Stage3._create_fp32_partitions = create
+
+
+@contextmanager
+def allow_bf16_masters() -> Iterator[None]:
+    """Let an optimizer that is not DeepSpeed's have bf16 master weights on the host.
+
+    ``base_optimizer.py: _configure_master_weights`` takes no other than ``DeepSpeedCPUAdam`` there,
+    which rounds to the nearest. What ZeRO does with master weights is the same for all.
+    """
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    configure = ZeROOptimizer._configure_master_weights
+
+    def configure_any(self: Any, **settings: Any) -> torch.dtype:
+        dtype: torch.dtype = configure(self, **{**settings, "bf16_offload_validator": None})
+        return dtype
+
+    ZeROOptimizer._configure_master_weights = configure_any
+    try:
+        yield
+    finally:
+        ZeROOptimizer._configure_master_weights = configure
 
 
 def undo_stage0_dummy_step(optimizer: Any) -> bool:

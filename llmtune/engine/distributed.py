@@ -189,6 +189,12 @@ def broadcast_object(value: Any, rank: Rank) -> Any:
     return _from_bytes(text)
 
 
+def broadcast_tensor(tensor: torch.Tensor, source: int, rank: Rank) -> None:
+    """Send a rank's tensor to every rank, into memory of the same shape on the ranks' devices."""
+    if rank.world_size > 1:
+        dist.broadcast(tensor, src=source)
+
+
 def _to_bytes(value: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 

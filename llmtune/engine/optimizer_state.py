@@ -1,20 +1,23 @@
 """The optimizer's state by parameter name: the slices that this rank holds, in every ZeRO stage.
 
-Master weights and states are in flat fp32 tensors whose layout depends on stage and world size.
-Callers see neither: they get a name, an offset in the flattened parameter, and the values.
+A slice has one tensor of master weights and one of each state, stored as the optimizer stores them;
+where that is in blocks of 8 bits, also one with the blocks' scales.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmtune.engine.converting_optimizer import Blocks, ConvertingOptimizer
 from llmtune.engine.nvme_swap import swapped_in
+from llmtune.engine.state_slices import StateSlice, list_slices
+from llmtune.optimizer.block_codes import count_blocks, encode_blocks
+from llmtune.optimizer.storage import BLOCK_ELEMENTS, SCALES
 from llmtune.storage.layout import MASTER_WEIGHT
 
 if TYPE_CHECKING:
@@ -23,41 +26,28 @@ if TYPE_CHECKING:
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateSlice:
-    """Elements ``[start, start + numel)`` of a flattened parameter, and their tensor."""
-
-    name: str
-    start: int
-    numel: int
-    parameter_numel: int
-    flat: torch.Tensor
-    """The fp32 tensor that the optimizer updates; the key of its state."""
-    flat_offset: int
-    sub_group: int = -1
-    """Its sub-group in stage 3, whose states may be on NVMe; -1 in other stages."""
-
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the slice of ``tensor``, which has the layout of ``flat``."""
-        return tensor.data.view(-1).narrow(0, self.flat_offset, self.numel)
-
-
-def state_keys(module: TrainModule) -> tuple[str, ...]:
-    """Name the tensors of a slice: the fp32 copy of the weight, and the optimizer's states."""
+def state_kinds(module: TrainModule) -> tuple[str, ...]:
+    """Name what a slice holds: the master weight, and the optimizer's states."""
     return (MASTER_WEIGHT, *module.optimizer.states)
 
 
-def state_slices(module: TrainModule) -> list[StateSlice]:
-    """List the slices that this rank holds, by sub-group.
+def state_tensors(module: TrainModule, part: StateSlice) -> dict[str, tuple[torch.dtype, int]]:
+    """Return the tensors that a slice is stored in: name -> dtype and elements."""
+    tensors: dict[str, tuple[torch.dtype, int]] = {}
+    for kind in state_kinds(module):
+        storage = module.optimizer.storage(kind)
+        if storage.in_blocks:
+            tensors[kind] = (torch.uint8, part.numel)
+            tensors[kind + SCALES] = (torch.float32, count_blocks(part.start, part.numel))
+        else:
+            is_half = storage.element_bytes == 2
+            tensors[kind] = (torch.bfloat16 if is_half else torch.float32, part.numel)
+    return tensors
 
-    The slices of all ranks cover every trained parameter; without ZeRO those of each rank do.
-    """
-    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
-    if module.zero_stage == 3:
-        return sorted(_stage3_slices(module, names), key=lambda part: part.sub_group)
-    if module.zero_stage > 0:
-        return list(_stage12_slices(module, names))
-    return list(_stage0_slices(module, names))
+
+def state_slices(module: TrainModule) -> list[StateSlice]:
+    """List the slices that this rank holds (:func:`llmtune.engine.state_slices.list_slices`)."""
+    return list_slices(module.engine.optimizer, module.model, module.zero_stage, module.rank.rank)
 
 
 def iterate_in_memory(
@@ -102,21 +92,39 @@ def slices_to_save(module: TrainModule) -> list[StateSlice]:
     return owned
 
 
-def view_state(module: TrainModule, part: StateSlice, kind: str) -> torch.Tensor:
-    """Return a view of a slice's values; zeros before the first step.
+def view_state(module: TrainModule, part: StateSlice, name: str) -> torch.Tensor:
+    """Return a view of one of a slice's tensors; zeros before the first step.
 
     It is valid within the batch of :func:`iterate_in_memory`.
+
+    Args:
+        name: One of :func:`state_tensors`.
     """
-    if kind == MASTER_WEIGHT:
+    if name == MASTER_WEIGHT:
         return part.view(part.flat)
     state = module.torch_optimizer.state.get(part.flat)
-    return part.view(state[kind]) if state else torch.zeros(part.numel)
+    if not state:
+        dtype, numel = state_tensors(module, part)[name]
+        return torch.zeros(numel, dtype=dtype)
+    stored = state[name.removesuffix(SCALES)]
+    if not isinstance(stored, Blocks):
+        return part.view(stored)
+    first, last = _blocks_of(module, part)
+    if name.endswith(SCALES):
+        return stored.scales[first:last]
+    lead = part.start % BLOCK_ELEMENTS
+    return stored.codes[first:last].view(-1).narrow(0, lead, part.numel)
 
 
 def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:
     """Create zero states, as the optimizer's first step would, and set its step counter."""
+    own = module.torch_optimizer
     for flat in {id(part.flat): part.flat for part in slices}.values():
-        state = module.torch_optimizer.state[flat]
+        if isinstance(own, ConvertingOptimizer):
+            # What a batch of slices does not cover is padding.
+            own.make_state(flat)["step"] = steps
+            continue
+        state = own.state[flat]
         if module.optimizer.update is None:
             # torch's fused kernels need the counter on the device of the values.
             state["step"] = torch.tensor(float(steps), device=flat.device)
@@ -131,10 +139,31 @@ def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> Non
 
 
 def write_state(module: TrainModule, part: StateSlice, kind: str, values: torch.Tensor) -> None:
-    """Write values into this rank's slice; the state must exist."""
+    """Write values into this rank's slice; the state must exist.
+
+    Args:
+        kind: One of :func:`state_kinds`.
+        values: fp32, shape (numel,).
+    """
     target = part.flat if kind == MASTER_WEIGHT else module.torch_optimizer.state[part.flat][kind]
     with torch.no_grad():
-        part.view(target).copy_(values)
+        if not isinstance(target, Blocks):
+            part.view(target).copy_(values)
+            return
+        first, last = _blocks_of(module, part)
+        padded = torch.zeros(BLOCK_ELEMENTS * (last - first))
+        padded.narrow(0, part.start % BLOCK_ELEMENTS, part.numel).copy_(values)
+        codes, scales = encode_blocks(
+            padded.view(-1, BLOCK_ELEMENTS), module.optimizer.storage(kind)
+        )
+        target.codes[first:last].copy_(codes)
+        target.scales[first:last].copy_(scales)
+
+
+def _blocks_of(module: TrainModule, part: StateSlice) -> tuple[int, int]:
+    """Return the first block of a slice, and the first one that is no longer its own."""
+    piece = module.torch_optimizer.piece_of(part)
+    return piece.block, piece.block + piece.blocks
 
 
 def optimizer_steps(module: TrainModule) -> int:
@@ -166,70 +195,3 @@ def _loss_scaler(module: TrainModule) -> Any:
         return None
     optimizer = module.engine.optimizer
     return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-
-
-def _stage0_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
-    optimizer = module.engine.optimizer
-    if hasattr(optimizer, "fp32_groups"):
-        pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
-    else:
-        # fp32: the parameters are their own masters.
-        own = [
-            parameter
-            for group in module.torch_optimizer.param_groups
-            for parameter in group["params"]
-        ]
-        pairs = zip(chain(own), chain(own), strict=True)
-    for parameter, master in pairs:
-        yield StateSlice(
-            name=names[id(parameter)],
-            start=0,
-            numel=parameter.numel(),
-            parameter_numel=parameter.numel(),
-            flat=master,
-            flat_offset=0,
-        )
-
-
-def _stage12_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
-    optimizer = module.engine.optimizer
-    for parameters, flat in zip(
-        optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
-    ):
-        for parameter in parameters:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                in_parameter = mapping.lp_fragment_address
-                in_flat = mapping.hp_fragment_address
-                name = names[id(parameter)]
-                yield StateSlice(
-                    name=name,
-                    start=in_parameter.start,
-                    numel=in_parameter.numel,
-                    parameter_numel=parameter.numel(),
-                    flat=flat,
-                    flat_offset=in_flat.start,
-                )
-
-
-def _stage3_slices(module: TrainModule, names: dict[int, str]) -> Iterator[StateSlice]:
-    optimizer = module.engine.optimizer
-    for parameter in module.model.parameters():
-        if not parameter.requires_grad:
-            continue
-        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        # ds_tensor.numel() would be that of a placeholder while the slice is on NVMe.
-        start = module.rank.rank * parameter.ds_tensor.ds_numel
-        # The last rank's slice is padded.
-        count = min(int(size), parameter.ds_numel - start)
-        if count > 0:
-            flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield StateSlice(
-                name=names[id(parameter)],
-                start=start,
-                numel=count,
-                parameter_numel=parameter.ds_numel,
-                flat=flat,
-                flat_offset=int(offset),
-                sub_group=int(group),
-            )

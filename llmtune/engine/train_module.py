@@ -10,18 +10,23 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from llmtune.engine.converting_optimizer import ConvertingOptimizer
 from llmtune.engine.deepspeed_fixes import (
+    allow_bf16_masters,
     grow_loss_scale_behind_step,
     keep_norm_precision,
     keep_overflow_on_device,
     missing_loss_scale,
     norms_of,
+    share_weights_with_masters,
     step_in_few_kernels,
     undo_stage0_dummy_step,
 )
 from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.engine.partitions import gather_for_readers
+from llmtune.engine.state_slices import list_slices
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.optimizer.param_groups import DEFAULT_GROUP, RATE_FACTOR, GroupOf, plain_name
 from llmtune.plan.memory.parameter_groups import parameter_groups
@@ -112,13 +117,18 @@ class TrainModule:
         rank: Rank,
         loss_function: LossFunction,
         optimizer: Optimizer,
+        seed: int = 0,
         group_of: GroupOf = lambda _: DEFAULT_GROUP,
-        training_loss: LossFunction | None = None,
+        read_elsewhere: Iterable[tuple[Any, Any]] = (),
     ):
-        """
+        """Build DeepSpeed's engine around a model.
+
         Args:
-            loss_function: The loss of evaluations, and of training where it has no other one.
+            loss_function: The loss of evaluations, and of training unless ``training_loss`` is set.
+            seed: Of the random bits with which an optimizer rounds.
             group_of: Finds the settings of a parameter that are not the optimizer's.
+            read_elsewhere: Modules of the model, each with a parameter of another module that it
+                reads in its forward pass.
         """
         import deepspeed
 
@@ -126,7 +136,8 @@ class TrainModule:
 
         self.rank = rank
         self.loss_function = loss_function
-        self.training_loss = training_loss
+        #: The loss of training, where it is not that of evaluations.
+        self.training_loss: LossFunction | None = None
         self.placement = read_placement(deepspeed_config)
         self.zero_stage = self.placement.zero_stage
         self.config = deepspeed_config
@@ -138,13 +149,20 @@ class TrainModule:
         settings = dict(copy["optimizer"]["params"])
         copy["optimizer"]["params"] = settings
         groups = group_parameters(model, self.placement, rank.world_size, settings, group_of)
-        own = None
+        own: ElementwiseOptimizer | ConvertingOptimizer | None = None
         if optimizer.update is not None:
             del copy["optimizer"]
+        if optimizer.converts:
+            own = ConvertingOptimizer(groups, optimizer, settings, seed)
+        elif optimizer.update is not None:
             own = ElementwiseOptimizer(groups, optimizer, settings)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=groups, optimizer=own, config=copy
-        )
+        with share_weights_with_masters(), allow_bf16_masters():
+            self.engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=groups, optimizer=own, config=copy
+            )
+        gather_for_readers(read_elsewhere)
+        if isinstance(own, ConvertingOptimizer):
+            own.place(list_slices(self.engine.optimizer, self.model, self.zero_stage, rank.rank))
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
+from llmtune.config.stored import load_config
 from llmtune.errors import ExportError
 from llmtune.export.architecture import find_architecture, read_config, task_of
 from llmtune.export.card.license import check_licenses
@@ -39,6 +40,7 @@ from llmtune.export.sources.tensor_source import (
 from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
 from llmtune.model.weights.names import match_names
+from llmtune.storage import layout
 
 
 def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportModel:
@@ -113,11 +115,21 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
         )
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
-        base = Nf4RoundTripSource(base, quantized_names(request.base, base))
+        names = quantized_names(request.base, base)
+        base = Nf4RoundTripSource(base, names, _had_double_quant(request.run))
     left_out = {*_tied_copies(request.base, base), *_other_heads(request.base, base)}
     if not left_out:
         return base
     return RenamedSource(base, {name: name for name in base.specs if name not in left_out})
+
+
+def _had_double_quant(run: Path | None) -> bool:
+    """Tell whether a training quantized the scales of its 4-bit weights; True where none is known.
+
+    Raises:
+        ConfigError: The run has no readable configuration.
+    """
+    return run is None or load_config(run / layout.CONFIG).tuner.bnb_4bit_use_double_quant
 
 
 def _other_heads(folder: Path, base: TensorSource) -> list[str]:

@@ -14,6 +14,7 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
+from llmtune.model.nf4_model import In4Bits, allocate, packed_weights, quantize_layers
 from llmtune.model.weights.files import read_entries
 from llmtune.model.weights.quantized import find_meaningless, quantization
 from llmtune.model.weights.report import WeightReport
@@ -24,7 +25,7 @@ from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import find_task
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsTo:
     """The destination of the weights when they are read."""
 
@@ -34,6 +35,8 @@ class WeightsTo:
     """DeepSpeed's ``zero.Init`` for ZeRO 3, where weights are read slice by slice."""
     rank: int = 0
     """The rank whose slices are read."""
+    in_4_bits: In4Bits | None = None
+    """Keeps linear layers in NF4."""
 
 
 def build_model(
@@ -56,7 +59,11 @@ def build_model(
         MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is missing.
     """
     try:
-        if weights.partitioned is None:
+        if weights.in_4_bits is not None:
+            model = _load_in_4_bits(
+                folder, config, precision, attn_implementation, weights, weights.in_4_bits
+            )
+        elif weights.partitioned is None:
             model = _load_unpartitioned(folder, config, precision, attn_implementation, weights)
         else:
             model = _load_partitioned(folder, config, precision, attn_implementation, weights)
@@ -112,9 +119,66 @@ def _load_partitioned(
             f"{folder} holds quantized weights, which ZeRO 3 cannot partition: take zero=2"
             " (or 0, 1)"
         )
+    make = _find_maker(folder, config, attn_implementation)
+    from transformers.initialization import no_init_weights
+
+    assert weights.partitioned is not None
+
+    # No value is initialized: the slices are read over the empty memory.
+    dtype = configured_dtype(precision.value)
+    with no_init_weights():
+        with weights.partitioned():
+            model = make(dtype)
+            # Part of the initialization that no_init_weights leaves out.
+            model.tie_weights()
+        restore_buffers(model, make, dtype)
+    load_partitions(model, folder, weights.rank)
+    return model
+
+
+def _load_in_4_bits(
+    folder: Path,
+    config: ModelConfig,
+    precision: Precision,
+    attn_implementation: str,
+    weights: WeightsTo,
+    settings: In4Bits,
+) -> Any:
+    """Build the model without memory, allocate what this rank keeps, and quantize while reading.
+
+    The model in 16 bits is nowhere whole. With ``zero.Init`` the model in 4 bits is not either.
+    """
+    if quantization(folder) is not None:
+        raise ConfigError(
+            f"{folder} holds quantized weights: tuner=qlora quantizes a model in 16 bits; take"
+            " tuner=lora with zero=2 (or 0, 1), or the model in 16 bits"
+        )
+    make = _find_maker(folder, config, attn_implementation)
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    dtype = configured_dtype(precision.value)
+    with no_init_weights():
+        with init_empty_weights(include_buffers=False):
+            model = make(dtype)
+        # Inside, accelerate would make a new parameter of the tied one.
+        model.tie_weights()
+        head = find_task(config.task).head_modules(model)
+        with weights.partitioned() if weights.partitioned is not None else settings.device:
+            layers = quantize_layers(model, head, settings, dtype)
+            allocate(model, settings.device)
+        restore_buffers(model, make, dtype)
+    packed = packed_weights(model, layers, settings, dtype)
+    load_partitions(model, folder, weights.rank, packed)
+    return model
+
+
+def _find_maker(
+    folder: Path, config: ModelConfig, attn_implementation: str
+) -> Callable[[torch.dtype], Any]:
+    """Return a function that makes the model of a folder in a dtype, without its weights."""
     with no_collection():
         import transformers
-        from transformers.initialization import no_init_weights
 
     model_class = getattr(transformers, find_task(config.task).model_class)
     architecture = transformers.AutoConfig.from_pretrained(
@@ -129,18 +193,7 @@ def _load_partitioned(
             trust_remote_code=config.trust_remote_code,
         )
 
-    assert weights.partitioned is not None
-
-    # No value is initialized: the slices are read over the empty memory.
-    dtype = configured_dtype(precision.value)
-    with no_init_weights():
-        with weights.partitioned():
-            model = make(dtype)
-            # Part of the initialization that no_init_weights leaves out.
-            model.tie_weights()
-        restore_buffers(model, make, dtype)
-    load_partitions(model, folder, weights.rank)
-    return model
+    return make
 
 
 def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:

@@ -14,7 +14,11 @@ from typing import Any
 from llmtune.config.cache_folder import INSTEAD, KEY
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
+from llmtune.model.folders.linked import link_base
+from llmtune.model.folders.scaled import scaled_settings
+from llmtune.model.folders.text_part import has_text_part, write_text_part
 from llmtune.model.random_model import makes_encoder, write_random_model
+from llmtune.model.weights.files import identify_weights
 from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.plan.architecture.load import unreachable_model
 from llmtune.security.trust import open_lock, require_own
@@ -57,9 +61,10 @@ def resolve_model_folder(
         digest = short_hash(json.dumps(architecture, sort_keys=True).encode())
         # Encoders were causal language models once, with another tokenizer.
         key = f"random-encoder-{digest}" if makes_encoder(architecture) else f"random-{digest}"
-        return make_once(
+        folder = make_once(
             cache_dir / "models" / key, lambda folder: write_random_model(architecture, folder)
         )
+        return _scale(config, folder, cache_dir, say)
 
     # Files: of an installed package, GGUF, a folder, or the hub.
     wheel = _find_in_wheel(config.wheel)
@@ -83,15 +88,41 @@ def resolve_model_folder(
                 f" model.revision={commit} keeps it"
             )
 
-    # Whatever it was, it is safetensors of the planned architecture now.
+    # Whatever it was, it is safetensors now.
     if not list(folder.glob("*.safetensors")):
         raise MissingPrerequisiteError(
             f"model.name_or_path={name}: {folder} holds no *.safetensors (it has: "
             f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}); "
             "convert older formats with transformers' save_pretrained"
         )
+    kind = (config.config or {}).get("model_type")
+    if has_text_part(folder, kind):
+        folder = _take_text_part(config, folder, cache_dir, say)
     _check_architecture(config, folder)
-    return folder
+    return _scale(config, folder, cache_dir, say)
+
+
+def _take_text_part(
+    config: ModelConfig, base: Path, cache_dir: Path, say: Callable[[str], None]
+) -> Path:
+    key = short_hash(identify_weights(base).encode())
+    return make_once(
+        cache_dir / "models" / f"{base.name[:40]}-text-{key}",
+        lambda target: write_text_part(base, target, config.name_or_path, say),
+    )
+
+
+def _scale(config: ModelConfig, base: Path, cache_dir: Path, say: Callable[[str], None]) -> Path:
+    """Return the folder with the positions of ``model.rope_scaling``; without it, the base."""
+    if not config.rope_scaling:
+        return base
+    settings = scaled_settings(base, config)
+    identity = [identify_weights(base), settings]
+    key = short_hash(json.dumps(identity, sort_keys=True).encode())
+    return make_once(
+        cache_dir / "models" / f"{base.name[:40]}-rope-{key}",
+        lambda target: link_base(base, target, settings, say),
+    )
 
 
 def _find_in_wheel(distribution: str | None) -> Path | None:
@@ -190,9 +221,14 @@ def _check_architecture(config: ModelConfig, folder: Path) -> None:
     """Refuse a model whose configuration is not the one that the plan was made from."""
     stored: dict[str, Any] = parse_json((folder / "config.json").read_text())
     stored |= correct_architecture(folder)
+    planned = dict(config.config or {})
+    if "rope_parameters" in planned:
+        # Files have it under the names of older versions of transformers.
+        stored["rope_parameters"] = _rope_parameters(stored)
+        planned["rope_parameters"] = _rope_parameters(planned)
     different = [
         f"{key}: model.config says {value}, {folder}/config.json says {stored[key]}"
-        for key, value in (config.config or {}).items()
+        for key, value in planned.items()
         if key in stored and stored[key] != value
     ]
     if different:
@@ -201,6 +237,14 @@ def _check_architecture(config: ModelConfig, folder: Path) -> None:
             f" {'; '.join(different)}. Take model=custom model.name_or_path=... to read the model's"
             " own config.json"
         )
+
+
+def _rope_parameters(settings: dict[str, Any]) -> Any:
+    """Return how rotary positions are computed, as transformers reads it from settings."""
+    from transformers import AutoConfig
+
+    given = {key: value for key, value in settings.items() if key != "model_type"}
+    return AutoConfig.for_model(str(settings.get("model_type")), **given).rope_parameters
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -13,20 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.config.cache_folder import KEY
 from llmtune.config.groups.model import ModelConfig
 from llmtune.draws import Draw, torch_seed
 from llmtune.errors import ConfigError
+from llmtune.model.folders.linked import link_base, write_index
 from llmtune.model.source import make_once
-from llmtune.model.weights.files import identify_weights, read_entries, weight_files
+from llmtune.model.weights.files import identify_weights, read_entries
 from llmtune.plan.architecture.corrected_architecture import correct_architecture
-from llmtune.storage.atomic import link_or_copy
 from llmtune.storage.hashing import short_hash
-from llmtune.storage.layout import MODEL_INDEX
 from llmtune.storage.plain_json import parse_json
 from llmtune.task.labels import LabelKind, Labels
 from llmtune.task.task import Task, find_task
-from llmtune.units import format_bytes
 
 #: Part of the cache key; raise it when a head is drawn or stored differently.
 HEAD_VERSION = 2
@@ -34,7 +31,6 @@ HEAD_VERSION = 2
 #: The file with the head. Its name comes after those of the base's files, so that its tensors
 #: replace a head of the base.
 _HEAD = "head.safetensors"
-_BASE = "base-"
 
 _CONFIG = "config.json"
 
@@ -84,7 +80,7 @@ def resolve_task_folder(
     name = f"{base.name[:40]}-{task.name}-{short_hash(json.dumps(identity).encode())}"
 
     def make(folder: Path) -> None:
-        _link_base(base, folder, stored | settings, say)
+        link_base(base, folder, stored | settings, say)
         _add_head(folder, task, config.name_or_path, seed, keeps_head, say)
 
     return make_once(cache_dir / "models" / name, make)
@@ -178,29 +174,6 @@ def _find_class(task: Task, stored: dict[str, Any], name: str) -> str:
     return str(model_class.__name__)
 
 
-def _link_base(
-    base: Path, folder: Path, settings: dict[str, Any], say: Callable[[str], None]
-) -> None:
-    """Link the base's files into a folder, and write its configuration and an index of weights."""
-    folder.mkdir()
-    weights = weight_files(base)
-    # Not symbolic links: a folder with links that lead out of it is not merged or exported.
-    copied = [file for file in weights if not link_or_copy(file, folder / f"{_BASE}{file.name}")]
-    if copied:
-        size = format_bytes(sum(file.stat().st_size for file in copied))
-        say(
-            f"copied {size} of {base}, which cannot be linked into {folder.parent}: a cache on the"
-            f" same file system, with files of your own, needs no copy ({KEY})"
-        )
-    for file in base.iterdir():
-        is_weight = file.suffix in (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx")
-        if file.is_file() and not is_weight and file.name not in (_CONFIG, MODEL_INDEX):
-            link_or_copy(file, folder / file.name)
-    (folder / _CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
-    entries = read_entries(base)
-    _write_index(folder, {name: f"{_BASE}{entry.file.name}" for name, entry in entries.items()})
-
-
 def _add_head(
     folder: Path,
     task: Task,
@@ -241,7 +214,7 @@ def _add_head(
             f" ({', '.join(sorted(tensors))}), drawn with seed={seed}"
         )
     index = {one: entry.file.name for one, entry in entries.items()}
-    _write_index(folder, {**index, **dict.fromkeys(tensors, _HEAD)})
+    write_index(folder, {**index, **dict.fromkeys(tensors, _HEAD)})
 
 
 def draw_weights(model: Any, names: set[str], seed: int) -> dict[str, Any]:
@@ -266,8 +239,3 @@ def draw_weights(model: Any, names: set[str], seed: int) -> dict[str, Any]:
                 module.reset_parameters()
             model._init_weights(module)
     return {one: model.get_parameter(one).detach().clone() for one in sorted(names)}
-
-
-def _write_index(folder: Path, files: dict[str, str]) -> None:
-    text = json.dumps({"metadata": {}, "weight_map": dict(sorted(files.items()))}, indent=1)
-    (folder / MODEL_INDEX).write_text(text)

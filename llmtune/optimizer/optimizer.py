@@ -4,24 +4,39 @@ ZeRO cuts the flattened parameters anywhere, so that every optimizer here is ele
 becomes of an element depends on its own gradient and states, and on the step. One kernel serves
 every stage and placement, on the accelerator and on the host, so that falling back to another rung
 changes no digit.
+
+An update rule computes in fp32. Master weights and states may be stored in fewer bytes
+(:mod:`llmtune.optimizer.storage`); the engine converts them, a piece at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from llmtune.config.groups.optim import OptimConfig
+from llmtune.config.groups.optim import OptimConfig, Rounding
+from llmtune.config.schema import Precision
+from llmtune.optimizer.storage import BF16, FP32, Storage
 from llmtune.registry import Registry
 from llmtune.storage.layout import MASTER_WEIGHT
 
 if TYPE_CHECKING:
     import torch
 
-#: Master weights, gradients of a step and states are fp32.
+#: Bytes of what is computed: an update, and what an optimizer stores unless it says otherwise.
 FP32_BYTES = 4
+
+#: The state that holds what rounding took from the master weights: with it they have 16 bits more.
+COMPENSATION = "compensation"
+
+#: Elements that are converted to fp32 and updated at a time, by accelerator: as many as a CPU has
+#: in its cache, and as keep a GPU busy.
+CONVERTED_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
+
+#: The keys of ``optim`` that say how numbers are stored, and are no settings of an update.
+_OF_STORAGE = ("rounding",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +64,19 @@ class Optimizer:
     title: str
     """Its name for people, and as ``type`` in DeepSpeed's configuration."""
     states: tuple[str, ...]
-    """Names of its fp32 tensors, each of the parameter's shape, in torch's state and in files."""
+    """Names of its tensors, each of the parameter's shape, in torch's state and in files."""
+    storages: Mapping[str, Storage] = field(default_factory=dict)
+    """Formats of the states that are not fp32, by name."""
+    master: Storage = FP32
+    """Format of the master weights: fp32, or bf16, which is the weights' own dtype."""
+    rounding: Rounding | None = None
+    """Rounding of an update to bf16; None where master weights and states are fp32."""
+    variant: Callable[[Optimizer, OptimConfig], Optimizer] | None = None
+    """Returns the optimizer with settings that change what it stores."""
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+    """ZeRO stages in which it works."""
+    stages_reason: str = ""
+    """The reason why it does not work in the others."""
     reads: tuple[str, ...] = ("betas", "eps", "weight_decay")
     """The keys of ``optim`` that it reads beside the learning rate."""
     update: Callable[[Update], None] | None = None
@@ -76,16 +103,45 @@ class Optimizer:
             )
         if (self.update is None) == (self.built_with is None):
             raise ValueError(f"{self.name} needs either update or built_with")
+        if self.converts != (self.rounding is not None) or (self.converts and self.update is None):
+            raise ValueError(
+                f"{self.name} needs update and rounding where it stores fewer bytes than fp32"
+            )
 
     @property
-    def state_bytes(self) -> int:
+    def converts(self) -> bool:
+        """Tell whether anything is stored in fewer bytes than the update computes with."""
+        return self.master is not FP32 or any(
+            storage is not FP32 for storage in self.storages.values()
+        )
+
+    def storage(self, name: str) -> Storage:
+        """Return how a state is stored, or the master weights."""
+        return self.master if name == MASTER_WEIGHT else self.storages.get(name, FP32)
+
+    @property
+    def state_bytes(self) -> float:
         """Bytes of its states per trained parameter."""
-        return FP32_BYTES * len(self.states)
+        return sum(self.storage(name).element_bytes for name in self.states)
 
     @property
-    def master_and_state_bytes(self) -> int:
+    def master_bytes(self) -> int:
+        """Bytes of a master weight, and of its gradient in a step."""
+        return int(self.master.element_bytes)
+
+    @property
+    def master_and_state_bytes(self) -> float:
         """Bytes of master weight and states per trained parameter."""
-        return FP32_BYTES + self.state_bytes
+        return self.master_bytes + self.state_bytes
+
+    def update_bytes(self, accelerator: str) -> int:
+        """Bytes of a step's own tensors: numbers converted to fp32, random bits."""
+        if not self.converts:
+            return 0
+        # Weight, gradient, states, their denominator, and one that is being rounded; the bits are
+        # 16 of each element, made from words of 64, and widened to 32.
+        per_element = FP32_BYTES * (4 + len(self.states)) + 10
+        return per_element * CONVERTED_ELEMENTS[accelerator]
 
     @property
     def swap_buffers(self) -> int:
@@ -98,7 +154,8 @@ class Optimizer:
 
     def settings(self, optim: OptimConfig, learning_rate: float) -> dict[str, Any]:
         """Return its settings as torch's optimizers spell them."""
-        return {"lr": learning_rate, **{key: copy(getattr(optim, key)) for key in self.reads}}
+        keys = [key for key in self.reads if key not in _OF_STORAGE]
+        return {"lr": learning_rate, **{key: copy(getattr(optim, key)) for key in keys}}
 
     def to_deepspeed(self, optim: OptimConfig, learning_rate: float) -> dict[str, Any]:
         """Return its keys of DeepSpeed's configuration, which are those of every placement.
@@ -110,20 +167,44 @@ class Optimizer:
         settings = self.settings(optim, learning_rate)
         if self.built_with is not None:
             return {"optimizer": {"type": self.title, "params": {**settings, **self.built_with}}}
-        return {
+        keys: dict[str, Any] = {
             "optimizer": {"type": self.title, "params": settings},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        if self.master is BF16:
+            keys["bf16"] = {"bf16_master_weights_and_grads": True}
+        return keys
 
-    def find_problems(self, optim: OptimConfig) -> list[str]:
-        """Find keys of ``optim`` that are set and would have no effect."""
+    def find_problems(self, optim: OptimConfig, precision: Precision = Precision.bf16) -> list[str]:
+        """Find keys of ``optim`` that would have no effect, and a precision that is not its own."""
         defaults = OptimConfig()
-        return [
+        problems = [
             f"optim.{key}={getattr(optim, key)}: {self.title} does not read it; leave it out"
-            for key in ("betas", "eps", "weight_decay")
+            for key in ("betas", "eps", "weight_decay", *_OF_STORAGE)
             if key not in self.reads and getattr(optim, key) != getattr(defaults, key)
         ]
+        if self.master is BF16 and precision is not Precision.bf16:
+            problems.append(
+                f"optim={self.name} with precision={precision.value}: its master weights are the"
+                " model's own weights in bf16; take precision=bf16, or optim=adamw"
+            )
+        return problems
+
+    def find_obstacle(self, stage: int, optimizer_device: str) -> str | None:
+        """Say why it cannot train in a ZeRO stage, or with its states on a device.
+
+        Args:
+            optimizer_device: ``none`` (the accelerator), ``cpu`` or ``nvme``.
+        """
+        if stage not in self.stages:
+            return f"{self.title} in ZeRO {stage}: {self.stages_reason}"
+        if optimizer_device == "nvme" and self.converts:
+            return (
+                f"{self.title} on NVMe: DeepSpeed swaps master weights, states and gradients"
+                " through buffers of one dtype and length, and llmtune aligns them for fp32 alone"
+            )
+        return None
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """Describe it in a phrase, for the page before step 1 and the card.
@@ -131,12 +212,30 @@ class Optimizer:
         Args:
             settings: Values of ``optim`` by key. ``eps`` is left out.
         """
+        values = {key: getattr(value, "value", value) for key, value in settings.items()}
         described = [
-            f"{key.replace('_', ' ')} {settings.get(key)}" for key in self.reads if key != "eps"
+            f"{key.replace('_', ' ')} {values.get(key)}" for key in self.reads if key != "eps"
         ]
         return ", ".join([self.title, *described])
+
+    def describe_storage(self) -> str:
+        """Describe in which numbers master weights and states are stored."""
+        if not self.converts:
+            return "fp32 master weights and optimizer states"
+        formats = dict.fromkeys(self.storage(name).name for name in self.states)
+        return f"{self.master.name} master weights; optimizer states in {' and '.join(formats)}"
 
 
 OPTIMIZERS: Registry[Optimizer] = Registry(
     "optim.kind", "llmtune.optimizer.kinds", interface=Optimizer
 )
+
+
+def find_optimizer(optim: OptimConfig) -> Optimizer:
+    """Return the optimizer that is configured, with the settings that change what it stores.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    optimizer = OPTIMIZERS.find(optim.kind)
+    return optimizer if optimizer.variant is None else optimizer.variant(optimizer, optim)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError
+from llmtune.plan.architecture.rope_scaling import COUNTS_SCALED
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 
 if TYPE_CHECKING:
@@ -119,6 +121,8 @@ def named_positions(text: Any) -> int | None:
 
 
 def _scaled_positions(text: Any, known: int) -> list[int]:
+    if text.model_type in COUNTS_SCALED:
+        return []
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
     return [
@@ -128,18 +132,27 @@ def _scaled_positions(text: Any, known: int) -> list[int]:
     ]
 
 
-def check_row_length(max_seq_length: int, positions: int | None, name: str) -> None:
+def check_row_length(
+    max_seq_length: int, positions: int | None, name: str, scaled_by: float | None = None
+) -> None:
     """Refuse rows that are longer than the model has positions.
+
+    Args:
+        scaled_by: The factor of ``model.rope_scaling``, 1 without it; None where it cannot multiply
+            them.
 
     Raises:
         ConfigError: With the longest length that it takes.
     """
     if positions is not None and max_seq_length > positions:
+        instead = "a model with more of them"
+        if scaled_by is not None:
+            factor = math.ceil(max_seq_length / positions * scaled_by)
+            instead = f"scale them: model.rope_scaling={{rope_type: yarn, factor: {factor}}}"
         raise ConfigError(
             f"data.max_seq_length={max_seq_length}: {name} has {positions} positions, and later"
             f" tokens would be out of its range; take data.max_seq_length={positions}"
-            " or less (data.overlong says what happens to longer rows), or a model whose"
-            " config.json scales them (rope_scaling)"
+            f" or less (data.overlong says what happens to longer rows), or {instead}"
         )
 
 

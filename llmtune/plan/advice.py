@@ -10,14 +10,16 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.zero import OffloadConfig
-from llmtune.config.schema import Config
+from llmtune.config.schema import Config, Precision
 from llmtune.errors import DoesNotFitError
-from llmtune.optimizer.optimizer import FP32_BYTES, OPTIMIZERS, Optimizer
+from llmtune.optimizer.optimizer import FP32_BYTES, OPTIMIZERS, Optimizer, find_optimizer
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.rank_bytes import element_bytes
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count
 
@@ -61,35 +63,28 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
     shape = ladder.shape
     trained = shape.trainable_parameters // (ladder.world_size if placement.zero_stage else 1)
     where = {"none": "accelerator", "cpu": "host", "nvme": "NVMe"}[placement.optimizer]
-    optimizer = OPTIMIZERS.find(config.optim.kind)
-    master_and_states = optimizer.master_and_state_bytes * trained
+    optimizer = find_optimizer(config.optim)
+    master_and_states = int(optimizer.master_and_state_bytes * trained)
     if master_and_states < 10**9:
         return
     if TUNERS.find(config.tuner.kind).trains_all:
-        lora = shape.trainable_parameters * optimizer.master_and_state_bytes // ladder.world_size
+        lora = int(shape.trainable_parameters * optimizer.master_and_state_bytes)
         yield Advice(
-            change="train adapters only", saves_bytes=lora, where=where, override="tuner=lora"
+            change="train adapters only",
+            saves_bytes=lora // ladder.world_size,
+            where=where,
+            override="tuner=lora",
         )
+    held = _held_bytes(optimizer, config.precision, placement)
     for other in OPTIMIZERS.list().values():
-        if other.state_bytes < optimizer.state_bytes:
+        saved = held - _held_bytes(other, config.precision, placement)
+        if saved > 0 and not other.find_problems(OptimConfig(), config.precision):
             yield Advice(
                 change=f"{other.title} instead of {optimizer.title}",
-                saves_bytes=(optimizer.state_bytes - other.state_bytes) * trained,
+                saves_bytes=int(saved * trained),
                 where=where,
                 override=f"optim={other.name}",
             )
-    yield Advice(
-        change="master weights and moments in bf16 instead of fp32",
-        saves_bytes=master_and_states // 2,
-        where=where,
-        override=None,
-    )
-    yield Advice(
-        change="moments in 8 bits (bitsandbytes)",
-        saves_bytes=optimizer.state_bytes * trained * 3 // 4,
-        where=where,
-        override=None,
-    )
     if placement.optimizer == "cpu":
         yield Advice(
             change=(
@@ -100,6 +95,16 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
             where=where,
             override=None,
         )
+
+
+def _held_bytes(optimizer: Optimizer, precision: Precision, placement: Placement) -> float:
+    """Return the bytes per trained parameter that an optimizer holds between two steps."""
+    held = optimizer.master_and_state_bytes
+    if placement.optimizer != "none":
+        # Its gradient too.
+        return held + optimizer.master_bytes
+    shared = placement.zero_stage == 3 and optimizer.master_bytes == element_bytes(precision)
+    return held - optimizer.master_bytes if shared else held
 
 
 def check_fits(config: Config, ladder: Ladder) -> None:
@@ -153,7 +158,7 @@ Change = tuple[str, Config, Hardware]
 def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
     """List changes from the cheapest to the most expensive.
 
-    These are the user's own restrictions, drives, rows, adapters, memory, machines.
+    These are the user's own restrictions, drives, rows, optimizers, adapters, memory, machines.
     """
     hardware = ladder.hardware
     free = _without_restrictions(config, ladder)
@@ -162,7 +167,7 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
         yield " ".join(restricted), free, hardware
 
     if not hardware.nvme_bytes:
-        drives = _needed_nvme(ladder, OPTIMIZERS.find(config.optim.kind))
+        drives = _needed_nvme(ladder, find_optimizer(config.optim))
         change = f"offload.nvme_path=/path on a drive with {format_bytes(drives)} free"
         yield change, free, replace(hardware, nvme_bytes=drives)
 
@@ -173,6 +178,12 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
             shorter.data.max_seq_length = shorter_length
             yield f"data.max_seq_length={shorter_length}", shorter, hardware
 
+    optimizer = find_optimizer(config.optim)
+    for other in _smaller_optimizers(optimizer, config):
+        changed = copy.deepcopy(free)
+        changed.optim.kind = other.name
+        yield f"optim={other.name}", changed, hardware
+
     if TUNERS.find(config.tuner.kind).trains_all:
         lora = copy.deepcopy(free)
         lora.tuner.kind = "lora"
@@ -180,6 +191,18 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
 
     if hardware.accelerator == "cuda":
         yield from _more_hardware(free, ladder)
+
+
+def _smaller_optimizers(optimizer: Optimizer, config: Config) -> list[Optimizer]:
+    """List optimizers with the same learning rate that store less, the largest first."""
+    smaller = [
+        other
+        for other in OPTIMIZERS.list().values()
+        if other.master_and_state_bytes < optimizer.master_and_state_bytes
+        and other.learning_rate_scale == optimizer.learning_rate_scale
+        and not other.find_problems(config.optim, config.precision)
+    ]
+    return sorted(smaller, key=lambda other: -other.master_and_state_bytes)
 
 
 def _without_restrictions(config: Config, ladder: Ladder) -> Config:

@@ -43,7 +43,7 @@ def to_deepspeed(
             "use_gds": False,
         }
     if precision is not Precision.fp32:
-        config[precision.value] = {"enabled": True}
+        config[precision.value] = {"enabled": True, **config.get(precision.value, {})}
     return config
 
 

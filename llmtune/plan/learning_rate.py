@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmtune.config.groups.optim import OptimConfig
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.tuner.tuner import Tuner
 
 
@@ -14,7 +14,7 @@ def resolve_learning_rate(
     if not isinstance(optim.learning_rate, str):
         return float(optim.learning_rate)
     rate = next(rate for limit, rate in tuner.learning_rates if parameters < limit)
-    optimizer = OPTIMIZERS.find(optim.kind)
+    optimizer = find_optimizer(optim)
     origin = f"auto: {tuner.name}, {parameters / 1e9:.2g} B parameters"
     if optimizer.learning_rate_scale != 1.0:
         rate *= optimizer.learning_rate_scale

@@ -13,10 +13,11 @@ from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, LlmtuneError, MissingPrerequisiteError
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
 from llmtune.plan.advice import check_fits
 from llmtune.plan.architecture.corrected_architecture import describe_correction
+from llmtune.plan.architecture.rope_scaling import describe_scaling
 from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
@@ -30,6 +31,7 @@ from llmtune.plan.param_groups import check_groups, describe_groups
 from llmtune.plan.plan import Plan
 from llmtune.plan.search import build_ladder
 from llmtune.task.task import TASKS
+from llmtune.tuner.coverage import Weight, describe_coverage
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes
 
@@ -96,7 +98,11 @@ def resolve_ladder(
     require(_check_task, shape, config.model.name_or_path)
     check_groups(config.optim, shape)
     require(
-        check_row_length, config.data.max_seq_length, shape.max_positions, config.model.name_or_path
+        check_row_length,
+        config.data.max_seq_length,
+        shape.max_positions,
+        config.model.name_or_path,
+        _scaled_by(config, shape),
     )
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
@@ -108,9 +114,19 @@ def resolve_ladder(
         require(
             check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path
         )
-    correction = describe_correction(Path(config.model.name_or_path).expanduser())
-    notes = (*hardware.notes, *([correction] if correction else ()))
+    described = (
+        describe_correction(Path(config.model.name_or_path).expanduser()),
+        describe_scaling(config.model.rope_scaling, shape.max_positions),
+    )
+    notes = (*hardware.notes, *filter(None, described))
     return replace(ladder, refusals=tuple(refusals), notes=notes)
+
+
+def _scaled_by(config: Config, shape: ModelShape) -> float | None:
+    """Return by what rotary positions are multiplied; None where they cannot be."""
+    if config.model.rope_scaling:
+        return float(config.model.rope_scaling["factor"])
+    return 1.0 if shape.scalable else None
 
 
 def plan_candidate(
@@ -125,7 +141,7 @@ def plan_candidate(
         *ladder.notes,
         f"ranks: {ladder.world_size} ({_world_origin(config, launched)})",
     ]
-    tuner, optimizer = TUNERS.find(config.tuner.kind), OPTIMIZERS.find(config.optim.kind)
+    tuner, optimizer = TUNERS.find(config.tuner.kind), find_optimizer(config.optim)
     rate = resolve_learning_rate(config.optim, tuner, ladder.shape.parameters, notes)
     notes += describe_groups(config.optim, config.tuner, ladder.shape, rate)
     notes += [ladder.rows.origin] if ladder.rows.origin else []
@@ -193,10 +209,13 @@ def _check_trainable(config: Config, hardware: Hardware, world_size: int | None)
         raise MissingPrerequisiteError(
             "precision=fp16: this CPU has no fp16 arithmetic; take precision=bf16 or fp32"
         )
-    tuner = TUNERS.find(config.tuner.kind)
-    if tuner.not_trained_yet is not None:
+    key = "stage3_use_all_reduce_for_fetch_params"
+    if TUNERS.find(config.tuner.kind).is_quantized and config.zero.deepspeed.get(
+        "zero_optimization", {}
+    ).get(key):
         raise ConfigError(
-            f"tuner={tuner.name} can be planned, not trained yet: take {tuner.not_trained_yet}"
+            f"zero.deepspeed.zero_optimization.{key}=true adds numbers, and tuner="
+            f"{config.tuner.kind} gathers bytes of 4-bit weights; leave the key out"
         )
     if config.launch.memory_limit is not None:
         parse_bytes(config.launch.memory_limit, "launch.memory_limit")
@@ -228,6 +247,8 @@ def describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> lis
             f"gradient checkpointing: {state} (activations of a micro-batch: {saved} per rank)"
         )
     notes += _describe_adapters(config, ladder.shape)
+    if TUNERS.find(config.tuner.kind).has_adapter and ladder.shape.tensors:
+        notes.append(describe_coverage(_list_weights(ladder.shape)))
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
     return notes
@@ -243,6 +264,20 @@ def _describe_placement(config: Config, ladder: Ladder, candidate: Candidate) ->
     if fitting < 2:
         return f"{rung}, ZeRO {stage} (the only one that fits)"
     return f"{rung}, ZeRO {stage} (the fastest of {fitting} that fit)"
+
+
+def _list_weights(shape: ModelShape) -> list[Weight]:
+    """List the model's own matrices, and whether each has an adapter or is trained itself."""
+    adapted = {tensor.name.partition(".lora_")[0] for tensor in shape.tensors if tensor.adapter}
+    return [
+        Weight(
+            tensor.name,
+            tensor.numel,
+            tensor.trained or tensor.name.removesuffix(".weight") in adapted,
+        )
+        for tensor in shape.tensors
+        if not tensor.adapter and not tensor.vector
+    ]
 
 
 def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:

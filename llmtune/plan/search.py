@@ -15,7 +15,7 @@ from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
 from llmtune.config.schema import Config, Precision
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.batch_sizes import BatchPlan, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
@@ -71,7 +71,7 @@ def build_ladder(
         if reason is None:
             by_rung[rung] = list(search.candidates(rung))
         if not by_rung[rung]:
-            blocked[rung] = reason or f"needs ZeRO 3, and zero.stage is {config.zero.stage}"
+            blocked[rung] = reason or _no_stage(rung, config)
 
     # The fastest of those that the user left open.
     allowed: list[Candidate] = []
@@ -144,6 +144,18 @@ def _rung(
     return Rung(name, best, f"slower: bound by {best.speed.bound_by}")
 
 
+def _no_stage(rung: str, config: Config) -> str:
+    """Say why none of the stages of a rung is possible."""
+    stage = config.zero.stage
+    stages = [one for one in RUNGS[rung].stages if stage in ("auto", one)]
+    if not stages:
+        return f"needs ZeRO {RUNGS[rung].stages[0]}, and zero.stage is {stage}"
+    device = RUNGS[rung].optimizer
+    obstacle = find_optimizer(config.optim).find_obstacle(stages[-1], device)
+    assert obstacle is not None
+    return obstacle
+
+
 def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
     """Say why a rung is not possible, whatever the memory; None where it is."""
     option = RUNGS[rung]
@@ -154,8 +166,8 @@ def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
         return "pointless: the optimizer of what is trained is small"
     if option.uses_nvme and not hardware.nvme_bytes:
         return "no NVMe: set offload.nvme_path=/path, or hardware.nvme_bytes=4TB to plan with it"
-    if rung != "none" and tuner.is_quantized:
-        return "weights in 4 bits are not offloaded"
+    if option.param == "nvme" and tuner.is_quantized:
+        return "weights in 4 bits are not kept on NVMe: a rank's slice of them fits the host"
     return None
 
 
@@ -173,7 +185,7 @@ class Search:
     ):
         self.config = config
         self.tuner = TUNERS.find(config.tuner.kind)
-        self.arithmetic = Arithmetic(config.precision, OPTIMIZERS.find(config.optim.kind))
+        self.arithmetic = Arithmetic(config.precision, find_optimizer(config.optim))
         self.shape = assign_groups(shape, resolve_groups(config.optim, config.tuner))
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
@@ -192,6 +204,8 @@ class Search:
         checkpointing = [setting] if isinstance(setting, bool) else [False, True]
         for stage, batch, recompute in product(stages, self.batches, checkpointing):
             placement = make_placement(stage, rung, self.tuner.trains_all)
+            if self.arithmetic.optimizer.find_obstacle(stage, placement.optimizer):
+                continue
             yield self.evaluate(placement, batch, recompute)
 
     def evaluate(self, placement: Placement, batch: BatchPlan, recompute: bool) -> Candidate:

@@ -16,7 +16,7 @@ from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.rank_bytes import NF4_BYTES, Arithmetic, element_bytes
+from llmtune.plan.memory.rank_bytes import Arithmetic, element_bytes
 from llmtune.plan.memory.shapes import ModelShape
 
 #: Seconds that Python and kernel launches add per layer and pass, without and with ZeRO 3's hooks.
@@ -46,7 +46,7 @@ def step_bytes(optimizer: Optimizer) -> int:
     """Count the bytes of a device's memory that an optimizer step touches per parameter."""
     if optimizer.kernel_bytes is not None:
         return optimizer.kernel_bytes
-    return STEP_BYTES + 2 * optimizer.state_bytes
+    return STEP_BYTES + 2 * int(optimizer.state_bytes)
 
 
 def forward_flops(shape: ModelShape, length: int) -> float:
@@ -181,8 +181,7 @@ def _gather_seconds(
     size = element_bytes(precision)
     seconds = 0.0
     if placement.zero_stage == 3:
-        quantized = shape.quantized_parameters
-        nbytes = size * (shape.parameters - quantized) + NF4_BYTES * quantized
+        nbytes = shape.weight_bytes(size)
         # A recomputed layer is still gathered for its backward pass, unless it came from NVMe.
         seconds += (passes if placement.param == "nvme" else 2) * cluster.collective_seconds(nbytes)
     if placement.zero_stage >= 2:
@@ -197,7 +196,7 @@ def _weights_seconds(
     if placement.param == "none":
         return 0.0
     hardware = cluster.hardware
-    share = element_bytes(precision) * shape.parameters / cluster.world_size
+    share = shape.weight_bytes(element_bytes(precision)) / cluster.world_size
     seconds = 2 * share / hardware.pcie_bandwidth
     if placement.param == "nvme":
         seconds = max(
@@ -235,9 +234,10 @@ def _step_terms(
     on_node = share * cluster.ranks_on_node
     touched = (step_bytes(optimizer) + HOST_BYTES) * on_node
     terms["optimizer on the host"] = touched / hardware.host_memory_bandwidth
-    # Each micro-batch's gradients go to the host and, to be added to, back again; at the end fp32
-    # gradients go to the host, and weights come back.
-    moved = 2 * size * share * (batch.accumulation_steps - 1) + (size + 4 + size) * share
+    # Each micro-batch's gradients go to the host and, to be added to, back again; at the end
+    # gradients in the master weights' dtype go to the host, and weights come back.
+    at_the_end = size + optimizer.master_bytes + size
+    moved = 2 * size * share * (batch.accumulation_steps - 1) + at_the_end * share
     terms["gradients and weights over PCIe"] = moved / hardware.pcie_bandwidth
     if placement.optimizer == "nvme":
         # Weights, states and gradients.

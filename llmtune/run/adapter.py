@@ -19,6 +19,7 @@ from llmtune.tuner.stored_adapter import (
     adopt_settings,
     find_misfits,
     read_stored_adapter,
+    to_file_name,
 )
 
 if TYPE_CHECKING:
@@ -117,12 +118,17 @@ def _stored_tuner(run: Path, tuner: TunerConfig) -> TunerConfig | None:
 
 
 def _built(shape: ModelShape) -> dict[str, int]:
-    """Return the elements of each adapter tensor, by its name in a file."""
-    return {
-        f"{PREFIX}{tensor.name.replace('.default.', '.')}": tensor.numel
-        for tensor in shape.tensors
-        if tensor.adapter
-    }
+    """Return the elements of each trained tensor, by its name in an adapter file."""
+    adapted = {tensor.name.partition(".lora_")[0] for tensor in shape.tensors if tensor.adapter}
+    built = {}
+    for tensor in shape.tensors:
+        if not tensor.trained:
+            continue
+        owner, _, own = tensor.name.rpartition(".")
+        # peft's layer stands around the model's.
+        name = f"{owner}.base_layer.{own}" if owner in adapted else tensor.name
+        built[f"{PREFIX}{to_file_name(name)}"] = tensor.numel
+    return built
 
 
 def _base(stored: StoredAdapter) -> str:

@@ -170,7 +170,7 @@ def _load_weights(target: Target) -> Any:
     kernels = attention_kernels(build_meta_model(architecture, trusted, task.model_class)[0])
     attention = resolve_attention(config, accelerator, kernels, capability)
     places = (
-        WeightsTo(place_weights(target.model_folder, config.precision))
+        WeightsTo(device_map=place_weights(target.model_folder, config.precision))
         if accelerator == "cuda"
         else WeightsTo()
     )

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from llmtune.config.best_model import resolve_best_model
 from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
@@ -22,6 +22,7 @@ def describe(request: RunRequest) -> dict[str, str]:
     config, plan, data, steps = request.config, request.plan, request.data, request.steps
     shape = plan.shape
     tuner = TUNERS.find(config.tuner.kind).describe(config.tuner)
+    optimizer = find_optimizer(config.optim)
     rows = {
         "model": f"{config.model.name_or_path} from {request.model_folder}",
         "parameters": (
@@ -35,8 +36,8 @@ def describe(request: RunRequest) -> dict[str, str]:
         "evaluations": describe_evaluations(request),
         "checkpoints": describe_checkpoints(request),
         "learning rate": describe_rate(request),
-        "optimizer": OPTIMIZERS.find(config.optim.kind).describe(asdict(config.optim)),
-        "precision": f"{config.precision.value}; fp32 master weights and optimizer states",
+        "optimizer": optimizer.describe(asdict(config.optim)),
+        "precision": f"{config.precision.value}; {optimizer.describe_storage()}",
         "placement": plan.placement.describe(),
         "memory": describe_memory(plan),
         "derived": "; ".join(plan.notes),

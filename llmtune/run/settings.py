@@ -5,14 +5,14 @@ code that uses them, before anything is prepared or planned, so that all problem
 and ``plan`` refuses what ``train`` refuses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from llmtune.config.groups.export import MergeOnto
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.export.formats.format import find_format
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import Optimizer, find_optimizer
 from llmtune.optimizer.param_groups import entry_key, find_entry_problems
 from llmtune.registry import NONE
 from llmtune.track.service import SERVICES
@@ -59,6 +59,33 @@ def _check_launch(config: Config) -> None:
         )
 
 
+def _find_optimizer_problems(config: Config) -> list[str]:
+    optim, optimizer = config.optim, find_optimizer(config.optim)
+    problems = list(_find_group_problems(optim, optimizer))
+    problems += optimizer.find_problems(optim, config.precision)
+    stage, device = config.zero.stage, config.offload.optimizer
+    obstacle = optimizer.find_obstacle(
+        optimizer.stages[-1] if stage == "auto" else int(stage),
+        "none" if device is OffloadDevice.auto else device.value,
+    )
+    if obstacle is not None:
+        problems.append(f"optim={optimizer.name}: {obstacle}")
+    return problems
+
+
+def _find_group_problems(optim: OptimConfig, optimizer: Optimizer) -> Iterator[str]:
+    yield from find_entry_problems(optim)
+    for index, entry in enumerate(optim.param_groups):
+        pattern, decay = entry.get("pattern"), entry.get("weight_decay")
+        if isinstance(pattern, str) and (problem := pattern_problem(pattern)):
+            yield f"{entry_key(index)}.pattern={pattern}: {problem}"
+        if decay is not None and "weight_decay" not in optimizer.reads:
+            yield (
+                f"{entry_key(index)}.weight_decay={decay}: {optimizer.title} does not read it;"
+                " leave it out"
+            )
+
+
 def _find_tuner_problems(config: Config) -> list[str]:
     tuner = TUNERS.find(config.tuner.kind)
     problems = tuner.find_problems(config.tuner)
@@ -75,24 +102,6 @@ def _find_tuner_problems(config: Config) -> list[str]:
             f"export.merge_onto=nf4: {tuner.title} has no adapter to merge; the key is for QLoRA"
         )
     return problems
-
-
-def _find_optimizer_problems(config: Config) -> list[str]:
-    optim = config.optim
-    found = list(find_entry_problems(optim))
-    for index, entry in enumerate(optim.param_groups):
-        pattern = entry.get("pattern")
-        if isinstance(pattern, str) and (problem := pattern_problem(pattern)):
-            found.append(f"{entry_key(index)}.pattern={pattern}: {problem}")
-    optimizer = OPTIMIZERS.find(optim.kind)
-    if "weight_decay" not in optimizer.reads:
-        found += [
-            f"{entry_key(index)}.weight_decay={entry['weight_decay']}: {optimizer.title} does not"
-            " read it; leave it out"
-            for index, entry in enumerate(optim.param_groups)
-            if entry.get("weight_decay") is not None
-        ]
-    return found + optimizer.find_problems(optim)
 
 
 def _find_schedule_problems(config: Config) -> list[str]:

@@ -48,7 +48,9 @@ _STATE_FILE = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
 
 #: The entry of a state file's header with the offsets of its slices.
 STATE_SLICES = "llmtune_slices"
-#: A parameter's fp32 master weight among its tensors in a state file.
+#: That with how its numbers are stored, by their name; without it they are fp32.
+STATE_STORAGES = "llmtune_storages"
+#: A parameter's master weight among its tensors in a state file.
 MASTER_WEIGHT = "master"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
 from llmtune.data.load.streaming import RowStream, StreamLoader
 from llmtune.data.prepared_data import open_rows, read_samples
 from llmtune.data.tokenize.chat_template import load_chat_template
-from llmtune.engine.distributed import Rank
+from llmtune.engine.distributed import Rank, gather_rows
+from llmtune.engine.neftune import add_noise
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
-from llmtune.model.neftune import add_noise
+from llmtune.model.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
 from llmtune.plan.param_groups import resolve_groups
 from llmtune.plan.steps import evaluation_interval, save_interval
@@ -39,22 +41,23 @@ from llmtune.track.console import Console, ProgressLine
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import TrackedRun, open_service
 from llmtune.track.tracker import Tracker, Trackers
+from llmtune.train.adapters.attach import attach_tuner
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.confusion_plot import ConfusionPlot
 from llmtune.train.hooks.evaluation import Evaluator
+from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Hook, Job, run
-from llmtune.train.model_files import render_model_files
+from llmtune.train.model_files import render_model_files, resolve_weight_files
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
 from llmtune.train.stop_request import Stop
 from llmtune.train.training_state import TrainingState
 from llmtune.tuner.head import Head
-from llmtune.tuner.peft_model import load_adapter, to_file_name
 from llmtune.tuner.tuner import TUNERS
 
 #: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because the
@@ -144,6 +147,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
+        gradients=GradientCheck(module, console.say),
     )
 
 
@@ -190,10 +194,8 @@ def build_saver(
         state: The trainer's state in ``request.resume_from``.
     """
     run, checkpoint = request.run_folder, request.config.checkpoint
-    has_adapter = TUNERS.find(request.config.tuner.kind).has_adapter
-    weights = WeightFiles(
-        has_adapter, request.config.export.max_shard_bytes, to_file_name if has_adapter else str
-    )
+    checkpoint_shards = request.config.export.max_shard_bytes
+    weights = resolve_weight_files(request.config.tuner.kind, module.model, checkpoint_shards)
 
     # Rank 0 alone writes the small files, and copies checkpoints to the mirror.
     model_files: dict[str, bytes] = {}
@@ -296,12 +298,16 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     tuner = TUNERS.find(config.tuner.kind)
 
     # Weights go to slices under ZeRO 3, else straight to the GPU or to the host.
-    weights = WeightsTo()
+    weights = WeightsTo(rank=rank.rank)
     if plan.placement.zero_stage == 3:
-        weights = WeightsTo(partitioned=lambda: zero_init(plan.deepspeed), rank=rank.rank)
+        weights = replace(weights, partitioned=lambda: zero_init(plan.deepspeed))
     elif rank.device.type != "cpu" and not tuner.has_adapter:
         # Adapters are drawn on the host, so that every rung begins with the same ones.
-        weights = WeightsTo({"": str(rank.device)})
+        weights = replace(weights, device_map={"": str(rank.device)})
+    if tuner.is_quantized:
+        double_quant = config.tuner.bnb_4bit_use_double_quant
+        in_4_bits = In4Bits(double_quant, rank.device, partial(gather_rows, rank=rank))
+        weights = replace(weights, in_4_bits=in_4_bits)
 
     # A full fine-tuning resumes from the weights of the checkpoint, an adapter from its base.
     folder = request.model_folder
@@ -309,29 +315,33 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         folder = request.resume_from
     recompute = plan.gradient_checkpointing
     model = build_model(
-        folder, config.model, config.precision, recompute, plan.attn_implementation, weights
+        folder,
+        config.model,
+        config.precision,
+        recompute,
+        plan.attn_implementation,
+        weights,
     )
     task = find_task(config.model.task)
     head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
-    model = tuner.attach(model, config.tuner, _base_name(request), config.seed, head)
-    if tuner.has_adapter:
-        adapter = request.resume_from or config.tuner.adapter_path
-        if adapter is not None:
-            load_adapter(model, Path(adapter).expanduser())
+    model = attach_tuner(model, request, rank, head)
     if (alpha := config.train.neftune_noise_alpha) is not None:
         add_noise(model, alpha)
-    smoothed = None
-    if smoothing := config.train.label_smoothing:
-        smoothed = partial(task.sum_smoothed_losses, labels=request.labels, smoothing=smoothing)
-    return TrainModule(
+    module = TrainModule(
         model,
         plan.deepspeed,
         rank,
         partial(task.sum_losses, labels=request.labels),
-        training_loss=smoothed,
-        optimizer=OPTIMIZERS.find(config.optim.kind),
+        optimizer=find_optimizer(config.optim),
+        seed=config.seed,
         group_of=resolve_groups(config.optim, config.tuner),
+        read_elsewhere=tuner.find_read_elsewhere(model),
     )
+    if smoothing := config.train.label_smoothing:
+        module.training_loss = partial(
+            task.sum_smoothed_losses, labels=request.labels, smoothing=smoothing
+        )
+    return module
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:
@@ -385,9 +395,3 @@ def build_hooks(
     else:
         console.say(f"no sample answers: {reason}")
     return hooks
-
-
-def _base_name(request: RunRequest) -> str:
-    """Name the adapter's base: the hub id, or the folder of weights from elsewhere."""
-    name = request.config.model.name_or_path
-    return name if "models--" in str(request.model_folder) else str(request.model_folder)

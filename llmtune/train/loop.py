@@ -25,6 +25,7 @@ from llmtune.storage.manifest import is_complete
 from llmtune.track.tracker import Record, Trackers
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import Evaluator
+from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.line_sums import LineSums
 from llmtune.train.memory_usage import used_memory_bytes
 from llmtune.train.schedule import learning_rate_at
@@ -103,6 +104,8 @@ class Job:
     hooks: list[Hook]
     stop: Stop
     start: TrainingState
+    gradients: GradientCheck | None = None
+    """Looks for trained tensors that no gradient reaches."""
 
 
 def run(job: Job) -> TrainingState:
@@ -175,6 +178,8 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
 
     # Forward pass, backward pass and optimizer step.
     result = _run_step(job, progress, batch, rate)
+    if job.gradients is not None:
+        job.gradients.after_step(rate, result.applied)
 
     # The record of this step; a line sums up all steps since the last one.
     seconds = time.perf_counter() - started

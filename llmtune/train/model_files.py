@@ -9,9 +9,29 @@ from typing import TYPE_CHECKING, Any
 from llmtune.checkpoint.weight_files import WeightFiles, write_model_config
 from llmtune.storage import layout
 from llmtune.tuner.peft_model import write_adapter_config
+from llmtune.tuner.start_factors import stored_parts
+from llmtune.tuner.stored_adapter import to_file_name
+from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def resolve_weight_files(kind: str, model: Any, max_shard_bytes: int) -> WeightFiles:
+    """Say how the weights of a trained model are divided into files.
+
+    Args:
+        kind: ``tuner.kind``.
+        model: The model, with its adapters.
+    """
+    if not TUNERS.find(kind).has_adapter:
+        return WeightFiles(adapter_only=False, max_shard_bytes=max_shard_bytes)
+    return WeightFiles(
+        adapter_only=True,
+        max_shard_bytes=max_shard_bytes,
+        file_name=to_file_name,
+        joined=stored_parts(model),
+    )
 
 
 def render_model_files(

@@ -54,6 +54,12 @@ class RunRequest:
             return 256 if find_task(self.config.model.task).generates else None
         return rows
 
+    @property
+    def base_name(self) -> str:
+        """Return the name of an adapter's base: the hub id, or the folder of the weights."""
+        name = self.config.model.name_or_path
+        return name if "models--" in str(self.model_folder) else str(self.model_folder)
+
     def to_json(self) -> str:
         """Serialize the request, for a file or a broadcast."""
         return json.dumps(

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError
+from llmtune.tuner.pattern_limits import pattern_problem
+
+#: Values of ``tuner.bias``, which are peft's.
+BIASES = ("none", "all", "lora_only")
+
+#: Values of ``tuner.init_lora_weights`` beside ``pissa_niter_N``.
+_STARTS = ("default", "gaussian", "orthogonal", "olora", "pissa")
+_NITER = re.compile(r"pissa_niter_([1-9]\d{0,2})")
+
+#: Signs of regular expressions that no module's name has.
+_PATTERN_SIGNS = frozenset("*+?^$()[]{}|\\")
 
 
 def match_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -51,16 +62,67 @@ def check_patterns(tuner: TunerConfig, modules: Collection[str]) -> None:
 
 
 def find_setting_problems(tuner: TunerConfig) -> list[str]:
-    """Find pattern values that are not numbers above 0, and targets that are not names."""
+    """Find settings of adapters that are impossible by themselves, in words a user can act on."""
     problems = _find_pattern_problems("rank_pattern", tuner.rank_pattern, (int,))
     problems += _find_pattern_problems("alpha_pattern", tuner.alpha_pattern, (int, float))
-    modules = tuner.target_modules
-    is_list = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
-    if modules != "all-linear" and not (is_list and modules):
+    if tuner.target_modules != "all-linear":
+        problems += _find_target_problems("target_modules", tuner.target_modules)
+    if tuner.exclude_modules is not None:
+        problems += _find_target_problems("exclude_modules", tuner.exclude_modules)
+    if wrong := [index for index in tuner.layers_to_transform if index < 0]:
         problems.append(
-            f"tuner.target_modules={modules}: 'all-linear', or a list such as [q_proj,v_proj]"
+            f"tuner.layers_to_transform={tuner.layers_to_transform}: {wrong[0]} is no number of a"
+            " layer; they are counted from 0"
         )
-    return problems
+    if tuner.bias not in BIASES:
+        problems.append(f"tuner.bias={tuner.bias}: {', '.join(BIASES)}")
+    return [*problems, *_find_start_problems(tuner)]
+
+
+def _find_target_problems(key: str, targets: Any) -> list[str]:
+    if isinstance(targets, str) and set(targets) & _PATTERN_SIGNS:
+        problem = pattern_problem(targets)
+        return [f"tuner.{key}={targets}: {problem}"] if problem else []
+    if isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets):
+        return []
+    word = "'all-linear', " if key == "target_modules" else ""
+    return [
+        f"tuner.{key}={targets}: {word}a regular expression for whole names such as '.*q_proj', or"
+        " a list such as [q_proj,v_proj]"
+    ]
+
+
+def _find_start_problems(tuner: TunerConfig) -> Iterator[str]:
+    """Find a start that peft does not have, or that this adapter cannot have."""
+    start = tuner.init_lora_weights
+    shown = f"tuner.init_lora_weights={start}"
+    if start == "loftq":
+        yield (
+            f"{shown} makes up for the error of a base in 4 bits that is quantized together with"
+            " the adapter, which is not done here; take pissa, or default"
+        )
+    elif start not in _STARTS and not _NITER.fullmatch(start):
+        yield f"{shown}: {', '.join(_STARTS)}, or pissa_niter_N with a number N of iterations"
+    if changes_base(tuner) and tuner.adapter_path:
+        yield (
+            f"{shown} with tuner.adapter_path={tuner.adapter_path}: the adapter has its values;"
+            " leave tuner.init_lora_weights out"
+        )
+    ranks = {"lora_r": tuner.lora_r, **tuner.rank_pattern}
+    odd = [f"{key}={rank}" for key, rank in ranks.items() if isinstance(rank, int) and rank % 2]
+    if start == "orthogonal" and odd:
+        yield f"{shown} needs even ranks, and tuner has {odd[0]}"
+
+
+def changes_base(tuner: TunerConfig) -> bool:
+    """Tell whether the adapter begins with a part of the base's weights, which the base loses."""
+    return tuner.init_lora_weights.startswith(("pissa", "olora"))
+
+
+def iterations(start: str) -> int | None:
+    """Return N of ``pissa_niter_N``; None for a full decomposition."""
+    match = _NITER.fullmatch(start)
+    return int(match[1]) if match else None
 
 
 def _find_pattern_problems(

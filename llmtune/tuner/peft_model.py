@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,26 +16,44 @@ from llmtune.draws import Draw, torch_seed
 from llmtune.errors import CheckpointError
 from llmtune.process import no_collection
 from llmtune.storage.layout import ADAPTER_WEIGHTS
-from llmtune.tuner.adapted_layers import choose_layers
+from llmtune.tuner.adapted_layers import choose_layers, find_own_parameters
 from llmtune.tuner.head import NO_HEAD, Head, in_modules
+from llmtune.tuner.lora_settings import changes_base
+from llmtune.tuner.start_factors import (
+    Factors,
+    adapted_layers,
+    double_rank,
+    get_start,
+    split_stored,
+)
+from llmtune.tuner.stored_adapter import (
+    ADAPTER_NAME as _NAME,
+)
 from llmtune.tuner.stored_adapter import (
     read_adapter_config,
+    to_file_name,
     with_peft_defaults,
 )
-
-#: peft's name for the only adapter, which its files leave out.
-_INFIX = ".default."
+from llmtune.tuner.whole_parameters import Gather, Write, copy_whole, keep_whole, whole_shape
 
 
-def add_lora(model: Any, config: TunerConfig, base: str, seed: int, head: Head = NO_HEAD) -> Any:
+def add_lora(
+    model: Any,
+    config: TunerConfig,
+    base: str,
+    seed: int,
+    head: Head = NO_HEAD,
+    gather: Gather = keep_whole,
+) -> Any:
     """Add LoRA adapters to a model, in the training dtype; DeepSpeed has their master weights.
 
     Args:
         base: The base model's name in ``adapter_config.json``.
         head: The task's head, which is trained in place.
+        gather: Makes weights of the model whole while their values are looked at.
     """
     with _without_bitsandbytes():
-        return _add_lora(model, config, base, seed, head)
+        return _add_lora(model, config, base, seed, head, gather)
 
 
 def import_peft() -> None:
@@ -43,11 +62,15 @@ def import_peft() -> None:
         import peft  # noqa: F401
 
 
-def _add_lora(model: Any, config: TunerConfig, base: str, seed: int, head: Head) -> Any:
+def _add_lora(
+    model: Any, config: TunerConfig, base: str, seed: int, head: Head, gather: Gather
+) -> Any:
     with no_collection():
         from peft import LoraConfig, get_peft_model
 
-    chosen = choose_layers(model, config, head.modules).peft_settings(config.target_modules)
+    chosen = choose_layers(model, config, head.modules)
+    names = find_own_parameters(model, config, chosen)
+    own = [parameter for name, parameter in model.named_parameters() if name in names]
     settings = LoraConfig(
         # Of a classifier peft would train a second copy of the head, which it makes of what this
         # rank has of it under ZeRO 3.
@@ -58,18 +81,65 @@ def _add_lora(model: Any, config: TunerConfig, base: str, seed: int, head: Head)
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         lora_dropout=config.lora_dropout,
-        **chosen,
+        bias=config.bias,  # type: ignore[arg-type]
+        init_lora_weights=_peft_start(config),  # type: ignore[arg-type]
+        **chosen.peft_settings(config.target_modules),
         base_model_name_or_path=base,
     )
     torch.manual_seed(torch_seed(seed, Draw.adapter))
-    # Without autocast_adapter_dtype=False peft makes fp32 adapters under ZeRO 3, silently.
-    wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
-    wrapped.peft_config["default"].base_model_name_or_path = base
-    wrapped.peft_config["default"].inference_mode = True
+    with _gathering_for_dora(gather):
+        # Without autocast_adapter_dtype=False peft makes fp32 adapters under ZeRO 3, silently.
+        wrapped: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    wrapped.peft_config[_NAME].base_model_name_or_path = base
+    wrapped.peft_config[_NAME].inference_mode = True
+    for parameter in own:
+        parameter.requires_grad_(True)
+    if config.modules_to_save:
+        wrapped.peft_config[_NAME].modules_to_save = list(config.modules_to_save)
     if head.modules:
         _train_head(wrapped, head)
     return wrapped
+
+
+def _peft_start(config: TunerConfig) -> bool | str:
+    """Return peft's ``init_lora_weights``.
+
+    What changes the base is computed by :mod:`llmtune.tuner.start_factors`, which does not need the
+    whole model.
+    """
+    is_plain = config.init_lora_weights == "default" or changes_base(config)
+    return True if is_plain else config.init_lora_weights
+
+
+@contextmanager
+def _gathering_for_dora(gather: Gather) -> Iterator[None]:
+    """Let peft see whole weights when it takes the lengths of their rows.
+
+    Its own function for that (``peft.utils.integrations.gather_params_ctx``) does it only where
+    transformers' Trainer has set up ZeRO 3, and sends every weight from rank 0 to the others.
+    """
+    dora: Any = importlib.import_module("peft.tuners.lora.dora")
+    own = dora.gather_params_ctx
+    dora.gather_params_ctx = lambda parameters, **_: gather(list(parameters))
+    try:
+        yield
+    finally:
+        dora.gather_params_ctx = own
+
+
+def find_read_elsewhere(wrapped: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield adapter layers that read their base layer's weight themselves, with that weight.
+
+    DoRA does, in every forward pass (``peft/tuners/lora/dora.py``).
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in wrapped.modules():
+        if isinstance(module, LoraLayer) and module.lora_magnitude_vector:
+            base: Any = module.get_base_layer()
+            yield from ((module, parameter) for parameter in base.parameters())
 
 
 def _train_head(wrapped: Any, head: Head) -> None:
@@ -80,8 +150,9 @@ def _train_head(wrapped: Any, head: Head) -> None:
     for name, parameter in wrapped.get_base_model().named_parameters():
         if in_modules(name, head.modules):
             parameter.requires_grad_(True)
-    stored = wrapped.peft_config["default"]
-    stored.task_type, stored.modules_to_save = head.peft_type, list(head.modules)
+    stored = wrapped.peft_config[_NAME]
+    saved = [*head.modules, *(stored.modules_to_save or ())]
+    stored.task_type, stored.modules_to_save = head.peft_type, saved
 
 
 @contextmanager
@@ -106,13 +177,18 @@ def _without_bitsandbytes() -> Iterator[None]:
         import_utils.is_bnb_4bit_available.cache_clear()
 
 
-def to_file_name(parameter_name: str) -> str:
-    """Return a parameter's name in adapter files."""
-    return parameter_name.replace(_INFIX, ".")
-
-
-def load_adapter(model: Any, folder: Path) -> None:
+def load_adapter(
+    model: Any, folder: Path, has_start: bool = False, write: Write = copy_whole
+) -> dict[str, Factors]:
     """Copy an adapter file into the model's adapters.
+
+    Args:
+        has_start: The file has twice the rank, because it holds the adapter's start as well
+            (:mod:`llmtune.tuner.start_factors`).
+        write: Writes a whole tensor into a parameter of the model.
+
+    Returns:
+        The start by the layers' names; empty without one.
 
     Raises:
         CheckpointError: The file is missing, or its tensors are not those of the model's adapters.
@@ -120,18 +196,23 @@ def load_adapter(model: Any, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    _check_settings(model, folder)
+    own = model.peft_config[_NAME]
+    _check_settings(double_rank(own) if has_start else own, folder)
     file = folder / ADAPTER_WEIGHTS
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read as an adapter ({error})") from error
     parameters = {to_file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    start: dict[str, Factors] = {}
+    if has_start and stored.keys() == parameters.keys():
+        ranks = {name: layer.r[_NAME] for name, layer in adapted_layers(model)}
+        stored, start = split_stored(stored, ranks)
     different = sorted(stored.keys() ^ parameters.keys())
     different += [
         name
         for name in stored.keys() & parameters.keys()
-        if stored[name].shape != parameters[name].shape
+        if tuple(stored[name].shape) != whole_shape(parameters[name])
     ]
     if different:
         raise CheckpointError(
@@ -140,12 +221,12 @@ def load_adapter(model: Any, folder: Path) -> None:
         )
     with torch.no_grad():
         for name, tensor in stored.items():
-            parameters[name].copy_(tensor)
+            write(parameters[name], tensor)
+    return start
 
 
-def _check_settings(model: Any, folder: Path) -> None:
+def _check_settings(own: Any, folder: Path) -> None:
     """Refuse another scale or kind of adapter, under which equal matrices mean something else."""
-    own = model.peft_config["default"]
     stored = with_peft_defaults(read_adapter_config(folder))
     different = [
         f"{key}: {stored[key]} there, {getattr(own, key)} here"
@@ -169,4 +250,7 @@ def _check_settings(model: Any, folder: Path) -> None:
 
 def write_adapter_config(model: Any, folder: Path) -> None:
     """Write ``adapter_config.json`` as peft does."""
-    model.peft_config["default"].save_pretrained(str(folder))
+    settings = model.peft_config[_NAME]
+    if get_start(model):
+        settings = double_rank(settings)
+    settings.save_pretrained(str(folder))

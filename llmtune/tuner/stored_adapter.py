@@ -22,11 +22,15 @@ from llmtune.storage.tensors.safetensors_header import read_header
 from llmtune.tuner.lora_settings import match_pattern
 from llmtune.tuner.pattern_limits import pattern_problem
 
+#: peft's name for the only adapter, which its files leave out.
+ADAPTER_NAME = "default"
+
 _OLD_WEIGHTS_FILE = "adapter_model.bin"
 
 #: peft's prefix of the names of the model's own modules.
 PREFIX = "base_model.model."
-_MATRICES = (".lora_A.weight", ".lora_B.weight")
+#: Ends of the names of a pair of matrices.
+MATRICES = (".lora_A.weight", ".lora_B.weight")
 
 #: peft's defaults for settings that an older version's file lacks (``peft.LoraConfig``).
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -38,6 +42,7 @@ PEFT_DEFAULTS: dict[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "init_lora_weights": True,
+    "modules_to_save": None,
 }
 
 #: Settings that do not matter here: they say how an adapter was trained or initialized, or follow
@@ -69,7 +74,6 @@ _IGNORED = {
     "prune_temporary_fields",
     "init_lora_weights",
 }
-_CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 
 #: Initializations that also change the base; the adapter is then relative to a base that nobody
 #: stored.
@@ -82,11 +86,21 @@ _KEYS = {
     "use_rslora": "use_rslora",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
+    "use_dora": "use_dora",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
 }
 _MERGE = (
     "merge it with `export base= adapter= output_dir=` and train on the merged model"
     " (model.name_or_path=)"
 )
+
+
+def to_file_name(parameter_name: str) -> str:
+    """Return a parameter's name in adapter files."""
+    name = parameter_name.replace(f".{ADAPTER_NAME}.", ".").removesuffix(f".{ADAPTER_NAME}")
+    # peft writes DoRA's lengths without the name of their parameter.
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +118,8 @@ class StoredAdapter:
         """List the modules of the base that have a pair of matrices, in the order of the file."""
         modules: dict[str, None] = {}
         for name in self.shapes:
-            if name.endswith(_MATRICES[0]):
-                modules[name.removeprefix(PREFIX).removesuffix(_MATRICES[0])] = None
+            if name.endswith(MATRICES[0]):
+                modules[name.removeprefix(PREFIX).removesuffix(MATRICES[0])] = None
         return list(modules)
 
 
@@ -193,6 +207,7 @@ def adopt_settings(tuner: TunerConfig, stored: StoredAdapter, asked: set[str]) -
     """
     _check_kind(stored)
     adopted = {key: stored.settings[name] for key, name in _KEYS.items()}
+    adopted["modules_to_save"] = list(adopted["modules_to_save"] or ())
     # Another program may have written the alpha 32 as 32.0.
     adopted["lora_alpha"] = _as_integer(adopted["lora_alpha"])
     adopted["alpha_pattern"] = {
@@ -231,9 +246,16 @@ def find_misfits(stored: StoredAdapter, built: dict[str, int], model: str) -> li
     for name, shape in stored.shapes.items():
         if name not in built:
             continue
+        if not name.endswith(MATRICES):
+            if math.prod(shape) != built[name]:
+                problems.append(
+                    f"{name} has {math.prod(shape)} elements there and {built[name]} in {model}"
+                )
+                break
+            continue
         rank = _rank(stored, name)
         other = built[name] // rank
-        built_shape = (rank, other) if name.endswith(_MATRICES[0]) else (other, rank)
+        built_shape = (rank, other) if name.endswith(MATRICES[0]) else (other, rank)
         if shape != built_shape:
             stored_sides, built_sides = (
                 " x ".join(map(str, sides)) for sides in (shape, built_shape)
@@ -295,7 +317,7 @@ def _check_kind(stored: StoredAdapter) -> None:
         raise CheckpointError(f"{file}: {invalid[0]} is not a scale: a number other than 0 is")
 
     # Settings, and tensors, of anything but plain LoRA.
-    known = _IGNORED | _CARRIED
+    known = _IGNORED | set(_KEYS.values())
     unsupported = sorted(
         key
         for key, value in settings.items()
@@ -307,15 +329,29 @@ def _check_kind(stored: StoredAdapter) -> None:
             f"{file}: {described}: llmtune trains LoRA matrices of linear layers only; {_MERGE}"
         )
     others = [
-        name for name in stored.shapes if not (name.startswith(PREFIX) and name.endswith(_MATRICES))
+        name
+        for name in stored.shapes
+        if not (name.startswith(PREFIX) and _is_trained_here(name, settings))
     ]
     if others:
         raise CheckpointError(
             f"{stored.folder / ADAPTER_WEIGHTS}: {len(others)} tensors are not LoRA matrices of"
-            f" linear layers, such as {others[0]}; {_MERGE}"
+            f" linear layers, nor named by its settings, such as {others[0]}; {_MERGE}"
         )
     if not stored.shapes:
         raise CheckpointError(f"{stored.folder / ADAPTER_WEIGHTS} holds no tensors")
+
+
+def _is_trained_here(name: str, settings: dict[str, Any]) -> bool:
+    """Tell whether a tensor is one that the settings announce, and that is trained here."""
+    if name.endswith(MATRICES):
+        return True
+    if name.endswith(".lora_magnitude_vector"):
+        return bool(settings["use_dora"])
+    if settings["bias"] != "none" and name.endswith("bias"):
+        return True
+    module = f".{name.removeprefix(PREFIX).rpartition('.')[0]}."
+    return any(f".{saved}." in module for saved in settings["modules_to_save"] or ())
 
 
 def _is_scale(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,9 +10,23 @@ from llmtune.config.groups.tuner import TunerConfig
 from llmtune.registry import Registry
 from llmtune.tuner.head import NO_HEAD, Head, in_modules
 from llmtune.tuner.lora_settings import find_setting_problems
+from llmtune.tuner.whole_parameters import Gather, keep_whole
 
 if TYPE_CHECKING:
     from llmtune.tuner.adapted_layers import AdaptedLayers
+
+
+#: Keys of ``tuner`` that only adapters read. Those of rank and scale may stand in a shared
+#: experiment for every tuner.
+_ADAPTER_KEYS = (
+    "use_dora",
+    "lora_plus_ratio",
+    "init_lora_weights",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "bias",
+)
 
 
 class Tuner:
@@ -33,9 +47,10 @@ class Tuner:
     reads_freeze: ClassVar[bool] = False
     """``tuner.freeze`` chooses the parameters that it trains."""
     is_quantized: ClassVar[bool] = False
-    """Linear layers of the model except the head are kept in 4 bits (NF4)."""
-    not_trained_yet: ClassVar[str | None] = None
-    """The setting to take instead, for a tuner that can be planned and not trained."""
+    """The model's linear layers are kept in 4 bits (NF4).
+
+    :func:`llmtune.tuner.quantized_layers.find_quantized_layers` says which.
+    """
     learning_rates: ClassVar[Sequence[tuple[float, float]]]
     """(Upper limit of the model's parameters, peak learning rate), smallest first."""
 
@@ -47,6 +62,18 @@ class Tuner:
                 f"tuner.adapter_path={config.adapter_path} needs tuner=lora; {self.title} has no"
                 " adapter"
             )
+        if not config.bnb_4bit_use_double_quant and not self.is_quantized:
+            problems.append(
+                f"tuner.bnb_4bit_use_double_quant=false needs tuner=qlora; {self.title} has no"
+                " weights in 4 bits"
+            )
+        if not self.has_adapter:
+            defaults = TunerConfig(kind=config.kind)
+            problems += [
+                f"tuner.{key}={getattr(config, key)} needs tuner=lora; {self.title} has no adapter"
+                for key in _ADAPTER_KEYS
+                if getattr(config, key) != getattr(defaults, key)
+            ]
         if not self.reads_freeze:
             problems += [
                 f"tuner.freeze.{key}={value} needs tuner=freeze; {self.title} does not read it"
@@ -101,7 +128,13 @@ class Tuner:
         return None
 
     def attach(
-        self, model: Any, config: TunerConfig, base: str, seed: int, head: Head = NO_HEAD
+        self,
+        model: Any,
+        config: TunerConfig,
+        base: str,
+        seed: int,
+        head: Head = NO_HEAD,
+        gather: Gather = keep_whole,
     ) -> Any:
         """Mark the trained parameters, and add adapters.
 
@@ -110,12 +143,26 @@ class Tuner:
             base: The base model's name in the adapter's settings.
             seed: The run's seed; adapters of equal seeds begin equal.
             head: The task's head, which every tuner trains.
+            gather: Makes weights of the model whole while their values are looked at.
 
         Returns:
             The model that is trained.
         """
         mark_trained(self, model, config, head.modules)
         return model
+
+    def find_read_elsewhere(self, model: Any) -> Iterable[tuple[Any, Any]]:
+        """Find modules that read, in their forward pass, a parameter of another module.
+
+        ZeRO 3 gathers a parameter for its own module only, unless it is told of others.
+
+        Args:
+            model: What :meth:`attach` returned.
+
+        Returns:
+            Such modules, each with a parameter.
+        """
+        return ()
 
     def import_libraries(self) -> None:
         """Import the slow libraries of :meth:`attach` ahead of it."""

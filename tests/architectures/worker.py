@@ -26,7 +26,7 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed
@@ -120,7 +120,7 @@ def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Ra
         accumulation_steps=1,
         world_size=rank.world_size,
     )
-    optimizer = OPTIMIZERS.find(config.optim.kind)
+    optimizer = find_optimizer(config.optim)
     sizes = resolve_zero_sizes(shape, placement, optimizer, rank.world_size, "cpu")
     plan = to_deepspeed(
         placement,

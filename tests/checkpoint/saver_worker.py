@@ -50,7 +50,7 @@ def attempt(rank: Rank, folder: Path, background: bool, value: float = 1.0) -> s
     request = save.SaveRequest(
         folder=folder,
         state=state,
-        weights=WeightFiles(False),
+        weights=WeightFiles(adapter_only=False),
         model_files={"config.json": b"{}"},
         about={"step": state.step},
     )

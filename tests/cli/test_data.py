@@ -107,6 +107,24 @@ def test_a_person_sees_numbers_lengths_and_masks(
     assert "data:image/png;base64,iVBOR" in page
 
 
+def test_rows_that_are_not_those_of_the_task_are_refused_as_in_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "a {n}", "label": "{"xy"[n % 2]}"}}\n' for n in range(8))
+    )
+    given = [
+        "data",
+        "model=tiny_bert",
+        f"data.train={tmp_path}/a.jsonl",
+        "data.val_set_size=0",
+        f"output_dir={tmp_path}/out",
+    ]
+    assert main([*given, "model.task=token_classification"]) == 2
+    assert "model.task=token_classification: the rows" in capfd.readouterr().err
+    assert main(given) == 0
+
+
 ROWS: dict[str, dict[str, object]] = {
     "messages": {
         "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]

@@ -13,6 +13,7 @@ from llmtune.cli import plan
 from llmtune.cli.main import main
 from llmtune.config.compose import compose_config
 from llmtune.plan.resolve import resolve_plan
+from llmtune.units import format_bytes
 from tests.support import TINY, run_cli
 
 REFERENCE = ["plan", "model=llama3_70b", "hardware=8xa100_80gb", "data.train=rows.jsonl"]
@@ -147,3 +148,17 @@ def test_long_steps_are_told_in_hours(seconds: float, text: str) -> None:
 def test_what_was_set_is_not_said_to_be_chosen(overrides: list[str], said: str) -> None:
     notes = resolve_plan(compose_config([*TINY, *overrides]).config).notes
     assert said in "\n".join(notes)
+
+
+@pytest.mark.parametrize("background", ["auto", "true", "false"])
+def test_the_copies_of_a_checkpoint_are_said_beside_the_peak(
+    background: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["plan", "+model=tiny", "zero=3", f"checkpoint.background={background}"]
+    assert main([*given, "--json"]) == 0
+    printed = json.loads(capfd.readouterr().out)
+    chosen = next(rung for rung in printed["rungs"] if rung["name"] == printed["chosen"])
+    size = format_bytes(chosen["checkpoint_bytes"])
+    assert main(given) == 0
+    said = f"checkpoints: copied to {size} of host memory"
+    assert (said in capfd.readouterr().out) is (background != "false")

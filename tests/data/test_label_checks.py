@@ -16,7 +16,7 @@ from llmtune.data.label_kind import peek_label_kind
 from llmtune.data.prepare import prepare_data
 from llmtune.data.prepared_data import open_rows
 from llmtune.data.report.label_checks import keep_every_class, sort_classes
-from llmtune.errors import DataError
+from llmtune.errors import ConfigError, DataError
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.task.labels import LabelKind, Labels, Tags, label_from_json, label_to_json
 
@@ -62,6 +62,25 @@ def test_the_kind_and_the_classes_of_labels_are_found(
         for k in classes
     ]
     assert data.class_counts == counted
+
+
+@pytest.mark.parametrize(
+    "labels", [["3.8", "2", "2.5"], ["-.5", "1e-3"], ["1.0", "2.0"]], ids=" ".join
+)
+def test_numbers_that_are_written_as_text_are_not_guessed_at(
+    labels: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    with pytest.raises(ConfigError, match=r"written as text.*regression.*sequence_classification"):
+        peek_label_kind(DataConfig(train=str(file)))
+
+
+@pytest.mark.parametrize("labels", [["3", "2"], ["3.8", "x"], ["v1.0", "v2.0"]], ids=" ".join)
+def test_names_that_are_not_all_numbers_are_classes(labels: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    assert peek_label_kind(DataConfig(train=str(file))) is LabelKind.name
 
 
 def test_words_keep_their_tags_also_where_a_row_is_cut(tokenizer: Any, tmp_path: Path) -> None:

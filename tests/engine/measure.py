@@ -20,7 +20,7 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.build import WeightsTo, build_model
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed, with_nvme_path
 from llmtune.plan.memory.model_shape import resolve_shape
@@ -61,7 +61,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     shape = resolve_shape(config.model, config.tuner)
     tuner = TUNERS.find(config.tuner.kind)
     placement = make_placement(task["stage"], task["rung"], tuner.trains_all)
-    optimizer = OPTIMIZERS.find(config.optim.kind)
+    optimizer = find_optimizer(config.optim)
     sizes = resolve_zero_sizes(shape, placement, optimizer, rank.world_size, "cpu")
     batch = BatchPlan(
         global_batch_size=task["accumulation"] * rank.world_size,

@@ -17,8 +17,8 @@ import torch
 
 from llmtune.checkpoint.save import PendingSave, SaveRequest, begin_save, load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
-from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.checkpoint.writer import Buffers
+from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision
 from llmtune.data.load.collate import Collator
@@ -41,9 +41,8 @@ from llmtune.task.labels import Labels
 from llmtune.task.losses import sum_cross_entropy
 from llmtune.task.targets import Targets
 from llmtune.train.build import build_module
-from llmtune.train.model_files import render_model_files
+from llmtune.train.model_files import render_model_files, resolve_weight_files
 from llmtune.train.request import RunRequest
-from llmtune.tuner.peft_model import to_file_name
 from tests.joined import join_ranks
 
 
@@ -54,7 +53,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     config = compose_config(task["overrides"]).config
     if config.precision is Precision.fp16:
         pretend_fp16()
-    cache = Path(config.paths.cache_dir)
+    cache = open_cache(config.paths)
     # One plan for all ranks, as the supervisor makes it.
     plan = from_plain(Plan, broadcast_object(resolve_plan(config, rank.world_size).to_dict(), rank))
     if plan.placement.uses_nvme:
@@ -119,9 +118,9 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
 def resolve_on_first(config: Config, rank: Rank) -> Path:
     """The model's folder, made by rank 0: transformers writes nothing on the others."""
     if rank.is_first:
-        resolve_model_folder(config.model, Path(config.paths.cache_dir))
+        resolve_model_folder(config.model, open_cache(config.paths))
     barrier(rank)
-    return resolve_model_folder(config.model, Path(config.paths.cache_dir))
+    return resolve_model_folder(config.model, open_cache(config.paths))
 
 
 def not_a_number(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -156,8 +155,7 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
     """A checkpoint as a run writes it; in the background where the task says so, while training
     goes on.
     """
-    lora = config.tuner.kind == "lora"
-    weights = WeightFiles(lora, 10**9, to_file_name if lora else str)
+    weights = resolve_weight_files(config.tuner.kind, module.model, 10**9)
     folder, step = Path(task["save"]), task["save_at"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     model_files = {}

@@ -143,7 +143,7 @@ def test_rows_at_a_time_have_the_bits_of_the_whole(
     packed, state = functional.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
     monkeypatch.setattr("llmtune.storage.tensors.row_blocks.BLOCK_ELEMENTS", 5 * shape[1])
     monkeypatch.setattr("llmtune.storage.tensors.row_blocks._LEAST_ROWS", 1)
-    monkeypatch.setattr("llmtune.export.sources.nf4._CHUNK_ELEMENTS", 128)
+    monkeypatch.setattr("llmtune.export.sources.nf4.CHUNK_ELEMENTS", 128)
     source = write_tensor(tensor, tmp_path)
     ours, described = quantize(source, "w", transposed=False)
     assert torch.equal(ours, packed)
@@ -249,6 +249,6 @@ def test_files_that_leave_out_the_first_part_of_names_are_matched(
 @pytest.mark.process
 @pytest.mark.usefixtures("started_cold")
 def test_loading_bitsandbytes_says_nothing() -> None:
-    code = "from llmtune.export.sources.nf4 import load_bitsandbytes; load_bitsandbytes()"
+    code = "from llmtune.model.weights.nf4_slices import load_bitsandbytes; load_bitsandbytes()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

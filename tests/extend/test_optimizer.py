@@ -15,7 +15,7 @@ ENV = {"LLMTUNE_PLUGINS": "tests.extend.plain_adam"}
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_run_trains_and_resumes_with_it(stage: int, tmp_path: Path) -> None:
     (tmp_path / "conf/optim").mkdir(parents=True)
     (tmp_path / "conf/optim/plain_adam.yaml").write_text("kind: plain_adam\nbetas: [0.8, 0.95]\n")

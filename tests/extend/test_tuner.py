@@ -17,7 +17,7 @@ ENV = {"LLMTUNE_PLUGINS": "tests.extend.norms_tuner"}
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_only_what_it_names_is_trained(stage: int, tmp_path: Path) -> None:
     (tmp_path / "conf/tuner").mkdir(parents=True)
     (tmp_path / "conf/tuner/norms.yaml").write_text("kind: norms\n")

@@ -23,7 +23,7 @@ TOKENS = ["train.batch_schedule=[[0,4],[3000,8],[9000,24]]", "train.batch_schedu
     "overrides",
     [
         pytest.param(["zero=2", *STEPS], id="steps"),
-        pytest.param(["zero=3", *TOKENS], id="tokens"),
+        pytest.param(["zero=3", *TOKENS], id="tokens", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_while_it_grows_ends_with_the_same_bytes(

@@ -196,9 +196,7 @@ def test_an_evaluation_of_many_rows_needs_room_for_its_logits_unless_there_is_no
 def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(
     stage: int, ranks: int
 ) -> None:
-    """Layers are quantized; embedding, head and norms are bf16; bitsandbytes leaves the scales on
-    every rank.
-    """
+    """Layers are quantized; embedding, head and norms are bf16; scales are partitioned too."""
     shape = shape_of("tuner=qlora")
     norms = (2 * 32 + 1) * 4096
     quantized = PARAMETERS - 2 * HEAD - norms
@@ -207,4 +205,11 @@ def test_four_bits_are_half_a_byte_a_byte_a_block_and_four_a_block_of_blocks(
     states = states_of(shape, placement, Precision.bf16, ranks)
     scales = quantized / 64 + 4 * quantized / (64 * 256)
     packed = quantized // 2 + 2 * (2 * HEAD + norms)
-    assert states.weights.device == pytest.approx(packed / ranks + scales, rel=1e-6)
+    assert states.weights.device == pytest.approx((packed + scales) / ranks, rel=1e-6)
+    plain = states_of(
+        shape_of("tuner=qlora", "tuner.bnb_4bit_use_double_quant=false"),
+        placement,
+        Precision.bf16,
+        ranks,
+    )
+    assert plain.weights.device == pytest.approx((packed + 4 * quantized / 64) / ranks, rel=1e-6)

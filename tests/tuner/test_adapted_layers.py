@@ -91,7 +91,6 @@ def test_all_linear_reaches_layers_and_no_router(
     ("family", "module", "reason"),
     [
         ("phimoe", "router", "chooses among the experts"),
-        ("qwen2_moe", "shared_expert_gate", "chooses among the experts"),
         ("deepseek_v3", "down_proj", "peft treats its name as that of the stacked experts"),
         ("mamba2", "out_proj", "passes the weight to a kernel"),
     ],
@@ -105,6 +104,15 @@ def test_a_layer_that_must_be_left_alone_is_refused_by_name(
         resolve_shape(
             ModelConfig(name_or_path="m", config=numbers(family)), lora(target_modules=[module])
         )
+
+
+def test_a_router_that_is_named_is_adapted() -> None:
+    tuner = lora(target_modules=["q_proj", "shared_expert_gate"])
+    shape = resolve_shape(ModelConfig(name_or_path="m", config=numbers("qwen2_moe")), tuner)
+    real = {n for n, p in adapt("qwen2_moe", tuner).named_parameters() if p.requires_grad}
+    assert real == {f"base_model.model.{tensor.name}" for tensor in shape.tensors if tensor.trained}
+    assert {name.split(".")[-4] for name in real} == {"q_proj", "shared_expert_gate"}
+    assert shape.left_alone == ()
 
 
 def test_layers_of_mixtures_that_are_named_are_adapted() -> None:

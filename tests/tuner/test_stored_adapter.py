@@ -81,14 +81,19 @@ TRAINED: dict[str, dict[str, Any]] = {
         "layers_pattern": "layers",
     },
     "with dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.3},
+    "dora": {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+    "dora with a scale for large ranks": {
+        "target_modules": "all-linear",
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 2},
+    },
+    "norms too": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
     "started otherwise": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
 }
 
 REFUSED = {
-    "dora": ({"use_dora": True}, "use_dora=true: llmtune trains LoRA matrices"),
-    "biases": ({"bias": "all"}, 'bias="all": llmtune trains LoRA matrices'),
     "a bias of B": ({"lora_bias": True}, "lora_bias=true"),
-    "a saved module": ({"modules_to_save": ["lm_head"]}, 'modules_to_save=["lm_head"]'),
     "rows of the embedding": (
         {"trainable_token_indices": [3, 4]},
         "trainable_token_indices=[3, 4]",

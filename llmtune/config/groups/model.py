@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -23,6 +23,13 @@ class ModelConfig:
     """Branch, tag or commit of a Hugging Face id."""
     config: dict[str, Any] | None = None
     """The architecture as in ``config.json``; planning needs nothing else."""
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    """Longer rows by scaled rotary positions, as in ``{rope_type: yarn, factor: 2}``.
+
+    ``rope_type`` is ``linear``, ``yarn`` (with ``beta_fast``, ``beta_slow``, ``attention_factor``)
+    or ``llama3`` (with ``low_freq_factor``, ``high_freq_factor``). ``factor`` multiplies the
+    positions. The run's and the exported ``config.json`` have it as ``rope_parameters``.
+    """
     task: str = "auto"
     """The task: ``auto`` goes by the labels of the rows.
 

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
+
+
+class Rounding(Enum):
+    """The rounding of master weights and moments to bf16."""
+
+    stochastic = "stochastic"
+    """Up or down, with a probability that makes the mean right."""
+    kahan = "kahan"
+    """Weights to the nearest, with what was lost kept in one more bf16 number; moments as above."""
+    nearest = "nearest"
+    """Always to the nearest. An update below 1/512 of a number is lost; it is for comparison."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -11,7 +23,12 @@ class OptimConfig:
     """The optimizer and its settings."""
 
     kind: str = "adamw"
-    """``adamw``, or ``lion`` (the sign of a momentum: one state per parameter instead of two)."""
+    """The optimizer: ``adamw``, ``adamw_bf16``, ``adamw_8bit`` or ``lion``.
+
+    ``adamw_bf16`` is AdamW with bf16 master weights and moments, ``adamw_8bit`` with bf16 master
+    weights and moments in 8 bits. ``lion`` takes the sign of a momentum: one state per parameter
+    instead of two.
+    """
     learning_rate: int | float | str = "auto"
     """Peak learning rate; ``auto`` follows tuner and model size."""
     weight_decay: float = 0.0
@@ -20,6 +37,12 @@ class OptimConfig:
     """Decay of the two moments; for Lion of the momentum in a step, and from step to step."""
     eps: float = 1e-8
     """Added to the denominator."""
+    rounding: Rounding = Rounding.stochastic
+    """Rounding of an optimizer with bf16 master weights.
+
+    ``stochastic``; ``kahan``, which takes 2 bytes more per trained parameter; or ``nearest``, which
+    loses small updates.
+    """
     param_groups: list[dict[str, Any]] = field(default_factory=list)
     """Other settings of some parameters: mappings with ``pattern``, and the settings themselves.
 

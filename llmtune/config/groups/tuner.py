@@ -25,7 +25,7 @@ class TunerConfig:
     kind: str = MISSING
     """``full``, ``freeze`` (a part of the model), ``lora``, or ``qlora``.
 
-    ``qlora`` is LoRA on weights in 4 bits, which can only be planned yet.
+    ``qlora`` is LoRA on weights that are kept in 4 bits (NF4).
     """
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     adapter_path: str | None = None
@@ -42,5 +42,29 @@ class TunerConfig:
     """Divide ``lora_alpha`` by the square root of the rank (rsLoRA)."""
     lora_dropout: float = 0.0
     """Dropout on the adapters' input."""
+    use_dora: bool = False
+    """Train the lengths of the adapted weights' rows apart from their directions (DoRA)."""
+    lora_plus_ratio: float | None = None
+    """The learning rate of the matrices B over that of A (LoRA+); null gives both the same."""
+    init_lora_weights: str = "default"
+    """The first values of the adapters, by peft's names.
+
+    ``default``, ``gaussian`` and ``orthogonal`` change nothing at the start. ``pissa``,
+    ``pissa_niter_N`` (with N iterations in place of a full decomposition) and ``olora`` take the
+    largest part of the base's weights out of the base, and train it.
+    """
     target_modules: Any = "all-linear"
-    """``all-linear`` (all but the head), or a list of module name endings."""
+    """The layers with adapters: ``all-linear`` (all but the head), a list of names or endings.
+
+    A text with a sign such as ``*`` is a regular expression for whole names.
+    """
+    exclude_modules: Any = None
+    """Layers that get no adapters although ``target_modules`` names them, in the same forms."""
+    layers_to_transform: list[int] = field(default_factory=list)
+    """Numbers of the model's layers in which adapters are put, from 0; empty for all."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Endings of the names of modules that are trained whole, and stored with the adapter."""
+    bias: str = "none"
+    """Biases that are trained: ``none``, ``all``, or ``lora_only`` for those of adapted layers."""
+    bnb_4bit_use_double_quant: bool = True
+    """``qlora``: quantize the scales of the 4-bit weights too, which saves 0.4 bits per weight."""

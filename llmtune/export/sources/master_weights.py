@@ -1,6 +1,7 @@
-"""The fp32 master weights of a full fine-tuning, put together from the slices of the ranks.
+"""The master weights of a full fine-tuning, put together from the slices of the ranks.
 
-The model files of the same checkpoint hold these numbers rounded to the training dtype.
+The model files of the same checkpoint hold these numbers rounded to the training dtype; where
+master weights are bf16, both are the same.
 """
 
 import math
@@ -41,7 +42,7 @@ def find_master_weights(folder: Path) -> Path | None:
 
 
 class MasterWeightsSource:
-    """A checkpoint's model in fp32, of any ZeRO stage, number of ranks and placement."""
+    """A checkpoint's model in its master weights' dtype, of any stage, ranks and placement."""
 
     def __init__(self, folder: Path) -> None:
         """Open every file, and read the headers.
@@ -68,7 +69,8 @@ class MasterWeightsSource:
                 raise ExportError(
                     f"{folder}: {name} has master weights and is not in the model files; {_NEXT}"
                 )
-            spec = replace(self.specs[name], dtype=torch.float32)
+            dtype = masters[name][0].values.dtype if masters[name] else torch.float32
+            spec = replace(self.specs[name], dtype=dtype)
             _check_covered(folder, spec, parameter.numel, masters[name])
             self._masters[name] = PiecedTensor(spec, tuple(masters[name]))
             self.specs[name] = spec

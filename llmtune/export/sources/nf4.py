@@ -5,7 +5,6 @@ the scales depend on each other, through the mean that double quantization subtr
 memory is one tensor in 4 bits per number, never the model.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,19 +14,15 @@ import torch
 
 from llmtune.errors import ConfigError, ExportError, first_line
 from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole
+from llmtune.model.weights.nf4_slices import CHUNK_ELEMENTS, load_bitsandbytes
 from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.storage.tensors.row_blocks import row_ranges
+from llmtune.tuner.nf4_layout import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from llmtune.tuner.quantized_layers import find_quantized_layers
 from llmtune.units import some
-
-#: Numbers per scale, and scales per nested scale: the defaults of bitsandbytes and transformers.
-BLOCK_SIZE = 64
-NESTED_BLOCK_SIZE = 256
 
 #: Dtypes that bitsandbytes quantizes.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-#: Elements quantized at once; bitsandbytes takes 16 bytes of temporary memory for each.
-_CHUNK_ELEMENTS = 1 << 20
 
 
 class Nf4RoundTripSource:
@@ -42,11 +37,14 @@ class Nf4RoundTripSource:
     pass a ``RetypedSource`` of it.
     """
 
-    def __init__(self, source: TensorSource, names: Mapping[str, bool]) -> None:
+    def __init__(
+        self, source: TensorSource, names: Mapping[str, bool], double_quant: bool = True
+    ) -> None:
         """Choose the tensors.
 
         Args:
             names: From :func:`quantized_names`: tensor -> whether its rows are inputs, not outputs.
+            double_quant: The scales were quantized too.
 
         Raises:
             ExportError: The source has no such tensor, or bitsandbytes does not quantize its dtype.
@@ -54,6 +52,7 @@ class Nf4RoundTripSource:
         check_quantizable(source, names)
         self._source = source
         self._names = dict(names)
+        self._double_quant = double_quant
         self.specs = dict(source.specs)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
@@ -61,15 +60,16 @@ class Nf4RoundTripSource:
         if name not in self._names:
             yield from self._source.blocks(name)
             return
-        packed, state = quantize(self._source, name, self._names[name])
+        packed, state = quantize(
+            self._source, name, self._names[name], double_quant=self._double_quant
+        )
         yield from dequantize(packed, state, self._names[name])
 
 
 def quantized_names(folder: Path, source: TensorSource) -> dict[str, bool]:
     """Find the tensors that transformers quantizes when it loads a model in 4 bits.
 
-    These are the linear layers but the output layer; transformers' own functions decide it, on the
-    skeleton that the configuration describes.
+    They are chosen on the skeleton that the configuration describes, as for a training in 4 bits.
 
     Args:
         folder: The model folder, of which ``config.json`` is read.
@@ -82,25 +82,14 @@ def quantized_names(folder: Path, source: TensorSource) -> dict[str, bool]:
         ExportError: The model cannot be built, or a layer has no tensor in the source under its
             name.
     """
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    skeleton = _build_skeleton(folder)
-
-    # Layers that transformers keeps in full precision.
-    kept = HfQuantizer.get_modules_to_not_convert(skeleton, None, skeleton._keep_in_fp32_modules)
     transposed: dict[str, bool] = {}
     missing = []
-    for module_name, module in skeleton.named_modules():
-        linear = type(module) is torch.nn.Linear or isinstance(module, Conv1D)
-        if not linear or not should_convert_module(module_name, kept):
-            continue
+    for module_name, module in find_quantized_layers(_build_skeleton(folder)).items():
         name = find_name(f"{module_name}.weight", source.specs)
         if name is None:
             missing.append(f"{module_name}.weight")
         else:
-            transposed[name] = isinstance(module, Conv1D)
+            transposed[name] = not isinstance(module, torch.nn.Linear)
     if missing:
         raise ExportError(
             f"{len(missing)} linear layers of the model are in no file under that name:"
@@ -136,6 +125,7 @@ def quantize(
     name: str,
     transposed: bool,
     offset: float | None = None,
+    double_quant: bool = True,
 ) -> tuple[torch.Tensor, Any]:
     """Quantize one tensor to the same bits as bitsandbytes does.
 
@@ -143,6 +133,7 @@ def quantize(
         transposed: Quantize columns of the source as rows.
         offset: The mean of the scales, where it is known; the last digit of a mean depends on the
             number of threads.
+        double_quant: Quantize the scales too.
 
     Returns:
         Two numbers per byte, shape (bytes, 1), and bitsandbytes' ``QuantState``.
@@ -155,20 +146,19 @@ def quantize(
         packed.append(four_bits)
         scales.append(state.absmax)
         code = state.code
-    # The scales are quantized too, as ``bnb_4bit_use_double_quant`` asks for.
     absmax = torch.cat(scales)
+    described = {
+        "shape": torch.Size(spec.shape[::-1] if transposed else spec.shape),
+        "code": code,
+        "blocksize": BLOCK_SIZE,
+        "quant_type": "nf4",
+        "dtype": spec.dtype,
+    }
+    if not double_quant:
+        return torch.cat(packed), functional.QuantState(absmax=absmax, **described)
     mean = absmax.mean() if offset is None else torch.tensor(offset)
     absmax, state2 = functional.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK_SIZE)
-    state = functional.QuantState(
-        absmax=absmax,
-        shape=torch.Size(spec.shape[::-1] if transposed else spec.shape),
-        code=code,
-        blocksize=BLOCK_SIZE,
-        quant_type="nf4",
-        dtype=spec.dtype,
-        offset=mean,
-        state2=state2,
-    )
+    state = functional.QuantState(absmax=absmax, offset=mean, state2=state2, **described)
     return torch.cat(packed), state
 
 
@@ -198,18 +188,6 @@ def dequantize(packed: torch.Tensor, state: Any, transposed: bool) -> Iterator[t
     tensor = torch.cat(list(rows)).T
     for first, last in row_ranges(tuple(tensor.shape)):
         yield tensor[first:last]
-
-
-def load_bitsandbytes() -> Any:
-    """Import ``bitsandbytes.functional`` without its warning about inference kernels on a CPU."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from bitsandbytes import functional
-    finally:
-        logger.setLevel(level)
-    return functional
 
 
 def _dequantized_rows(packed: torch.Tensor, state: Any) -> Iterator[torch.Tensor]:
@@ -251,7 +229,7 @@ def _chunks(source: TensorSource, name: str, transposed: bool) -> Iterator[torch
         flat = torch.cat([rest, flat]) if len(rest) else flat
         full = len(flat) // BLOCK_SIZE * BLOCK_SIZE
         if full:
-            yield from flat[:full].split(_CHUNK_ELEMENTS)
+            yield from flat[:full].split(CHUNK_ELEMENTS)
         rest = flat[full:]
     if len(rest):
         yield rest

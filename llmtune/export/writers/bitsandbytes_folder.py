@@ -16,20 +16,19 @@ from llmtune.config.groups.export import ExportConfig
 from llmtune.export.export_model import ExportModel
 from llmtune.export.publish.shards import Journal, write_shards
 from llmtune.export.sources.nf4 import (
-    BLOCK_SIZE,
-    NESTED_BLOCK_SIZE,
     check_quantizable,
-    load_bitsandbytes,
     mean_scale,
     quantize,
     quantized_names,
 )
 from llmtune.export.sources.tensor_source import TensorSource
+from llmtune.model.weights.nf4_slices import load_bitsandbytes
 from llmtune.storage.atomic import write_atomically
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.tensors.row_blocks import row_ranges
 from llmtune.storage.tensors.tensor_spec import TensorSpec
+from llmtune.tuner.nf4_layout import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 _STATE = "quant_state.bitsandbytes__nf4"
 

@@ -1,16 +1,21 @@
-"""Partition-direct loading: a ZeRO-3 rank reads its own slices, and nothing is gathered or sent.
+"""Partition-direct loading: a ZeRO-3 rank reads its own slices, and no weight is sent.
 
 A ZeRO-3 partition is a contiguous slice of the flattened tensor: rank ``r`` of ``w`` owns the
 elements ``[r*P, (r+1)*P)`` with ``P = ceil(n / w)``, padded on the last rank. A safetensors entry
 is the flattened tensor too, so the slice is one read at a computed offset. Only tensors that
 transformers computes from several of the files, such as stacked experts, are made complete first,
 one after the other.
+
+A weight that is kept in 4 bits is quantized while its slice is read
+(:mod:`llmtune.model.weights.nf4_slices`). Such models are read here under the other stages too,
+where the slice is all of the tensor.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +26,32 @@ from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.weights.files import Entry, read_entries, read_slice, read_tensor
 from llmtune.model.weights.names import Conversion, find_missing, match_names
 
+#: Reads elements of a flattened tensor, by the first index and the count.
+Read = Callable[[int, int], torch.Tensor]
 
-def load_partitions(model: Any, folder: Path, rank: int) -> None:
-    """Fill this rank's slice of every parameter that ``zero.Init`` made, and all stored buffers.
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A parameter that does not hold a weight as the files do."""
+
+    stored_shape: tuple[int, ...]
+    """Shape of the weight in the files."""
+    transposed: bool
+    """The rows in the files are columns of the weight."""
+    pack: Callable[[Read], Read]
+    """Turns the function that reads the weight into one that reads the parameter.
+
+    The latter is called on every rank, also for no element.
+    """
+
+
+def load_partitions(
+    model: Any, folder: Path, rank: int, packed: Mapping[str, PackedWeight] | None = None
+) -> None:
+    """Fill this rank's slice of every parameter, or all of it without ZeRO 3; and stored buffers.
+
+    Args:
+        packed: Name of a parameter -> how its weight is packed.
 
     Raises:
         MissingPrerequisiteError: The files lack a parameter, or hold it in another shape.
@@ -32,21 +60,25 @@ def load_partitions(model: Any, folder: Path, rank: int) -> None:
     matching = match_names(model, entries)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers())
+    packed = packed or {}
     done: set[int] = set()
     problems = []
     for name, source in matching.direct.items():
         entry, parameter = entries[source], parameters.get(name)
-        shape = tuple(buffers[name].shape if parameter is None else parameter.ds_shape)
+        shape = _shape_in_files(name, buffers[name] if parameter is None else parameter, packed)
         if entry.shape != shape:
             problems.append(f"{name} is {entry.shape} in the files and {shape} in the model")
         elif parameter is None:
             buffers[name].data.copy_(read_tensor(entry))
         elif id(parameter) not in done:
-            _load_slice(parameter, partial(read_slice, entry), rank)
+            read: Read = partial(read_slice, entry)
+            if name in packed and packed[name].transposed:
+                read = partial(_read_flat, read_tensor(entry).T.reshape(-1))
+            _load_slice(parameter, packed[name].pack(read) if name in packed else read, rank)
             done.add(id(parameter))
     stored = set(matching.direct)
     for conversion in matching.conversions:
-        stored |= _load_converted(model, conversion, entries, rank)
+        stored |= _load_converted(model, conversion, entries, rank, packed)
     problems += [f"{name} is not in the files" for name in find_missing(model, stored)[0]]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
@@ -55,29 +87,48 @@ def load_partitions(model: Any, folder: Path, rank: int) -> None:
         )
 
 
+def is_partitioned(parameter: Any) -> bool:
+    """Tell whether ``zero.Init`` made a parameter, of which a rank holds a slice."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def _shape_in_files(name: str, tensor: Any, packed: Mapping[str, PackedWeight]) -> tuple[int, ...]:
+    if name in packed:
+        return packed[name].stored_shape
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def _load_converted(
-    model: Any, conversion: Conversion, entries: dict[str, Entry], rank: int
+    model: Any,
+    conversion: Conversion,
+    entries: dict[str, Entry],
+    rank: int,
+    packed: Mapping[str, PackedWeight],
 ) -> set[str]:
     """Compute parameters as transformers does, and keep this rank's slices; return their names."""
     made = conversion.run(model, lambda name: read_tensor(entries[name]))
     for name, tensor in made.items():
         parameter = model.get_parameter(name)
-        if tuple(tensor.shape) != tuple(parameter.ds_shape):
+        shape = _shape_in_files(name, parameter, packed)
+        if tuple(tensor.shape) != shape:
             raise MissingPrerequisiteError(
-                f"{name} is {tuple(tensor.shape)} as the files have it and"
-                f" {tuple(parameter.ds_shape)} in the model"
+                f"{name} is {tuple(tensor.shape)} as the files have it and {shape} in the model"
             )
-        flat = tensor.reshape(-1)
-        _load_slice(parameter, lambda start, count, flat=flat: flat[start : start + count], rank)  # type: ignore[misc]
+        weight = tensor.T if name in packed and packed[name].transposed else tensor
+        read: Read = partial(_read_flat, weight.reshape(-1))
+        _load_slice(parameter, packed[name].pack(read) if name in packed else read, rank)
     return set(made)
 
 
-def _load_slice(parameter: Any, read: Callable[[int, int], torch.Tensor], rank: int) -> None:
-    """Fill this rank's slice of a parameter.
+def _read_flat(flat: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    return flat[start : start + count]
 
-    Args:
-        read: Returns elements of the flattened tensor, by the first index and the count.
-    """
+
+def _load_slice(parameter: Any, read: Read, rank: int) -> None:
+    """Fill this rank's slice of a parameter; all of it, where ZeRO has not partitioned it."""
+    if not is_partitioned(parameter):
+        parameter.data.view(-1).copy_(read(0, parameter.numel()))
+        return
     swapper = parameter.nvme_swapper
     swapped = swapper is not None and swapper.swappable_tensor(parameter)
     if swapped:
@@ -90,8 +141,7 @@ def _load_slice(parameter: Any, read: Callable[[int, int], torch.Tensor], rank: 
     target = partition.data.view(-1)
     if count < size:
         target[count:].zero_()
-    if count:
-        target[:count].copy_(read(start, count))
+    target[:count].copy_(read(start, count))
     if swapped:
         swapper.swap_out_and_release([parameter])
     # hpZ keeps a second slice, for gathers within a node. ``zero.Init`` took it from uninitialized

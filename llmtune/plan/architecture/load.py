@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError, first_line
 from llmtune.plan.architecture.corrected_architecture import corrected_settings
+from llmtune.plan.architecture.rope_scaling import scale_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,10 +20,19 @@ if TYPE_CHECKING:
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
     """Load the transformers configuration from ``model.config``, a folder, a GGUF file or the hub.
 
+    ``model.rope_scaling`` is applied to it.
+
     Raises:
-        ConfigError: ``model.config`` names no architecture that transformers knows.
+        ConfigError: ``model.config`` names no architecture that transformers knows, or its
+            positions cannot be scaled.
         MissingPrerequisiteError: The hub does not know the id, or cannot be reached.
     """
+    architecture = _load_unscaled(config)
+    scale_positions(architecture, config.rope_scaling, config.name_or_path)
+    return architecture
+
+
+def _load_unscaled(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)

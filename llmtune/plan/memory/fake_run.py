@@ -20,8 +20,7 @@ from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
 from llmtune.process import hold_interruptions
 from llmtune.storage.tensors.dtypes import configured_dtype
-from llmtune.tuner.adapted_layers import choose_layers, linear_layers, matrix_sides
-from llmtune.tuner.head import in_modules
+from llmtune.tuner.adapted_layers import linear_layers, matrix_sides
 from llmtune.tuner.lora_settings import lora_rank
 from llmtune.tuner.tuner import TUNERS
 
@@ -185,9 +184,8 @@ def _build(
         model = getattr(transformers, model_class).from_config(
             config, dtype=dtype, attn_implementation=kernel
         )
-        head = task.head_modules(model) if task is not None else []
         if kind.has_adapter:
-            model = _with_adapters(model, tuner, dtype, head)
+            model = _with_adapters(model, tuner, dtype, trained)
         elif not kind.trains_all:
             _freeze_others(model, trained)
     if settings.gradient_checkpointing:
@@ -279,11 +277,12 @@ def _to_fake(model: Any) -> None:
                 module._buffers[name] = fake
 
 
-def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any, head: list[str]) -> Any:
+def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any, trained: Sequence[str]) -> Any:
     """Freeze the model, and add LoRA layers that compute what peft's do.
 
     Importing peft would take longer than the trace.
     """
+    import torch
     from torch import nn
 
     class Adapted(nn.Module):
@@ -296,29 +295,42 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any, head: list[str]) 
             self.dropout = nn.Dropout(tuner.lora_dropout) if tuner.lora_dropout else nn.Identity()
             self.down = nn.Linear(inputs, rank, bias=False, dtype=dtype)
             self.up = nn.Linear(rank, outputs, bias=False, dtype=dtype)
+            if tuner.use_dora:
+                self.lengths = nn.Parameter(torch.empty(outputs, dtype=dtype))
 
         def forward(self, inputs: Any) -> Any:
             """Compute the adapted layer."""
-            update = self.up(self.down(self.dropout(inputs)))
+            dropped = self.dropout(inputs)
+            if tuner.use_dora:
+                return self._with_lengths(inputs, dropped)
             # The value of the scale does not matter for memory.
-            return self.base(inputs) + update * 2.0
+            return self.base(inputs) + self.up(self.down(dropped)) * 2.0
 
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(in_modules(name, head))
-    targets = tuner.target_modules
-    if targets == "all-linear":
-        layers = choose_layers(model, tuner, head).layers
-    else:
-        # The head, which may be among them, is not part of the trace.
-        endings = tuple(f".{ending}" for ending in targets)
-        layers = {
-            name: module
-            for name, module in linear_layers(model).items()
-            if f".{name}".endswith(endings) and not in_modules(name, head)
-        }
-    for name, module in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Adapted(module, lora_rank(tuner, name)))
+        def _with_lengths(self, inputs: Any, dropped: Any) -> Any:
+            """Compute what peft's ``DoraLinearLayer.forward`` does, with the same matrices."""
+            base: Any = self.base
+            result = base(inputs)
+            eye = torch.eye(self.down.weight.shape[1], dtype=dtype)
+            product = self.up(self.down(eye)).T.detach()
+            weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
+            norms = torch.linalg.norm(weight.detach() + product * 2.0, dim=1).to(dtype)
+            factor = (self.lengths / norms).view(1, -1)
+            plain = result
+            if tuner.lora_dropout:
+                plain = nn.functional.linear(dropped, weight)
+            elif base.bias is not None:
+                plain = result - base.bias
+            update = self.up(self.down(dropped))
+            return result + (factor - 1) * plain + factor * update * 2.0
+
+    _freeze_others(model, trained)
+    adapted = {
+        f".{_unnumbered(name.partition('.lora_A.')[0])}" for name in trained if ".lora_A." in name
+    }
+    for name, module in linear_layers(model).items():
+        if any(layer.endswith(f".{_unnumbered(name)}") for layer in adapted):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Adapted(module, lora_rank(tuner, name)))
     return model
 
 

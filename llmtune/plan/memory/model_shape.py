@@ -13,6 +13,7 @@ from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_posi
 from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
+from llmtune.plan.architecture.rope_scaling import check_scaled, is_scalable
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.tensor_shapes import (
     adapter_sizes,
@@ -21,6 +22,7 @@ from llmtune.plan.memory.tensor_shapes import (
     largest_layer,
     list_tensors,
     matrix_parameters,
+    packed_sizes,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.task.task import find_task
@@ -44,9 +46,7 @@ def resolve_shape(
     identity = _identify(config)
     if identity is None:
         return _count(config, tuner)
-    patterns = (tuner.rank_pattern, tuner.alpha_pattern)
-    sizes = (tuner.kind, tuner.lora_r, *patterns, tuner.target_modules, tuner.freeze)
-    key = repr((identity, config.task, *sizes))
+    key = repr((identity, config.rope_scaling, config.task, tuner))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))
@@ -80,12 +80,14 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         architecture, config.trust_remote_code, task.model_class
     )
     model: Any = meta_model
+    check_scaled(model, config.rope_scaling, config.name_or_path)
     head = task.head_modules(model) if trainable else []
     kind = TUNERS.find(tuner.kind)
     adapted = kind.choose_layers(model, tuner, head)
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
     trained = find_trained(kind, model, tuner, head)
-    tensors = list_tensors(model, adapters, trained, kind.is_quantized, head)
+    packed = packed_sizes(model, tuner, head)
+    tensors = list_tensors(model, adapters, trained, packed)
     if not any(tensor.trained for tensor in tensors):
         raise ConfigError(
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
@@ -99,6 +101,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
     vocabulary = int(getattr(text, "vocab_size", 0))
     base = [tensor for tensor in tensors if not tensor.adapter]
+    layer_parameters, layer_quantized = largest_layer(model, adapters, tensors)
     return ModelShape(
         parameters=sum(tensor.numel for tensor in base),
         trainable_parameters=sum(tensor.numel for tensor in tensors if tensor.trained),
@@ -110,7 +113,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         largest_adapter_tensor=max(
             (tensor.numel for tensor in tensors if tensor.adapter), default=0
         ),
-        layer_parameters=largest_layer(model, adapters),
+        layer_parameters=layer_parameters,
+        layer_quantized=layer_quantized,
         hidden_size=hidden,
         intermediate_size=_intermediate_size(text) or 4 * hidden,
         layers=layers,
@@ -124,6 +128,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         trainable=trainable,
         kernels=attention_kernels(model),
         max_positions=max_positions(model, architecture),
+        scalable=is_scalable(text),
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
         adapted=tuple(adapted.endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),

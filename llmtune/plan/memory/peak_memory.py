@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmtune.optimizer.optimizer import FP32_BYTES
 from llmtune.plan.devices.gpus import pins_exactly
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.memory_plan import DeviceBytes, HostBytes, MemoryPlan
@@ -20,6 +21,7 @@ from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import ActivationBytes, Arithmetic, StateBytes
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import ZeroSizes
+from llmtune.tuner.nf4_layout import BLOCK_SIZE
 from llmtune.units import format_bytes
 
 #: Share of a memory that a plan may fill; the rest is fragmentation, other processes, the operating
@@ -55,7 +57,7 @@ def estimate_memory(
     """Estimate the peak bytes of one rank."""
     size = arithmetic.element_bytes
     at_loss, at_layer = gathered_bytes(shape, placement, sizes, size)
-    unpacked = size * max((tensor.numel for tensor in shape.tensors if tensor.quantized), default=0)
+    unpacked = _dequantized_bytes(shape, size)
     saved = work.activations.saved
 
     # Loss, backward pass of a layer, and step: each field adds what exceeds the moment before.
@@ -63,7 +65,10 @@ def estimate_memory(
     buffers = states.buckets.device + at_loss
     backward = work.activations.working + states.backward + at_layer + unpacked
     working_set = max(0, backward - logits - at_loss)
-    step = max(0, states.step - saved - logits - at_loss - working_set)
+    updating = 0
+    if placement.optimizer == "none":
+        updating = states.step + arithmetic.optimizer.update_bytes(work.accelerator)
+    step = max(0, updating - saved - logits - at_loss - working_set)
     device = DeviceBytes(
         weights=states.weights.device,
         gradients=states.gradients.device,
@@ -96,9 +101,20 @@ def gathered_bytes(
     """
     if placement.zero_stage < 3:
         return 0, 0
-    at_loss = size * (shape.head_parameters + shape.layer_parameters)
-    at_layer = size * (shape.layer_parameters + 2 * sizes.prefetch)
-    return at_loss, max(at_layer, size * shape.largest_tensor)
+    layer = shape.layer_bytes(size)
+    at_loss = size * shape.head_parameters + layer
+    at_layer = layer + 2 * size * sizes.prefetch
+    largest = max(
+        (tensor.stored_numel(size) for tensor in shape.tensors if not tensor.adapter),
+        default=shape.largest_tensor,
+    )
+    return at_loss, max(at_layer, size * largest)
+
+
+def _dequantized_bytes(shape: ModelShape, size: int) -> int:
+    """Return the bytes of the largest weight in 4 bits while it is used: its numbers and scales."""
+    largest = max((tensor.numel for tensor in shape.tensors if tensor.is_quantized), default=0)
+    return size * largest + FP32_BYTES * -(-largest // BLOCK_SIZE)
 
 
 def checkpoint_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
@@ -106,7 +122,7 @@ def checkpoint_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
     # An adapter's file holds the task's head too.
     model = shape.trainable_parameters if shape.adapter_parameters else shape.parameters
     master_and_states = arithmetic.optimizer.master_and_state_bytes * shape.trainable_parameters
-    return arithmetic.element_bytes * model + master_and_states
+    return arithmetic.element_bytes * model + int(master_and_states)
 
 
 def _host_bytes(
@@ -157,10 +173,10 @@ def _loading_bytes(
     if accelerator == "cpu":
         # The weights are counted as the accelerator's; stages 1 and 2 hold them a second time while
         # they are flattened.
-        return 0 if placement.zero_stage in (0, 3) else size * shape.parameters
+        return 0 if placement.zero_stage in (0, 3) else shape.weight_bytes(size)
     if partitioned:
         return size * partition_numel(shape.largest_tensor, world_size)
-    if shape.adapter_parameters:
+    if shape.adapter_parameters and not shape.quantized_parameters:
         return size * shape.parameters
     # Read straight to the GPU, one tensor at a time.
     return size * shape.largest_tensor

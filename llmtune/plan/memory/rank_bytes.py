@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtune.config.schema import Precision
-from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
+from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.memory.shapes import ModelShape
-
-#: NF4 with double quantization takes half a byte per element, one byte per block of 64 elements,
-#: and four bytes per 256 blocks.
-NF4_BYTES = 0.5
-NF4_SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +44,13 @@ class StateBytes:
     gradients: Split
     """Gradients from the backward pass to the step."""
     optimizer: Split
-    """Master weights and states, and the fp32 gradient that an optimizer on the host keeps."""
+    """Master weights and states, and the gradient of their dtype that a host's optimizer keeps."""
     buckets: Split = Split()
     """Reduction buckets and the swapper's buffers."""
     backward: int = 0
     """Device bytes of unpartitioned gradients on their way into a bucket."""
     step: int = 0
-    """Device bytes of the fp32 gradients that a step makes."""
+    """Device bytes of the gradients that a step makes."""
     nvme_written_per_step: int = 0
     pinned: tuple[int, ...] = ()
     """Blocks of pinned host memory among what the optimizer has there."""
@@ -76,10 +71,14 @@ def largest_trained_numel(shape: ModelShape) -> int:
     return max(tensor.numel for tensor in shape.tensors if tensor.trained)
 
 
-def fp32_gradient_bytes(numel: int, size: int) -> int:
-    """Return the bytes of a step's gradients: flattened in the training dtype, then fp32."""
-    flattened = size * numel if size < FP32_BYTES else 0
-    return flattened + FP32_BYTES * numel
+def step_gradient_bytes(numel: int, arithmetic: Arithmetic) -> int:
+    """Return the bytes of a step's gradients.
+
+    They are flattened in the training dtype, and then converted to the master weights'.
+    """
+    size, master = arithmetic.element_bytes, arithmetic.optimizer.master_bytes
+    flattened = size * numel if size < master else 0
+    return flattened + master * numel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,23 @@ class TensorShape:
     vector: bool
     """One-dimensional, as norms and biases, which have a parameter group of their own."""
     adapter: bool = False
-    quantized: bool = False
-    """Stored as 4-bit NF4."""
+    packed_bytes: int = 0
+    """Bytes of its 4-bit numbers and of their scales, where it is kept in NF4."""
     group: str = ""
     """Label of its settings (:class:`llmtune.optimizer.param_groups.ParamGroup`)."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Tell whether it is kept in 4 bits."""
+        return self.packed_bytes > 0
+
+    def stored_numel(self, element_bytes: int) -> int:
+        """Return the elements of the parameter that holds it; ZeRO counts and cuts these.
+
+        Args:
+            element_bytes: Bytes of an element of the training dtype.
+        """
+        return -(-self.packed_bytes // element_bytes) if self.packed_bytes else self.numel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +56,8 @@ class ModelShape:
     largest_adapter_tensor: int
     layer_parameters: int
     """Elements of the largest layer, adapters included."""
+    layer_quantized: int = 0
+    """Those of them that are kept in 4 bits."""
     hidden_size: int
     intermediate_size: int
     layers: int
@@ -65,6 +80,8 @@ class ModelShape:
     """Names of its attention kernels in transformers."""
     max_positions: int | None = None
     """Tokens of the longest row that it has positions for; None without a limit."""
+    scalable: bool = False
+    """Its positions are rotary, and ``model.rope_scaling`` can multiply them."""
     frozen_layers: int = 0
     """Layers before everything that is trained: no gradient flows back through them."""
     adapted: tuple[str, ...] = ()
@@ -90,4 +107,20 @@ class ModelShape:
     @property
     def quantized_parameters(self) -> int:
         """Return the number of elements that are stored in 4 bits."""
-        return sum(tensor.numel for tensor in self.tensors if tensor.quantized)
+        return sum(tensor.numel for tensor in self.tensors if tensor.is_quantized)
+
+    def weight_bytes(self, element_bytes: int) -> int:
+        """Return the bytes of the model's weights as they are kept, without adapters."""
+        packed = sum(
+            element_bytes * tensor.stored_numel(element_bytes)
+            for tensor in self.tensors
+            if tensor.is_quantized
+        )
+        return element_bytes * (self.parameters - self.quantized_parameters) + packed
+
+    def layer_bytes(self, element_bytes: int) -> int:
+        """Return the bytes of the largest layer as it is kept, adapters included."""
+        packed = sum(tensor.packed_bytes for tensor in self.tensors)
+        share = packed / max(1, self.quantized_parameters)
+        plain = self.layer_parameters - self.layer_quantized
+        return element_bytes * plain + round(share * self.layer_quantized)

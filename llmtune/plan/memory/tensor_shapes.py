@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.groups.tuner import TunerConfig
+from llmtune.errors import ConfigError
 from llmtune.plan.memory.shapes import TensorShape
 from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
 from llmtune.tuner.blocks import count_elements, find_blocks
 from llmtune.tuner.head import in_modules
-from llmtune.tuner.lora_settings import check_patterns, lora_rank
+from llmtune.tuner.lora_settings import changes_base, check_patterns, lora_rank
+from llmtune.tuner.nf4_layout import Nf4Layout
+from llmtune.tuner.quantized_layers import find_quantized_layers
+from llmtune.tuner.tuner import TUNERS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSizes:
+    """The elements of a layer's adapter."""
+
+    a: int
+    """``r x in``."""
+    b: int
+    """``out x r``."""
+    lengths: int = 0
+    """DoRA's, one for each output; 0 without DoRA."""
+
+    @property
+    def total(self) -> int:
+        """Return the elements of the whole adapter."""
+        return self.a + self.b + self.lengths
 
 
 def list_tensors(
     model: Any,
-    adapters: dict[str, tuple[int, int]],
+    adapters: dict[str, AdapterSizes],
     trained: Collection[str],
-    is_quantized: bool = False,
-    head: Sequence[str] = (),
+    packed: Mapping[str, int],
 ) -> list[TensorShape]:
     """List the parameters in the order of peft's model.
 
-    An adapted layer's own weight comes first, then ``lora_A``, then ``lora_B``.
+    An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths.
 
     Args:
-        adapters: Elements of the two matrices of each adapted layer.
+        adapters: Elements of the adapter of each adapted layer.
         trained: Names of the model's own parameters that are trained.
-        is_quantized: Linear layers except the head are kept in 4 bits.
-        head: Names of the modules that are the task's head.
+        packed: Name of a weight that is kept in 4 bits -> its bytes.
     """
-    from torch import nn
-
-    linear = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not in_modules(name, head)
-    }
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if module is not None:
-            linear -= {id(parameter) for parameter in module.parameters()}
     tensors: list[TensorShape] = []
     for name, parameter in model.named_parameters():
-        quantized = is_quantized and id(parameter) in linear
         tensors.append(
             TensorShape(
                 name=name,
                 numel=parameter.numel(),
                 trained=name in trained,
                 vector=parameter.dim() <= 1,
-                quantized=quantized,
+                packed_bytes=packed.get(name, 0),
             )
         )
         owner = name.removesuffix(".weight")
@@ -62,8 +71,9 @@ def list_tensors(
     return tensors
 
 
-def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
-    return [
+def _matrices(owner: str, sizes: AdapterSizes) -> list[TensorShape]:
+    parts = [("A", sizes.a), ("B", sizes.b)]
+    tensors = [
         TensorShape(
             name=f"{owner}.lora_{matrix}.default.weight",
             numel=numel,
@@ -71,8 +81,19 @@ def _matrices(owner: str, sizes: tuple[int, int]) -> list[TensorShape]:
             vector=False,
             adapter=True,
         )
-        for matrix, numel in zip("AB", sizes, strict=True)
+        for matrix, numel in parts
     ]
+    if sizes.lengths:
+        tensors.append(
+            TensorShape(
+                name=f"{owner}.lora_magnitude_vector.default.weight",
+                numel=sizes.lengths,
+                trained=True,
+                vector=True,
+                adapter=True,
+            )
+        )
+    return tensors
 
 
 def is_tied(model: Any) -> bool:
@@ -125,27 +146,56 @@ def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int
     return round(total)
 
 
-def largest_layer(model: Any, adapters: dict[str, tuple[int, int]]) -> int:
-    """Count the parameters of the largest block of the module list that holds most."""
+def largest_layer(
+    model: Any, adapters: dict[str, AdapterSizes], tensors: Sequence[TensorShape]
+) -> tuple[int, int]:
+    """Count the parameters of the largest block of the module list that holds most.
+
+    Returns:
+        All of them, and those that are kept in 4 bits.
+    """
+    quantized = {tensor.name: tensor.numel for tensor in tensors if tensor.is_quantized}
     blocks = find_blocks(model)
     if blocks is None:
-        return count_elements(model)
+        return count_elements(model), sum(quantized.values())
     sizes = []
     for index, block in enumerate(blocks.modules):
-        size = count_elements(block)
-        for owner, matrices in adapters.items():
-            if owner.startswith(f"{blocks.path(index)}."):
-                size += sum(matrices)
-        sizes.append(size)
+        size, start = count_elements(block), f"{blocks.path(index)}."
+        for owner, sizes_of_owner in adapters.items():
+            if owner.startswith(start):
+                size += sizes_of_owner.total
+        in_4_bits = sum(numel for name, numel in quantized.items() if name.startswith(start))
+        sizes.append((size, in_4_bits))
     return max(sizes)
 
 
-def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, tuple[int, int]]:
-    """Map each adapted layer to the elements of its LoRA matrices, ``r x in`` and ``out x r``."""
-    check_patterns(tuner, adapted.layers)
-    sides = {name: matrix_sides(layer) for name, layer in adapted.layers.items()}
-    ranks = {name: lora_rank(tuner, name) for name in sides}
+def packed_sizes(model: Any, tuner: TunerConfig, head: Sequence[str]) -> dict[str, int]:
+    """Map each weight that the tuner keeps in 4 bits to its bytes, scales included.
+
+    Args:
+        head: Names of the modules that are the task's head.
+    """
+    if not TUNERS.find(tuner.kind).is_quantized:
+        return {}
     return {
-        name: (ranks[name] * inputs, ranks[name] * outputs)
-        for name, (inputs, outputs) in sides.items()
+        f"{name}.weight": Nf4Layout(layer.weight.numel(), tuner.bnb_4bit_use_double_quant).nbytes
+        for name, layer in find_quantized_layers(model, head).items()
     }
+
+
+def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, AdapterSizes]:
+    """Map each adapted layer to the elements of its adapter."""
+    check_patterns(tuner, adapted.layers)
+    found = {}
+    for name, layer in adapted.layers.items():
+        inputs, outputs = matrix_sides(layer)
+        rank = lora_rank(tuner, name)
+        if changes_base(tuner) and rank > min(inputs, outputs):
+            raise ConfigError(
+                f"tuner.init_lora_weights={tuner.init_lora_weights} takes {rank} directions of"
+                f" {name}, which has {min(inputs, outputs)}; lower tuner.lora_r, or give it a rank"
+                " of its own with tuner.rank_pattern"
+            )
+        lengths = outputs if tuner.use_dora else 0
+        found[name] = AdapterSizes(a=rank * inputs, b=rank * outputs, lengths=lengths)
+    return found

@@ -16,13 +16,11 @@ from llmtune.plan.memory.parameter_groups import (
 )
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
-    NF4_BYTES,
-    NF4_SCALE_BYTES,
     Arithmetic,
     Split,
     StateBytes,
-    fp32_gradient_bytes,
     largest_trained_numel,
+    step_gradient_bytes,
 )
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.zero_buffers import ZeroSizes
@@ -65,9 +63,8 @@ def partition_states(
     # On one rank the partition of a small weight is the weight itself.
     persistent = 0
     if world_size > 1:
-        persistent = sum(
-            tensor.numel for tensor in shape.tensors if tensor.numel <= sizes.persistence_threshold
-        )
+        stored = [tensor.stored_numel(size) for tensor in shape.tensors]
+        persistent = sum(numel for numel in stored if numel <= sizes.persistence_threshold)
     buffers = 0
     if placement.param == "nvme":
         buffers = _param_buffers(stepped, sizes, size, world_size)
@@ -87,36 +84,40 @@ def partition_states(
 def stage_3_on_device(partitions: Partitions, arithmetic: Arithmetic) -> StateBytes:
     """Stage 3 without offload of the optimizer.
 
-    ``zero/stage3.py``: ``_create_fp32_partitions``, ``_prepare_fp32_grad_for_sub_group`` (one
-    sub-group at a time).
+    ``zero/stage3.py``: ``_create_fp32_partitions`` (weights of the master weights' dtype are their
+    own master weights: :func:`llmtune.engine.deepspeed_fixes.share_weights_with_masters`),
+    ``_prepare_fp32_grad_for_sub_group`` (one sub-group at a time).
     """
+    optimizer = arithmetic.optimizer
+    shared = optimizer.master_bytes == arithmetic.element_bytes
+    nbytes = optimizer.state_bytes if shared else optimizer.master_and_state_bytes
     return StateBytes(
         weights=partitions.weights,
         adapters=partitions.adapters,
         gradients=Split(partitions.gradients),
-        optimizer=Split(arithmetic.optimizer.master_and_state_bytes * partitions.share),
+        optimizer=Split(int(nbytes * partitions.share)),
         buckets=partitions.buckets,
         backward=partitions.backward,
-        step=fp32_gradient_bytes(max(partitions.sub_group_numels), arithmetic.element_bytes),
+        step=step_gradient_bytes(max(partitions.sub_group_numels), arithmetic),
     )
 
 
 def stage_3_on_host(partitions: Partitions, optimizer: Optimizer) -> StateBytes:
     """Stage 3 with the optimizer on the host.
 
-    ``zero/stage3.py``: ``_create_fp32_partitions``, ``initialize_optimizer_states`` (a pinned fp32
-    gradient per sub-group).
+    ``zero/stage3.py``: ``_create_fp32_partitions``, ``initialize_optimizer_states`` (a pinned
+    gradient per sub-group, in the master weights' dtype).
     """
-    fp32_gradients = tuple(FP32_BYTES * numel for numel in partitions.sub_group_numels)
-    master_and_states = optimizer.master_and_state_bytes * partitions.share
+    gradients = tuple(optimizer.master_bytes * numel for numel in partitions.sub_group_numels)
+    master_and_states = int(optimizer.master_and_state_bytes * partitions.share)
     return StateBytes(
         weights=partitions.weights,
         adapters=partitions.adapters,
         gradients=Split(host=partitions.gradients),
-        optimizer=Split(host=master_and_states + sum(fp32_gradients)),
+        optimizer=Split(host=master_and_states + sum(gradients)),
         buckets=partitions.buckets,
         backward=partitions.backward,
-        pinned=fp32_gradients,
+        pinned=gradients,
     )
 
 
@@ -127,14 +128,14 @@ def stage_3_on_nvme(
     arithmetic: Arithmetic,
     world_size: int,
 ) -> StateBytes:
-    """Stage 3 with the optimizer on NVMe; sub-groups below one block of the disk stay on the host.
+    """Stage 3 with an fp32 optimizer on NVMe; sub-groups below a block stay on the host.
 
     ``zero/stage3.py``: ``_create_fp32_partitions``, ``initialize_optimizer_states``.
     ``swap_tensor/optimizer_utils.py: OptimizerSwapper``: ``__init__`` (buffers),
     ``is_swappable_tensor``, ``_swap_out_gradients``.
     """
     # Sub-groups on the disk and on the host.
-    master_and_state_bytes = arithmetic.optimizer.master_and_state_bytes
+    master_and_state_bytes = int(arithmetic.optimizer.master_and_state_bytes)
     on_disk = on_host = 0
     for numel in partitions.sub_group_numels:
         if FP32_BYTES * numel >= sizes.aio.block_size:
@@ -168,17 +169,14 @@ def _partitioned_weights(
 ) -> Split:
     """Partitions in the training dtype (``zero/partition_parameters.py: Init._partition_param``).
 
-    4-bit weights keep their scales on every rank, because bitsandbytes does not partition them.
+    4-bit weights are partitioned with their scales (:class:`llmtune.model.nf4_linear.Nf4Linear`).
     Trained weights on NVMe stay on the host up to ``max_in_cpu`` (``zero/stage3.py:
     _create_param_groups_fp16_flat_cpu_memory``).
     """
     device = host = nvme = 0
     for tensor in tensors:
-        partition = partition_numel(tensor.numel, world_size)
+        partition = partition_numel(tensor.stored_numel(size), world_size)
         nbytes = size * partition
-        if tensor.quantized:
-            nbytes = int(NF4_BYTES * partition)
-            device += int(NF4_SCALE_BYTES * tensor.numel)
         stays_on_host = tensor.trained and sizes.max_in_cpu > 0
         if placement.param == "none":
             device += nbytes

@@ -17,6 +17,9 @@ from llmtune.plan.memory.shapes import ModelShape
 MIN_SWAP_BYTES = 2**20
 #: Lengths on disk are padded to this, times the threads of a request (``AIO_ALIGNED_BYTES``).
 SWAP_ALIGNMENT_BYTES = 1024
+#: Bytes of an element of the training dtype, by which weights in 4 bits are counted; in fp32 they
+#: have half as many.
+ELEMENT_BYTES = 2
 #: Weights in flight between NVMe and the accelerator.
 PARAM_SWAP_BUFFERS = 6
 
@@ -65,6 +68,8 @@ def resolve_zero_sizes(
     slice.
     """
     largest = partition_numel(shape.largest_tensor, world_size)
+    # ZeRO counts the elements of what it gathers: of a weight in 4 bits, those of its bytes.
+    layer = shape.layer_bytes(ELEMENT_BYTES) // ELEMENT_BYTES
     aio = AioSizes(intra_op_parallelism=4 if accelerator == "cuda" else 1)
     lengths = aio.alignment_bytes // 2
     sub_group = 100_000_000
@@ -78,14 +83,14 @@ def resolve_zero_sizes(
         max_reuse_distance = prefetch = 0
     else:
         # A layer stays gathered between its recomputation and its backward pass.
-        max_reuse_distance = max(1_000_000_000, 2 * shape.layer_parameters)
-        prefetch = max(shape.layer_parameters * 7 // 20, 1)
+        max_reuse_distance = max(1_000_000_000, 2 * layer)
+        prefetch = max(layer * 7 // 20, 1)
     trained = partition_numel(shape.trainable_parameters, world_size)
     return ZeroSizes(
         reduce_bucket=_reduce_bucket(shape, placement),
         allgather_bucket=_to_even(min(shape.trainable_parameters, 500_000_000)),
         sub_group=sub_group,
-        max_live=2 * shape.layer_parameters + shape.largest_tensor,
+        max_live=2 * layer + shape.largest_tensor,
         max_reuse_distance=max_reuse_distance,
         prefetch=prefetch,
         # Adapters stay on every rank: gathering them one by one is bound by latency, not by bytes.

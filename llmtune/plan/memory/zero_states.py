@@ -12,13 +12,11 @@ from llmtune.optimizer.optimizer import FP32_BYTES
 from llmtune.plan.memory.parameter_groups import partition_numel
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import (
-    NF4_BYTES,
-    NF4_SCALE_BYTES,
     Arithmetic,
     Split,
     StateBytes,
-    fp32_gradient_bytes,
     largest_trained_numel,
+    step_gradient_bytes,
 )
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero3_states import (
@@ -71,7 +69,7 @@ def _without_zero(shape: ModelShape, arithmetic: Arithmetic) -> StateBytes:
         weights=weights,
         adapters=adapters,
         gradients=Split(size * trained),
-        optimizer=Split(optimizer_bytes * trained),
+        optimizer=Split(int(optimizer_bytes * trained)),
         step=FP32_BYTES * trained if has_master_weights else 0,
     )
 
@@ -90,9 +88,9 @@ def _stages_1_and_2_on_device(
         weights=weights,
         adapters=adapters,
         gradients=Split(size * share),
-        optimizer=Split(arithmetic.optimizer.master_and_state_bytes * share),
+        optimizer=Split(int(arithmetic.optimizer.master_and_state_bytes * share)),
         backward=_reduction_bytes(shape, sizes, size),
-        step=fp32_gradient_bytes(share, size),
+        step=step_gradient_bytes(share, arithmetic),
     )
 
 
@@ -107,34 +105,34 @@ def _stages_1_and_2_on_host(
 
     ``zero/stage_1_and_2.py``: ``__init__`` (``single_partition_of_fp32_groups``,
     ``param_buffer_of_bit16_for_cpu_offload_groups``, ``temp_grad_buffer_for_cpu_offload`` and
-    ``temp_grad_buffer_for_gpu_offload``), ``initialize_optimizer_states`` (fp32 gradients),
+    ``temp_grad_buffer_for_gpu_offload``), ``initialize_optimizer_states`` (gradients),
     ``async_accumulate_grad_in_cpu_via_gpu`` (``accumulated_grads_in_cpu``, in stage 2 only: stage 1
-    accumulates in ``param.grad`` on the device, and reduces at the end).
+    accumulates in ``param.grad`` on the device, and reduces at the end; bf16 master weights'
+    gradients are accumulated where they are).
     """
     share, size = partition_numel(shape.trainable_parameters, world_size), arithmetic.element_bytes
     weights, adapters = _unpartitioned_weights(shape, size)
-    fp32_gradient = FP32_BYTES * share
+    master_bytes = arithmetic.optimizer.master_bytes
+    gradient = master_bytes * share
     copy_of_weights = size * share
     # One gradient in transfer, on either side.
     transfer = size * largest_trained_numel(shape)
-    master_and_states = arithmetic.optimizer.master_and_state_bytes * share
-    on_host = master_and_states + fp32_gradient + copy_of_weights + transfer
+    master_and_states = int(arithmetic.optimizer.master_and_state_bytes * share)
+    on_host = master_and_states + gradient + copy_of_weights + transfer
+    accumulates = accumulates_on_host and master_bytes == FP32_BYTES
     return StateBytes(
         weights=weights,
         adapters=adapters,
-        gradients=Split(host=size * share) if accumulates_on_host else Split(),
+        gradients=Split(host=size * share) if accumulates else Split(),
         optimizer=Split(device=transfer, host=on_host),
         backward=_reduction_bytes(shape, sizes, size),
-        pinned=(fp32_gradient, copy_of_weights),
+        pinned=(gradient, copy_of_weights),
     )
 
 
 def _unpartitioned_weights(shape: ModelShape, size: int) -> tuple[Split, Split]:
     """Weights of the base model and of the adapters."""
-    quantized = shape.quantized_parameters
-    packed = int(quantized * (NF4_BYTES + NF4_SCALE_BYTES))
-    base = size * (shape.parameters - quantized) + packed
-    return Split(base), Split(size * shape.adapter_parameters)
+    return Split(shape.weight_bytes(size)), Split(size * shape.adapter_parameters)
 
 
 def _reduction_bytes(shape: ModelShape, sizes: ZeroSizes, size: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, ClassVar
 
 from llmtune.config.groups.tuner import TunerConfig
-from llmtune.tuner.adapted_layers import AdaptedLayers, choose_layers
+from llmtune.tuner.adapted_layers import AdaptedLayers, choose_layers, find_own_parameters
 from llmtune.tuner.head import NO_HEAD, Head
 from llmtune.tuner.tuner import TUNERS, Tuner
+from llmtune.tuner.whole_parameters import Gather, keep_whole
 
 
 class LoraTuner(Tuner):
@@ -27,13 +28,40 @@ class LoraTuner(Tuner):
         """Choose the linear layers that ``tuner.target_modules`` names."""
         return choose_layers(model, config, head)
 
+    def choose_parameters(self, model: Any, config: TunerConfig) -> Collection[str]:
+        """Choose the parameters of ``tuner.modules_to_save`` and ``tuner.bias``."""
+        if not config.modules_to_save and config.bias == "none":
+            return ()
+        return find_own_parameters(model, config, choose_layers(model, config))
+
+    def find_rate_factor(self, name: str, config: TunerConfig) -> tuple[str, float] | None:
+        """Give the matrices B a learning rate of their own: LoRA+.
+
+        See https://arxiv.org/abs/2402.12354.
+        """
+        if config.lora_plus_ratio is None or ".lora_B." not in name:
+            return None
+        return "tuner.lora_plus_ratio", config.lora_plus_ratio
+
     def attach(
-        self, model: Any, config: TunerConfig, base: str, seed: int, head: Head = NO_HEAD
+        self,
+        model: Any,
+        config: TunerConfig,
+        base: str,
+        seed: int,
+        head: Head = NO_HEAD,
+        gather: Gather = keep_whole,
     ) -> Any:
         """Add peft's adapters."""
         from llmtune.tuner.peft_model import add_lora
 
-        return add_lora(model, config, base, seed, head)
+        return add_lora(model, config, base, seed, head, gather)
+
+    def find_read_elsewhere(self, model: Any) -> Iterable[tuple[Any, Any]]:
+        """Find the layers of DoRA, which read the base's weight to take its lengths."""
+        from llmtune.tuner.peft_model import find_read_elsewhere
+
+        return find_read_elsewhere(model)
 
     def import_libraries(self) -> None:
         """Import peft."""
@@ -42,8 +70,15 @@ class LoraTuner(Tuner):
         import_peft()
 
     def describe(self, config: TunerConfig) -> str:
-        """Describe the tuner with its rank."""
-        return f"{self.title} r={config.lora_r}"
+        """Describe the tuner with its rank, and with what differs from plain LoRA."""
+        kinds = ("DoRA", config.use_dora), ("rsLoRA", config.use_rslora)
+        names = [name for name, is_used in kinds if is_used]
+        if config.lora_plus_ratio is not None:
+            names.append(f"LoRA+ {config.lora_plus_ratio:g}")
+        if config.init_lora_weights != "default":
+            names.append(f"begun as {config.init_lora_weights}")
+        text = f"{self.title} r={config.lora_r}"
+        return f"{text} ({', '.join(names)})" if names else text
 
 
 TUNERS.register(LoraTuner())

@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers.integrations.neftune import activate_neftune
 
-from llmtune.model.neftune import add_noise
+from llmtune.engine.neftune import add_noise
 from tests.support import run_cli
 
 SIZES = {

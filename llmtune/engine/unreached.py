@@ -1,0 +1,40 @@
+"""Find trained parameters that no gradient has reached."""
+
+from __future__ import annotations
+
+import re
+
+from llmtune.engine.distributed import all_reduce_any
+from llmtune.engine.optimizer_state import iterate_in_memory, state_slices, view_state
+from llmtune.engine.train_module import TrainModule
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def find_unreached(module: TrainModule) -> list[str]:
+    """Name the trained parameters whose gradient was exactly zero in every step so far. Collective.
+
+    The optimizer's first state tells it in every stage and placement: it is a sum of all gradients,
+    each with a factor above zero. Experts that no token was sent to are left out, as long as others
+    of their kind got some.
+    """
+    if not module.optimizer.states:
+        return []
+    kind = module.optimizer.states[0]
+    moved: dict[str, bool] = {
+        name: False
+        for name, parameter in module.model.named_parameters()
+        if parameter.requires_grad
+    }
+    for batch in iterate_in_memory(module, state_slices(module)):
+        for part in batch:
+            if not moved[part.name]:
+                moved[part.name] = bool(view_state(module, part, kind).any())
+    found = all_reduce_any(list(moved.values()), module.rank)
+    reached = dict(zip(moved, found, strict=True))
+    used = {_EXPERT.sub(".experts.", name) for name, is_moved in reached.items() if is_moved}
+    return [
+        name
+        for name, is_moved in reached.items()
+        if not is_moved and _EXPERT.sub(".experts.", name) not in used
+    ]

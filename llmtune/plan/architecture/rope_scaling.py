@@ -1,0 +1,120 @@
+"""Scale a model's rotary positions as ``model.rope_scaling`` asks, so that it takes longer rows.
+
+The formulas are those of transformers (``modeling_rope_utils.py``): ``linear`` divides every
+frequency by the factor (https://arxiv.org/abs/2306.15595), ``yarn`` only the low ones and scales
+the logits of attention (https://arxiv.org/abs/2309.00071), and ``llama3`` the low ones as Llama 3.1
+does.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from llmtune.config.rope_scaling import KINDS
+from llmtune.errors import ConfigError
+
+#: The layers that are scaled where a model has a rotation for each kind of layer. The others attend
+#: to a window, within which no distance grows.
+_WHOLE_ROW = "full_attention"
+
+#: Architectures whose ``max_position_embeddings`` counts the positions behind a linear scaling.
+COUNTS_SCALED = ("gemma3_text",)
+
+_OWN_KEYS = ("max_position_embeddings", "rope_parameters")
+
+
+def is_scalable(text: Any) -> bool:
+    """Tell whether the positions of a text model's configuration can be scaled."""
+    return _find_refusal(text) is None
+
+
+def scale_positions(architecture: Any, scaling: dict[str, Any], name: str) -> None:
+    """Scale the rotary positions of a transformers configuration, in place.
+
+    Args:
+        scaling: ``model.rope_scaling``, which has been checked by itself; an empty one changes nothing.
+        name: The model's name in the message.
+
+    Raises:
+        ConfigError: The architecture has no rotary positions, or they are scaled already.
+    """
+    if not scaling:
+        return
+    text = architecture.get_text_config()
+    refusal = _find_refusal(text)
+    if refusal is not None:
+        raise ConfigError(
+            f"model.rope_scaling={scaling}: {name} ({text.model_type}) {refusal}; leave"
+            " model.rope_scaling out"
+        )
+    kind, factor = str(scaling["rope_type"]), float(scaling["factor"])
+    known = int(text.max_position_embeddings)
+    given = {key: float(scaling.get(key, value) or 0) for key, value in KINDS[kind].items()}
+    added: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    added |= {key: value for key, value in given.items() if value}
+    if kind != "linear":
+        added["original_max_position_embeddings"] = known
+    rope = deepcopy(dict(text.rope_parameters))
+    if nested := text.nested_rope_parameter_keys(rope):
+        rope |= {_WHOLE_ROW: {**rope[_WHOLE_ROW], **added}} if _WHOLE_ROW in nested else {}
+    else:
+        rope |= added
+    text.rope_parameters = rope
+    # Of linear scaling, transformers and others multiply this number by the factor.
+    if kind != "linear" or text.model_type in COUNTS_SCALED:
+        text.max_position_embeddings = round(factor * known)
+
+
+def changed_settings(architecture: Any) -> dict[str, Any]:
+    """Return the keys of a text model's configuration that :func:`scale_positions` sets."""
+    text = architecture.get_text_config()
+    return {key: getattr(text, key) for key in _OWN_KEYS}
+
+
+def check_scaled(model: Any, scaling: dict[str, Any], name: str) -> None:
+    """Check that a model computes the positions that its configuration asks for.
+
+    Args:
+        model: Built from the scaled configuration, on any device.
+
+    Raises:
+        ConfigError: No module has frequencies of that kind, so that nothing would be scaled.
+    """
+    if not scaling:
+        return
+    kind = scaling["rope_type"]
+    for module in model.modules():
+        used = getattr(module, "rope_type", None)
+        if used == kind or (isinstance(used, dict) and kind in used.values()):
+            return
+    raise ConfigError(
+        f"model.rope_scaling={scaling}: transformers computes the rotary positions of {name} in"
+        " its own way, and would not scale them; leave model.rope_scaling out"
+    )
+
+
+def describe_scaling(scaling: dict[str, Any], positions: int | None) -> str | None:
+    """Say in one line how positions are scaled; None where they are not."""
+    if not scaling:
+        return None
+    reach = "" if positions is None else f" up to {positions:,} tokens"
+    return (
+        f"rotary positions: scaled ({scaling['rope_type']}, factor {scaling['factor']}){reach}, by"
+        " model.rope_scaling; the published config.json says so too"
+    )
+
+
+def _find_refusal(text: Any) -> str | None:
+    """Say why positions cannot be scaled; None where they can."""
+    rope = getattr(text, "rope_parameters", None)
+    positions = getattr(text, "max_position_embeddings", None)
+    if not rope or not isinstance(positions, int):
+        return "has no rotary positions that its config.json describes"
+    nested = text.nested_rope_parameter_keys(rope)
+    if nested and not rope.get(_WHOLE_ROW):
+        return f"has rotary positions for {', '.join(nested)}, and none for {_WHOLE_ROW}"
+    kind = (rope[_WHOLE_ROW] if nested else rope).get("rope_type", "default")
+    if kind != "default":
+        return f"has rotary positions that are scaled already ({kind})"
+    return None

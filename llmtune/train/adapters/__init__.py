@@ -1,0 +1,1 @@
+"""Adapters on the model of a run: attached, begun or resumed."""

@@ -1,0 +1,143 @@
+"""Every kind of LoRA against peft and plain PyTorch: losses, resumes, and what is stored."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from transformers import AutoModelForCausalLM
+
+from llmtune.config.compose import compose_config
+from llmtune.data.load.collate import Collator
+from llmtune.data.load.loader import StepBatch, TrainLoader
+from llmtune.data.prepare import prepare_data
+from llmtune.data.prepared_data import open_rows
+from llmtune.draws import Draw, torch_seed
+from llmtune.model.source import resolve_model_folder
+from llmtune.model.tokenizer import load_tokenizer
+from llmtune.plan.length.batch_schedule import ScheduledBatch
+from llmtune.plan.resolve import resolve_plan
+from llmtune.task.losses import sum_cross_entropy
+from tests.support import largest_difference, train_engines
+
+BASE = [
+    *("model=tiny", "data.train=stdlib_docs@120", "data.max_seq_length=128"),
+    *("data.overlong=truncate", "optim.learning_rate=2e-3", "optim.weight_decay=0"),
+    *("precision=fp32", "tuner.lora_r=4", "tuner.lora_alpha=8"),
+]
+RATE, SEED, HALF, STEPS = 2e-3, 42, 5, 10
+
+#: Overrides of a kind, and what peft calls it.
+KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "lora": (["tuner=lora"], {}),
+    "dora": (["tuner=dora"], {"use_dora": True}),
+    "rslora": (["tuner=rslora"], {"use_rslora": True}),
+    "lora_plus": (["tuner=lora_plus"], {}),
+    "pissa": (["tuner=pissa", "tuner.init_lora_weights=pissa"], {"init_lora_weights": "pissa"}),
+    "olora with dora and rslora": (
+        ["tuner=dora", "tuner.use_rslora=true", "tuner.init_lora_weights=olora"],
+        {"use_dora": True, "use_rslora": True, "init_lora_weights": "olora"},
+    ),
+}
+PLACES = [(stage, ranks) for stage in (0, 2, 3) for ranks in (1, 2)]
+#: One place for each kind in the ordinary suite: together they are all places.
+CHOSEN = list(zip(KINDS, [PLACES[at] for at in (0, 5, 2, 4, 3, 1)], strict=True))
+CELLS = [(kind, place) for kind in KINDS for place in PLACES]
+
+
+def batches() -> tuple[Path, list[StepBatch]]:
+    """The model's folder, and the batches of the steps on one rank."""
+    config = compose_config(BASE).config
+    cache = Path(config.paths.cache_dir)
+    plan = resolve_plan(config, 1)
+    folder = resolve_model_folder(config.model, cache)
+    tokenizer = load_tokenizer(folder, config.model)
+    data = prepare_data(config.data, tokenizer, config.seed, cache)
+    scheduled = ScheduledBatch.from_config(config.train, plan.batch)
+    collator = Collator(pad_token_id=int(tokenizer.pad_token_id))
+    loader = TrainLoader(open_rows(data, "train"), scheduled, 0, config.seed, collator)
+    assert config.seed == SEED
+    starts = itertools.islice(loader.step_starts(), STEPS)
+    return folder, [loader.step_at(*start) for start in starts]
+
+
+def base_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def summed_loss(model: Any, batch: StepBatch) -> torch.Tensor:
+    sums = [
+        sum_cross_entropy(model(**one.inputs, use_cache=False).logits, one.targets)
+        for one in batch.micro_batches
+    ]
+    return torch.stack(sums).sum() / batch.loss_weight
+
+
+def train_plainly(kind: str, folder: Path, steps: list[StepBatch]) -> list[float]:
+    """Train with peft on one process: the loss before each step."""
+    torch.manual_seed(torch_seed(SEED, Draw.adapter))
+    settings = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **KINDS[kind][1]
+    )
+    model: Any = get_peft_model(base_model(folder), settings)
+    ratio = 16 if kind == "lora_plus" else 1
+    # Groups of peft's own, where there is more than one rate.
+    optimizer: Any = torch.optim.AdamW(
+        [one for one in model.parameters() if one.requires_grad], lr=RATE, weight_decay=0.0
+    )
+    if ratio != 1:
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=ratio
+        )
+    losses = []
+    for batch in steps:
+        loss = summed_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pytest.param(CHOSEN, id="one place each"),
+        pytest.param(CELLS, id="all places", marks=pytest.mark.slow),
+    ],
+)
+def test_every_kind_is_pefts_in_every_place(
+    cells: list[tuple[str, tuple[int, int]]], tmp_path: Path
+) -> None:
+    folder, steps = batches()
+    plain = {kind: train_plainly(kind, folder, steps) for kind in KINDS}
+    for ranks in (1, 2):
+        here = [cell for cell in cells if cell[1][1] == ranks]
+        tasks: list[dict[str, Any]] = [
+            {"overrides": [*BASE, *KINDS[kind][0], f"zero={stage}"], "first": 0, "last": STEPS}
+            for kind, (stage, _) in here
+        ]
+        folders = [tmp_path / f"{ranks}-{at}" / f"checkpoint-{HALF}" for at in range(len(here))]
+        pairs = list(zip(tasks, map(str, folders), strict=True))
+        saving = [{**task, "save": place, "save_at": HALF} for task, place in pairs]
+        loading = [{**task, "first": HALF, "load": place} for task, place in pairs]
+        found = train_engines([*saving, *loading], ranks, tmp_path, timeout=900)
+        for at, (kind, place) in enumerate(here):
+            losses, resumed = found[at]["losses"], found[len(here) + at]["losses"]
+            assert largest_difference(losses, plain[kind]) < 1e-5, (kind, place)
+            assert resumed == losses[HALF:], (kind, place)
+            # What is stored is an adapter of the unchanged base.
+            stored = PeftModel.from_pretrained(base_model(folder), str(folders[at]))
+            with torch.no_grad():
+                assert abs(float(summed_loss(stored, steps[HALF])) - losses[HALF]) < 1e-5, kind
+                merged = stored.merge_and_unload()
+                assert abs(float(summed_loss(merged, steps[HALF])) - losses[HALF]) < 1e-4, kind
+    kinds = {tuple(losses) for losses in plain.values()}
+    assert len(kinds) == len(KINDS), "every kind trains in its own way"
