@@ -58,6 +58,7 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     "optim.weight_decay",
+    "optim.momentum",
     "train.max_grad_norm",
     "train.label_smoothing",
     "train.early_stopping_threshold",
@@ -75,6 +76,15 @@ _NOT_NEGATIVE = (
     "predict.seed",
     "seed",
 )
+
+#: Numbers that are not negative and below 1, and what they are.
+_BELOW_ONE = {
+    "schedule.warmup_ratio": "a share of all steps",
+    "schedule.min_lr_rate": "a share of the peak",
+    "train.label_smoothing": "a share",
+    "tuner.lora_dropout": "a probability",
+    "optim.momentum": "a share",
+}
 
 #: Counts of rows or steps that may also be ``auto``.
 _COUNTS_OR_AUTO = (
@@ -147,24 +157,15 @@ def _find_range_problems(config: Config) -> Iterator[str]:
         value = read_key(config, key)
         if value is not None and value < 0:
             yield f"{key}={value}: must not be negative"
-    ratio, dropout, betas = (
-        config.schedule.warmup_ratio,
-        config.tuner.lora_dropout,
-        config.optim.betas,
-    )
-    if ratio >= 1:
-        yield f"schedule.warmup_ratio={ratio}: a share of all steps, below 1"
-    decay, least = config.schedule.decay_ratio, config.schedule.min_lr_rate
-    if decay > 1:
+    for key, meaning in _BELOW_ONE.items():
+        value = read_key(config, key)
+        if value is not None and value >= 1:
+            yield f"{key}={value}: {meaning}, below 1"
+    if (decay := config.schedule.decay_ratio) > 1:
         yield f"schedule.decay_ratio={decay}: a share of all steps, at most 1"
-    if least is not None and least >= 1:
-        yield f"schedule.min_lr_rate={least}: a share of the peak, below 1"
-    if (smoothing := config.train.label_smoothing) >= 1:
-        yield f"train.label_smoothing={smoothing}: a share, below 1"
-    if dropout >= 1:
-        yield f"tuner.lora_dropout={dropout}: a probability, below 1"
     if not 0 < config.predict.top_p <= 1:
         yield f"predict.top_p={config.predict.top_p}: a share above 0, of at most 1"
+    betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={betas}: two numbers of at least 0 and below 1"
 

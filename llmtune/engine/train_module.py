@@ -24,6 +24,7 @@ from llmtune.engine.deepspeed_fixes import (
 )
 from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
+from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
 from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.state_slices import list_slices
@@ -149,11 +150,16 @@ class TrainModule:
         settings = dict(copy["optimizer"]["params"])
         copy["optimizer"]["params"] = settings
         groups = group_parameters(model, self.placement, rank.world_size, settings, group_of)
+        self.matrices = frozenset(
+            name for name, _ in model.named_parameters() if group_of(plain_name(name)).is_matrices
+        )
         own: ElementwiseOptimizer | ConvertingOptimizer | None = None
         if optimizer.update is not None:
             del copy["optimizer"]
         if optimizer.converts:
             own = ConvertingOptimizer(groups, optimizer, settings, seed)
+        elif optimizer.matrix is not None:
+            own = MatrixOptimizer(groups, optimizer, settings, rank)
         elif optimizer.update is not None:
             own = ElementwiseOptimizer(groups, optimizer, settings)
         with share_weights_with_masters(), allow_bf16_masters():
@@ -163,6 +169,8 @@ class TrainModule:
         gather_for_readers(read_elsewhere)
         if isinstance(own, ConvertingOptimizer):
             own.place(list_slices(self.engine.optimizer, self.model, self.zero_stage, rank.rank))
+        if isinstance(own, MatrixOptimizer):
+            own.place(self.engine.optimizer, self.model, self.zero_stage)
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)
@@ -350,7 +358,7 @@ def group_parameters(
             numel=getattr(p, "ds_numel", p.numel()),
             trained=True,
             vector=len(getattr(p, "ds_shape", p.shape)) <= 1,
-            group=own[name].label,
+            group=own[name].key,
         )
         for name, p in by_name.items()
     ]

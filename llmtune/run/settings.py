@@ -8,6 +8,7 @@ and ``plan`` refuses what ``train`` refuses.
 from collections.abc import Callable, Iterator
 
 from llmtune.config.groups.export import MergeOnto
+from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.zero import OffloadDevice
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError

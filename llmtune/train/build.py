@@ -30,7 +30,7 @@ from llmtune.model.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
-from llmtune.plan.param_groups import resolve_groups
+from llmtune.plan.param_groups import groups_of_model
 from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.registry import NONE
 from llmtune.storage import layout
@@ -333,8 +333,8 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         rank,
         partial(task.sum_losses, labels=request.labels),
         optimizer=find_optimizer(config.optim),
+        group_of=groups_of_model(config.optim, config.tuner, model, head.modules),
         seed=config.seed,
-        group_of=resolve_groups(config.optim, config.tuner),
         read_elsewhere=tuner.find_read_elsewhere(model),
     )
     if smoothing := config.train.label_smoothing:
