@@ -15,14 +15,14 @@ from transformers.integrations.neftune import activate_neftune
 from llmtune.engine.neftune import add_noise
 from tests.support import run_cli
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "vocab_size": 30,
 }
-ARCHITECTURES = [
+ARCHITECTURES: list[Any] = [
     transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
     transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8),
     transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30),

@@ -141,7 +141,7 @@ def of_weight(name: str, weight: Tensor, recipe: Recipe) -> dict[str, Any]:
 
 def make_optimizers(kind: str, groups: list[dict[str, Any]]) -> list[Any]:
     """Torch's own where it has them; with Muon two, of which each has its parameters."""
-    adamw = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+    adamw: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
     if kind == "lion":
         return [Lion(groups, {"lr": 0.0, "betas": (0.9, 0.99)})]
     if kind == "adamw":

@@ -68,7 +68,10 @@ def draw_settings(kind: str, draws: random.Random, run: dict[str, int], peak: fl
         cycles = draws.randint(1, 7)
         return {"num_cycles": cycles}, {**run, "num_cycles": cycles}
     if kind == "polynomial":
-        own = {"lr_end": peak * draws.random() * 0.9, "power": draws.uniform(0.2, 4)}
+        own: dict[str, Any] = {
+            "lr_end": peak * draws.random() * 0.9,
+            "power": draws.uniform(0.2, 4),
+        }
         return own, {**run, **own}
     if kind == "inverse_sqrt":
         scale = draws.choice([None, draws.randint(1, 200)])

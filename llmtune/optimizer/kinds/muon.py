@@ -54,7 +54,8 @@ def _direct(matrices: torch.Tensor) -> torch.Tensor:
         x = x.baddbmm(gram, x, beta=a)
     if rows > columns:
         x = x.mT
-    return x.float() * (0.2 * math.sqrt(max(rows, columns)))
+    direction: torch.Tensor = x.float() * (0.2 * math.sqrt(max(rows, columns)))
+    return direction
 
 
 OPTIMIZERS.register(
