@@ -14,8 +14,7 @@ import torch.distributed
 from llmtune.engine.distributed import Rank
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.state_slices import list_slices
-from llmtune.optimizer.matrix_rule import IS_MATRICES, MatrixRule
-from llmtune.optimizer.optimizer import Optimizer
+from llmtune.optimizer.optimizer import IS_MATRICES, MatrixRule, Optimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

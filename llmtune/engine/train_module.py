@@ -153,15 +153,9 @@ class TrainModule:
         self.matrices = frozenset(
             name for name, _ in model.named_parameters() if group_of(plain_name(name)).is_matrices
         )
-        own: ElementwiseOptimizer | ConvertingOptimizer | None = None
-        if optimizer.update is not None:
+        own = make_optimizer(groups, optimizer, settings, seed, rank)
+        if own is not None:
             del copy["optimizer"]
-        if optimizer.converts:
-            own = ConvertingOptimizer(groups, optimizer, settings, seed)
-        elif optimizer.matrix is not None:
-            own = MatrixOptimizer(groups, optimizer, settings, rank)
-        elif optimizer.update is not None:
-            own = ElementwiseOptimizer(groups, optimizer, settings)
         with share_weights_with_masters(), allow_bf16_masters():
             self.engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=groups, optimizer=own, config=copy
@@ -332,6 +326,28 @@ class TrainModule:
             return None
         norms = norms_of([p.grad for p in self.model.parameters() if p.grad is not None])
         return float(torch.linalg.vector_norm(torch.stack(list(norms)))) if norms else 0.0
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]],
+    optimizer: Optimizer,
+    settings: dict[str, Any],
+    seed: int,
+    rank: Rank,
+) -> ElementwiseOptimizer | ConvertingOptimizer | None:
+    """Make the optimizer of torch for groups of parameters; None where DeepSpeed builds it.
+
+    Args:
+        settings: Those of groups that have none of their own.
+        seed: Of the random bits with which it rounds.
+    """
+    if optimizer.update is None:
+        return None
+    if optimizer.converts:
+        return ConvertingOptimizer(groups, optimizer, settings, seed)
+    if optimizer.matrix is not None:
+        return MatrixOptimizer(groups, optimizer, settings, rank)
+    return ElementwiseOptimizer(groups, optimizer, settings)
 
 
 def group_parameters(

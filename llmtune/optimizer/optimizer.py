@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.optim import OptimConfig, Rounding
 from llmtune.config.schema import Precision
-from llmtune.optimizer.matrix_rule import MatrixRule
 from llmtune.optimizer.storage import BF16, FP32, Storage
 from llmtune.registry import Registry
 from llmtune.storage.layout import MASTER_WEIGHT
@@ -40,6 +39,9 @@ CONVERTED_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
 #: in bf16 (itself, and what an iteration makes; its square is at most as large), and the direction.
 _MATRIX_BYTES = 4 + 4 * 2 + 4
 
+#: The entry of a torch optimizer's group whose parameters are updated by the matrix rule.
+IS_MATRICES = "is_matrices"
+
 #: The keys of ``optim`` that say how numbers are stored, and are no settings of an update.
 _OF_STORAGE = ("rounding",)
 
@@ -58,6 +60,28 @@ class Update:
     """Counted from 1; skipped steps are not counted."""
     settings: Mapping[str, Any]
     """``lr``, and the keys that the optimizer reads; ``weight_decay`` is 0 for vectors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixRule:
+    """The part of an optimizer that updates matrices of layers as a whole.
+
+    ZeRO cuts matrices anywhere. The engine puts the pieces of one together on one rank, and sends
+    the direction of its step back (:mod:`llmtune.engine.matrix_optimizer`). All other parameters
+    are updated element by element.
+    """
+
+    title: str
+    """Its name for people, beside that of the rule for all others."""
+    states: tuple[str, ...]
+    """Names of its fp32 tensors, each of the parameter's shape, in torch's state and in files."""
+    blend: Callable[[Update], None]
+    """Updates the states element by element, and makes the gradients what ``direct`` gets."""
+    direct: Callable[[torch.Tensor], torch.Tensor]
+    """Returns the direction of a step, which the learning rate multiplies.
+
+    Both are fp32, of shape (matrices, rows, columns).
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

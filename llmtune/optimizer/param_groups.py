@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.groups.optim import OptimConfig
-from llmtune.optimizer.matrix_rule import IS_MATRICES
+from llmtune.optimizer.optimizer import IS_MATRICES
 
 #: Keys of an entry, and how each is described.
 _KEYS = {

@@ -89,7 +89,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
     model = tuner.attach(model, config.tuner, "base", 0)
     group_of = groups_of_model(config.optim, config.tuner, model, ())
-    module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer, group_of)
+    module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer, group_of=group_of)
     del model
     trained = sum(
         getattr(parameter, "ds_numel", parameter.numel())

@@ -10,8 +10,7 @@ import torch
 
 from llmtune.engine.distributed import Rank
 from llmtune.engine.matrix_optimizer import MatrixOptimizer
-from llmtune.optimizer.matrix_rule import IS_MATRICES
-from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.optimizer import IS_MATRICES, OPTIMIZERS
 
 MUON = OPTIMIZERS.find("muon")
 SETTINGS = {"lr": 1e-2, "momentum": 0.9, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.1}

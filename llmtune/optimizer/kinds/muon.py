@@ -15,8 +15,7 @@ import math
 from typing import TYPE_CHECKING
 
 from llmtune.optimizer.adamw_rule import update_adamw
-from llmtune.optimizer.matrix_rule import MatrixRule
-from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer, Update
+from llmtune.optimizer.optimizer import OPTIMIZERS, MatrixRule, Optimizer, Update
 
 if TYPE_CHECKING:
     import torch
