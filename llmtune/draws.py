@@ -44,7 +44,7 @@ class Draw(StrEnum):
     packing_probe = "packing_probe"
     """The documents with which packing is tried on a model, the same in every run."""
     dropout = "dropout"
-    """The elements that dropout leaves out. [steps done, rank]"""
+    """The elements that dropout leaves out, and noise on embeddings. [steps done, rank]"""
     rounding = "rounding"
     """The direction in which a number is rounded to bf16. [step, name of the parameter]"""
     answer = "answer"

@@ -92,8 +92,9 @@ def test_what_is_cached_of_a_plugin_is_told_by_its_file(
             r":2 \(TypeError: register an instance of Tuner, not the class Tuner\)",
         ),
         (
-            "from llmtune.train.schedule import Schedule\nSchedule('mine', lambda done: -1.0)",
-            r":2 \(ValueError: decay\(0.0\) of the schedule mine must be a number from 0 on, not",
+            "from llmtune.train.schedule import Schedule\n"
+            "Schedule(name='mine', share=lambda _: -1.0)",
+            r":2 \(ValueError: the share of the schedule mine must be a number from 0 on, and is",
         ),
     ],
 )
@@ -137,9 +138,9 @@ def test_an_incomplete_variant_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a frozenset of names"):
         RowFormat(name="a", read=len, fields=["a"])  # type: ignore[arg-type]
     schedules: Registry[Schedule] = Registry("a.b", "llmtune.train.schedules", interface=Schedule)
-    changed = Schedule("a", lambda done: 1 - done)
-    object.__setattr__(changed, "decay", "linear")
-    with pytest.raises(TypeError, match="decay must be a function, not 'linear'"):
+    changed = Schedule(name="a", share=lambda point: 1 - point.done)
+    object.__setattr__(changed, "share", "linear")
+    with pytest.raises(TypeError, match="share must be a function, not 'linear'"):
         schedules.register(changed)
 
 
@@ -167,5 +168,5 @@ def test_only_files_that_register_a_variant_are_hashed(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv(PLUGINS, "registers_nothing")
     assert schedules.hash_plugins() == ""
-    schedules.register(Schedule("of_this_test", lambda done: 1 - done))
+    schedules.register(Schedule(name="of_this_test", share=lambda point: 1 - point.done))
     assert schedules.hash_plugins() != ""

@@ -118,5 +118,5 @@ def _load_slice(
             f"{folder}: {piece.name} has {parameter.numel} elements there and"
             f" {piece.parameter_numel} here"
         )
-    for kind in state_kinds(module):
+    for kind in state_kinds(module, piece):
         write_state(module, piece, kind, parameter.read(kind, piece.start, piece.numel))

@@ -211,6 +211,9 @@ MEANINGS: dict[str, str] = {
     "scheduler_type": "schedule.lr_scheduler_type",
     "num_warmup_steps": "schedule.warmup_steps",
     "warmup": "schedule.warmup_steps",
+    "label_smoothing_factor": "train.label_smoothing",
+    "min_lr_ratio": "schedule.min_lr_rate",
+    "decay_steps": "schedule.num_decay_steps",
     "warmup_proportion": "schedule.warmup_ratio",
     # Machine.
     "deepspeed": "zero=3 (or 0, 1, 2; raw keys of a DeepSpeed file go into zero.deepspeed={...})",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from llmtune.config.groups.schedule import DECAY_TYPES
 from llmtune.config.schema import Config
 from llmtune.config.stored import read_key, to_plain
 
@@ -28,6 +29,7 @@ _POSITIVE = (
     "train.save_steps",
     "train.save_total_limit",
     "train.early_stopping_patience",
+    "train.neftune_noise_alpha",
     "data.max_seq_length",
     "data.shuffle_buffer",
     "tuner.lora_r",
@@ -43,6 +45,11 @@ _POSITIVE = (
     "hardware.gpu_flops",
     "hardware.compute_efficiency",
     "optim.eps",
+    "schedule.min_lr",
+    "schedule.num_cycles",
+    "schedule.power",
+    "schedule.timescale",
+    "schedule.num_decay_steps",
     "export.max_shard_bytes",
     "chat.max_new_tokens",
     "predict.max_new_tokens",
@@ -51,11 +58,16 @@ _POSITIVE = (
 
 _NOT_NEGATIVE = (
     "optim.weight_decay",
+    "optim.momentum",
     "train.max_grad_norm",
+    "train.label_smoothing",
     "train.early_stopping_threshold",
     "tuner.lora_dropout",
     "schedule.warmup_ratio",
     "schedule.warmup_steps",
+    "schedule.min_lr_rate",
+    "schedule.lr_end",
+    "schedule.decay_ratio",
     "data.val_set_size",
     "data.dataloader_num_workers",
     "launch.max_restarts",
@@ -64,6 +76,15 @@ _NOT_NEGATIVE = (
     "predict.seed",
     "seed",
 )
+
+#: Numbers that are not negative and below 1, and what they are.
+_BELOW_ONE = {
+    "schedule.warmup_ratio": "a share of all steps",
+    "schedule.min_lr_rate": "a share of the peak",
+    "train.label_smoothing": "a share",
+    "tuner.lora_dropout": "a probability",
+    "optim.momentum": "a share",
+}
 
 #: Counts of rows or steps that may also be ``auto``.
 _COUNTS_OR_AUTO = (
@@ -136,17 +157,15 @@ def _find_range_problems(config: Config) -> Iterator[str]:
         value = read_key(config, key)
         if value is not None and value < 0:
             yield f"{key}={value}: must not be negative"
-    ratio, dropout, betas = (
-        config.schedule.warmup_ratio,
-        config.tuner.lora_dropout,
-        config.optim.betas,
-    )
-    if ratio >= 1:
-        yield f"schedule.warmup_ratio={ratio}: a share of all steps, below 1"
-    if dropout >= 1:
-        yield f"tuner.lora_dropout={dropout}: a probability, below 1"
+    for key, meaning in _BELOW_ONE.items():
+        value = read_key(config, key)
+        if value is not None and value >= 1:
+            yield f"{key}={value}: {meaning}, below 1"
+    if (decay := config.schedule.decay_ratio) > 1:
+        yield f"schedule.decay_ratio={decay}: a share of all steps, at most 1"
     if not 0 < config.predict.top_p <= 1:
         yield f"predict.top_p={config.predict.top_p}: a share above 0, of at most 1"
+    betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={betas}: two numbers of at least 0 and below 1"
 
@@ -166,6 +185,8 @@ def _find_choice_problems(config: Config) -> Iterator[str]:
     rate = config.optim.learning_rate
     if rate != "auto" and (isinstance(rate, str) or rate <= 0):
         yield f"optim.learning_rate={rate}: 'auto', or a number above 0"
+    if (shape := config.schedule.decay_type) not in DECAY_TYPES:
+        yield f"schedule.decay_type={shape}: one of {', '.join(DECAY_TYPES)}"
     for key in _FLAGS_OR_AUTO:
         flag = read_key(config, key)
         if flag not in ("auto", True, False):

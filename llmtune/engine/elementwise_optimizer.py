@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llmtune.optimizer.matrix_rule import IS_MATRICES
 from llmtune.optimizer.optimizer import Optimizer, Update
 
 #: Elements that are updated at a time. An update may need temporary memory of their size, and ZeRO
@@ -38,37 +39,45 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             for update in self._updates(group):
                 self._rule.update(update)
 
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Name the states of a group's parameters."""
+        matrix = self._rule.matrix
+        return matrix.states if matrix is not None and IS_MATRICES in group else self._rule.states
+
     def _updates(self, group: dict[str, Any]) -> Iterator[Update]:
         """Count the step of each parameter, and yield pieces that fit into the limit together."""
+        names = self.state_names(group)
         by_step: dict[int, list[torch.Tensor]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
-                by_step[self._count(parameter)].append(parameter)
+                by_step[self._count(parameter, names)].append(parameter)
         for step, parameters in by_step.items():
-            for pieces in _batches([self._pieces(parameter) for parameter in parameters]):
+            for pieces in _batches([self._pieces(parameter, names) for parameter in parameters]):
                 columns = [list(column) for column in zip(*pieces, strict=True)]
                 yield Update(
                     parameters=columns[0],
                     gradients=columns[1],
-                    states=dict(zip(self._rule.states, columns[2:], strict=True)),
+                    states=dict(zip(names, columns[2:], strict=True)),
                     step=step,
                     settings=group,
                 )
 
-    def _count(self, parameter: torch.Tensor) -> int:
+    def _count(self, parameter: torch.Tensor, names: tuple[str, ...]) -> int:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
-            for name in self._rule.states:
+            for name in names:
                 state[name] = torch.zeros_like(parameter)
         state["step"] += 1
         return int(state["step"])
 
-    def _pieces(self, parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _pieces(
+        self, parameter: torch.Tensor, names: tuple[str, ...]
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
         """Cut a parameter, its gradient and its states into pieces of at most the limit."""
         state = self.state[parameter]
         assert parameter.grad is not None
-        states = [state[name] for name in self._rule.states]
+        states = [state[name] for name in names]
         limit = _limit(parameter)
         if parameter.numel() <= limit or not parameter.is_contiguous():
             return iter([(parameter, parameter.grad, *states)])

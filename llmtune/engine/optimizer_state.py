@@ -26,15 +26,24 @@ if TYPE_CHECKING:
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def state_kinds(module: TrainModule) -> tuple[str, ...]:
-    """Name what a slice holds: the master weight, and the optimizer's states."""
+def state_kinds(module: TrainModule, part: StateSlice | None = None) -> tuple[str, ...]:
+    """Name what a slice holds: the master weight, and the optimizer's states.
+
+    Args:
+        part: A slice, or None for all that any slice holds.
+    """
+    if part is None:
+        return (MASTER_WEIGHT, *module.optimizer.all_states)
+    matrix = module.optimizer.matrix
+    if matrix is not None and part.name in module.matrices:
+        return (MASTER_WEIGHT, *matrix.states)
     return (MASTER_WEIGHT, *module.optimizer.states)
 
 
 def state_tensors(module: TrainModule, part: StateSlice) -> dict[str, tuple[torch.dtype, int]]:
     """Return the tensors that a slice is stored in: name -> dtype and elements."""
     tensors: dict[str, tuple[torch.dtype, int]] = {}
-    for kind in state_kinds(module):
+    for kind in state_kinds(module, part):
         storage = module.optimizer.storage(kind)
         if storage.in_blocks:
             tensors[kind] = (torch.uint8, part.numel)
@@ -119,7 +128,8 @@ def view_state(module: TrainModule, part: StateSlice, name: str) -> torch.Tensor
 def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> None:
     """Create zero states, as the optimizer's first step would, and set its step counter."""
     own = module.torch_optimizer
-    for flat in {id(part.flat): part.flat for part in slices}.values():
+    for part in {id(part.flat): part for part in slices}.values():
+        flat = part.flat
         if isinstance(own, ConvertingOptimizer):
             # What a batch of slices does not cover is padding.
             own.make_state(flat)["step"] = steps
@@ -130,7 +140,7 @@ def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> Non
             state["step"] = torch.tensor(float(steps), device=flat.device)
         else:
             state["step"] = steps
-        for kind in module.optimizer.states:
+        for kind in state_kinds(module, part)[1:]:
             if kind in state:
                 # The same tensor is kept, because the NVMe swapper refers to it.
                 state[kind].data.zero_()

@@ -24,6 +24,7 @@ from llmtune.engine.deepspeed_fixes import (
 )
 from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
+from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
 from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.state_slices import list_slices
@@ -124,6 +125,7 @@ class TrainModule:
         """Build DeepSpeed's engine around a model.
 
         Args:
+            loss_function: The loss of evaluations, and of training unless ``training_loss`` is set.
             seed: Of the random bits with which an optimizer rounds.
             group_of: Finds the settings of a parameter that are not the optimizer's.
             read_elsewhere: Modules of the model, each with a parameter of another module that it
@@ -135,6 +137,8 @@ class TrainModule:
 
         self.rank = rank
         self.loss_function = loss_function
+        #: The loss of training, where it is not that of evaluations.
+        self.training_loss: LossFunction | None = None
         self.placement = read_placement(deepspeed_config)
         self.zero_stage = self.placement.zero_stage
         self.config = deepspeed_config
@@ -146,11 +150,16 @@ class TrainModule:
         settings = dict(copy["optimizer"]["params"])
         copy["optimizer"]["params"] = settings
         groups = group_parameters(model, self.placement, rank.world_size, settings, group_of)
+        self.matrices = frozenset(
+            name for name, _ in model.named_parameters() if group_of(plain_name(name)).is_matrices
+        )
         own: ElementwiseOptimizer | ConvertingOptimizer | None = None
         if optimizer.update is not None:
             del copy["optimizer"]
         if optimizer.converts:
             own = ConvertingOptimizer(groups, optimizer, settings, seed)
+        elif optimizer.matrix is not None:
+            own = MatrixOptimizer(groups, optimizer, settings, rank)
         elif optimizer.update is not None:
             own = ElementwiseOptimizer(groups, optimizer, settings)
         with share_weights_with_masters(), allow_bf16_masters():
@@ -160,6 +169,8 @@ class TrainModule:
         gather_for_readers(read_elsewhere)
         if isinstance(own, ConvertingOptimizer):
             own.place(list_slices(self.engine.optimizer, self.model, self.zero_stage, rank.rank))
+        if isinstance(own, MatrixOptimizer):
+            own.place(self.engine.optimizer, self.model, self.zero_stage)
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)
@@ -303,7 +314,8 @@ class TrainModule:
     def _loss(self, batch: MicroBatch) -> torch.Tensor:
         batch = batch.to(self.rank.device)
         output = self.engine(**batch.inputs, use_cache=False)
-        return self.loss_function(output.logits, batch.targets)
+        loss_function = self.training_loss or self.loss_function
+        return loss_function(output.logits, batch.targets)
 
     def _leave_step_out(self) -> None:
         """Count the micro-batch without a step.
@@ -346,7 +358,7 @@ def group_parameters(
             numel=getattr(p, "ds_numel", p.numel()),
             trained=True,
             vector=len(getattr(p, "ds_shape", p.shape)) <= 1,
-            group=own[name].label,
+            group=own[name].key,
         )
         for name, p in by_name.items()
     ]

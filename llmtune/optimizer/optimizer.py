@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.optim import OptimConfig, Rounding
 from llmtune.config.schema import Precision
+from llmtune.optimizer.matrix_rule import MatrixRule
 from llmtune.optimizer.storage import BF16, FP32, Storage
 from llmtune.registry import Registry
 from llmtune.storage.layout import MASTER_WEIGHT
@@ -34,6 +35,10 @@ COMPENSATION = "compensation"
 #: Elements that are converted to fp32 and updated at a time, by accelerator: as many as a CPU has
 #: in its cache, and as keep a GPU busy.
 CONVERTED_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
+
+#: Bytes of a whole matrix whose direction is sought, per element: its gradient in fp32, four copies
+#: in bf16 (itself, and what an iteration makes; its square is at most as large), and the direction.
+_MATRIX_BYTES = 4 + 4 * 2 + 4
 
 #: The keys of ``optim`` that say how numbers are stored, and are no settings of an update.
 _OF_STORAGE = ("rounding",)
@@ -81,6 +86,12 @@ class Optimizer:
     """The keys of ``optim`` that it reads beside the learning rate."""
     update: Callable[[Update], None] | None = None
     """Make one step; None for an optimizer that DeepSpeed builds by its ``title``."""
+    matrix: MatrixRule | None = None
+    """The rule for matrices of layers; None where they are updated as all other parameters."""
+    matrix_share: float = 0.0
+    """Share of the trained parameters that are in such matrices, of the model that is planned."""
+    matrix_numel: int = 0
+    """Elements of the largest of them."""
     built_with: Mapping[str, Any] | None = None
     """Further arguments with which DeepSpeed builds it, where it does."""
     kernel_bytes: int | None = None
@@ -96,13 +107,15 @@ class Optimizer:
         if unknown := set(self.reads) - known:
             raise ValueError(f"{self.name} reads optim.{min(unknown)}, which is no key")
         reserved = {MASTER_WEIGHT, "step"}
-        if len({*self.states, *reserved}) != len(self.states) + len(reserved):
+        if len({*self.all_states, *reserved}) != len(self.all_states) + len(reserved):
             raise ValueError(
                 f"states of {self.name}: {', '.join(self.states)}; each needs a name of its own,"
                 f" and neither {MASTER_WEIGHT} nor step"
             )
         if (self.update is None) == (self.built_with is None):
             raise ValueError(f"{self.name} needs either update or built_with")
+        if self.matrix is not None and (self.update is None or self.converts):
+            raise ValueError(f"{self.name} needs update and fp32 states beside its matrix rule")
         if self.converts != (self.rounding is not None) or (self.converts and self.update is None):
             raise ValueError(
                 f"{self.name} needs update and rounding where it stores fewer bytes than fp32"
@@ -122,7 +135,16 @@ class Optimizer:
     @property
     def state_bytes(self) -> float:
         """Bytes of its states per trained parameter."""
-        return sum(self.storage(name).element_bytes for name in self.states)
+        of_others = sum(self.storage(name).element_bytes for name in self.states)
+        if self.matrix is None:
+            return of_others
+        of_matrices = FP32_BYTES * len(self.matrix.states)
+        return self.matrix_share * of_matrices + (1 - self.matrix_share) * of_others
+
+    @property
+    def all_states(self) -> tuple[str, ...]:
+        """Return the names of all its states, with those of matrices."""
+        return (*self.states, *(self.matrix.states if self.matrix is not None else ()))
 
     @property
     def master_bytes(self) -> int:
@@ -137,7 +159,7 @@ class Optimizer:
     def update_bytes(self, accelerator: str) -> int:
         """Bytes of a step's own tensors: numbers converted to fp32, random bits."""
         if not self.converts:
-            return 0
+            return _MATRIX_BYTES * self.matrix_numel
         # Weight, gradient, states, their denominator, and one that is being rounded; the bits are
         # 16 of each element, made from words of 64, and widened to 32.
         per_element = FP32_BYTES * (4 + len(self.states)) + 10
@@ -181,7 +203,7 @@ class Optimizer:
         defaults = OptimConfig()
         problems = [
             f"optim.{key}={getattr(optim, key)}: {self.title} does not read it; leave it out"
-            for key in ("betas", "eps", "weight_decay", *_OF_STORAGE)
+            for key in ("momentum", "betas", "eps", "weight_decay", *_OF_STORAGE)
             if key not in self.reads and getattr(optim, key) != getattr(defaults, key)
         ]
         if self.master is BF16 and precision is not Precision.bf16:
@@ -199,6 +221,11 @@ class Optimizer:
         """
         if stage not in self.stages:
             return f"{self.title} in ZeRO {stage}: {self.stages_reason}"
+        if optimizer_device == "nvme" and self.matrix is not None:
+            return (
+                f"{self.matrix.title} on NVMe: DeepSpeed swaps the same number of states for every"
+                " parameter, and matrices have fewer"
+            )
         if optimizer_device == "nvme" and self.converts:
             return (
                 f"{self.title} on NVMe: DeepSpeed swaps master weights, states and gradients"
@@ -216,7 +243,10 @@ class Optimizer:
         described = [
             f"{key.replace('_', ' ')} {values.get(key)}" for key in self.reads if key != "eps"
         ]
-        return ", ".join([self.title, *described])
+        title = self.title
+        if self.matrix is not None:
+            title = f"{self.matrix.title} for matrices of layers, {title} for all others"
+        return ", ".join([title, *described])
 
     def describe_storage(self) -> str:
         """Describe in which numbers master weights and states are stored."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.groups.optim import OptimConfig
+from llmtune.optimizer.matrix_rule import IS_MATRICES
 
 #: Keys of an entry, and how each is described.
 _KEYS = {
@@ -39,6 +40,13 @@ class ParamGroup:
     """Multiplies the optimizer's peak learning rate, where there is no other one."""
     weight_decay: float | None = None
     """Decay of matrices; None for the optimizer's. Vectors have none."""
+    is_matrices: bool = False
+    """They are updated by the optimizer's rule for whole matrices."""
+
+    @property
+    def key(self) -> str:
+        """Return what tells groups apart; empty for parameters that nothing sets apart."""
+        return f"{self.label} (whole matrices)" if self.is_matrices else self.label
 
     def rate_factor(self, peak: float) -> float:
         """Return what multiplies the learning rate of every step.
@@ -70,7 +78,7 @@ class ParamGroup:
         Args:
             optim: The optimizer's settings, with ``lr`` as the peak learning rate.
         """
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = {IS_MATRICES: True} if self.is_matrices else {}
         if (factor := self.rate_factor(optim["lr"])) != 1.0:
             own[RATE_FACTOR] = factor
         if is_vector:

@@ -31,7 +31,7 @@ from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
-from llmtune.plan.param_groups import resolve_groups
+from llmtune.plan.param_groups import fit_optimizer, groups_of_shape
 from llmtune.plan.speed import Cluster, SpeedPlan, average_speed, estimate_speed
 from llmtune.tuner.tuner import TUNERS
 
@@ -185,8 +185,9 @@ class Search:
     ):
         self.config = config
         self.tuner = TUNERS.find(config.tuner.kind)
-        self.arithmetic = Arithmetic(config.precision, find_optimizer(config.optim))
-        self.shape = assign_groups(shape, resolve_groups(config.optim, config.tuner))
+        optimizer = fit_optimizer(find_optimizer(config.optim), shape)
+        self.arithmetic = Arithmetic(config.precision, optimizer)
+        self.shape = assign_groups(shape, groups_of_shape(config.optim, config.tuner, shape))
         self.cluster = Cluster(hardware, world_size)
         self.attn_implementation = attn_implementation
         self.trace = ActivationModel(config.model, config.tuner, shape, find_cache(config.paths))

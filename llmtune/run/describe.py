@@ -12,6 +12,7 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.run.adapter import describe_adapter
 from llmtune.train.request import RunRequest
+from llmtune.train.schedule import SCHEDULES
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count
 
@@ -64,7 +65,8 @@ def describe_batch(request: RunRequest) -> str:
 def describe_rate(request: RunRequest) -> str:
     """Describe the peak learning rate and its schedule."""
     config = request.config
-    text = f"{request.plan.learning_rate:g}, {config.schedule.lr_scheduler_type}"
+    shape = SCHEDULES.find(config.schedule.lr_scheduler_type).describe(config.schedule)
+    text = f"{request.plan.learning_rate:g}, {shape}"
     schedule = BatchSchedule.from_config(config.train, request.plan.batch.global_batch_size)
     factor = schedule.rate_factor(schedule.largest)
     if factor == 1:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmtune.checkpoint.trainer_state import read_trainer_state
 from llmtune.config.best_model import resolve_best_model
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed
@@ -41,6 +42,7 @@ from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
 from llmtune.train.mirror_owner import resolve_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
+from llmtune.train.schedule import check_schedule, describe_extension
 from llmtune.units import counted, format_count
 
 
@@ -88,8 +90,10 @@ def prepare_run(
     # The steps that the rows make.
     steps = _resolve_steps(config, data, plan.batch)
     check_evaluations(config, data, steps, console.say)
-    if longer := folder.find_extension(steps, data.fingerprint):
-        console.say(longer)
+    check_schedule(config.schedule, steps, plan.learning_rate)
+    if (shorter := folder.find_extension(steps, data.fingerprint)) is not None:
+        done = read_trainer_state(resume_from).step if resume_from is not None else 0
+        console.say(describe_extension(config.schedule, done, shorter, steps))
     return RunInputs(
         config=config,
         overrides=composed.overrides,

@@ -33,14 +33,11 @@ def find_problems(config: Config) -> list[str]:
             check(config)
         except ConfigError as error:
             found.append(str(error))
-    try:
-        found += _find_tuner_problems(config)
-    except ConfigError as error:
-        found.append(str(error))
-    try:
-        found += _find_optimizer_problems(config)
-    except ConfigError as error:
-        found.append(str(error))
+    for find in (_find_tuner_problems, _find_optimizer_problems, _find_schedule_problems):
+        try:
+            found += find(config)
+        except ConfigError as error:
+            found.append(str(error))
     return found
 
 
@@ -108,6 +105,14 @@ def _find_tuner_problems(config: Config) -> list[str]:
     return problems
 
 
+def _find_schedule_problems(config: Config) -> list[str]:
+    schedule = SCHEDULES.find(config.schedule.lr_scheduler_type)
+    problems = schedule.find_problems(config.schedule)
+    if not problems:
+        schedule.check_settings(config.schedule, config.train.max_steps)
+    return problems
+
+
 def _check_export(config: Config) -> None:
     """Check that the export can be written, which would fail only after the training."""
     if config.export.format == NONE:
@@ -119,10 +124,6 @@ def _check_export(config: Config) -> None:
 def _check_tracker(config: Config) -> None:
     if config.tracker.kind != NONE:
         SERVICES.find(config.tracker.kind)
-
-
-def _check_schedule(config: Config) -> None:
-    SCHEDULES.find(config.schedule.lr_scheduler_type)
 
 
 def _check_upload(config: Config) -> None:
@@ -144,7 +145,6 @@ _CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_launch,
     _check_export,
     _check_tracker,
-    _check_schedule,
     _check_upload,
     _check_mirror,
 )

@@ -100,6 +100,12 @@ def resolve_labels(config: Config, data: PreparedData, model_folder: Path) -> La
             f" data.train={name_data(config.data.train)} have no classes; take"
             " data.class_weights=none"
         )
+    if config.train.label_smoothing and kind not in task.smoothed_kinds:
+        what = "with several classes per row" if kind is LabelKind.names else "of numbers"
+        raise ConfigError(
+            f"train.label_smoothing={config.train.label_smoothing}: the loss of {task.title}"
+            f" {what} has no target to smooth; take train.label_smoothing=0"
+        )
     if kind is None:
         return Labels()
     if kind is LabelKind.value:

@@ -20,16 +20,23 @@ def pick(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 
 def sum_cross_entropy(
-    logits: torch.Tensor, targets: Targets, weights: Sequence[float] = ()
+    logits: torch.Tensor,
+    targets: Targets,
+    weights: Sequence[float] = (),
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Sum the cross entropy of classes, or of the tokens of a vocabulary.
 
     Args:
         weights: Weight of each class; empty where all weigh the same.
+        smoothing: Share of a target that is spread over all classes, itself included: torch's
+            ``label_smoothing``, and the formula of transformers' ``LabelSmoother``.
     """
     picked = pick(logits, targets)
     of_classes = picked.new_tensor(weights) if weights else None
-    return F.cross_entropy(picked, targets.values, weight=of_classes, reduction="sum")
+    return F.cross_entropy(
+        picked, targets.values, weight=of_classes, reduction="sum", label_smoothing=smoothing
+    )
 
 
 def sum_binary_cross_entropy(

@@ -34,6 +34,8 @@ class Task:
     """peft's ``task_type``."""
     label_kinds: ClassVar[Sequence[LabelKind | None]]
     """Kinds of labels that it learns from; None stands for rows without labels."""
+    smoothed_kinds: ClassVar[Sequence[LabelKind | None]] = ()
+    """Those of them with which ``train.label_smoothing`` has a meaning."""
     metric: ClassVar[str]
     """The key of evaluation records that decides which model is best."""
     greater_is_better: ClassVar[bool]
@@ -101,6 +103,17 @@ class Task:
 
         Args:
             logits: As the model returns them; the last dimension is the outputs.
+        """
+        raise NotImplementedError
+
+    def sum_smoothed_losses(
+        self, logits: torch.Tensor, targets: Targets, labels: Labels, smoothing: float
+    ) -> torch.Tensor:
+        """Return the summed loss of training with ``train.label_smoothing``, a scalar.
+
+        Args:
+            logits: As for :meth:`sum_losses`.
+            smoothing: Share of a target that is spread over all classes.
         """
         raise NotImplementedError
 

@@ -22,6 +22,7 @@ from llmtune.data.load.streaming import RowStream, StreamLoader
 from llmtune.data.prepared_data import open_rows, read_samples
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.engine.distributed import Rank, gather_rows
+from llmtune.engine.neftune import add_noise
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
@@ -29,7 +30,7 @@ from llmtune.model.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
-from llmtune.plan.param_groups import resolve_groups
+from llmtune.plan.param_groups import groups_of_model
 from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.registry import NONE
 from llmtune.storage import layout
@@ -324,16 +325,23 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     task = find_task(config.model.task)
     head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
     model = attach_tuner(model, request, rank, head)
-    return TrainModule(
+    if (alpha := config.train.neftune_noise_alpha) is not None:
+        add_noise(model, alpha)
+    module = TrainModule(
         model,
         plan.deepspeed,
         rank,
         partial(task.sum_losses, labels=request.labels),
         optimizer=find_optimizer(config.optim),
+        group_of=groups_of_model(config.optim, config.tuner, model, head.modules),
         seed=config.seed,
-        group_of=resolve_groups(config.optim, config.tuner),
         read_elsewhere=tuner.find_read_elsewhere(model),
     )
+    if smoothing := config.train.label_smoothing:
+        module.training_loss = partial(
+            task.sum_smoothed_losses, labels=request.labels, smoothing=smoothing
+        )
+    return module
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:

@@ -171,10 +171,9 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
     batch_size = job.batches.rows_at(progress.reached)
     rate = learning_rate_at(
         progress.step - progress.skipped,
-        job.steps.total_steps,
-        job.steps.warmup_steps,
+        job.steps,
         job.learning_rate * job.batches.rate_factor(batch_size),
-        job.schedule.lr_scheduler_type,
+        job.schedule,
     )
 
     # Forward pass, backward pass and optimizer step.

@@ -34,7 +34,10 @@ from llmtune.track.metrics import cut_metrics, read_metrics
 IDENTITY = ("model", "data", "tuner", "optim", "schedule", "precision", "seed")
 #: Keys of those groups that change how the work is done, but no result.
 NO_IDENTITY = {"data.num_workers", "data.dataloader_num_workers", "data.pin_memory"}
-TRAIN_IDENTITY = ("train.global_batch_size", "train.max_grad_norm")
+TRAIN_IDENTITY = (
+    *("train.global_batch_size", "train.max_grad_norm"),
+    *("train.neftune_noise_alpha", "train.label_smoothing"),
+)
 #: Keys for the place and the start of a run; their changes are not reported.
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint", "trace", "paths.cache_dir"}
 
@@ -118,8 +121,8 @@ class RunFolder:
             )
         return find_config_changes(self.path, config)
 
-    def find_extension(self, steps: StepsPlan, data_fingerprint: str) -> str | None:
-        """Refuse a shorter run or other data; return a note if the run is longer than before.
+    def find_extension(self, steps: StepsPlan, data_fingerprint: str) -> StepsPlan | None:
+        """Refuse a shorter run or other data; return the old steps if there are more now.
 
         Raises:
             CheckpointError: With what differs.
@@ -140,12 +143,7 @@ class RunFolder:
                 f" {steps.total_steps}, which is another schedule; take train.max_steps of at least"
                 " as many, or another run_name= or output_dir="
             )
-        if steps.total_steps > before:
-            return (
-                f"longer than before: {before} -> {steps.total_steps} steps; the schedule now runs"
-                " to the new end"
-            )
-        return None
+        return record.steps if steps.total_steps > before else None
 
     def begin(
         self,

@@ -24,10 +24,12 @@ from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed, with_nvme_path
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.parameter_groups import assign_groups
 from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
+from llmtune.plan.param_groups import fit_optimizer, groups_of_model, groups_of_shape
 from llmtune.task.losses import sum_cross_entropy
 from llmtune.tuner.tuner import TUNERS
 from tests.engine.rows import random_rows
@@ -61,7 +63,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     shape = resolve_shape(config.model, config.tuner)
     tuner = TUNERS.find(config.tuner.kind)
     placement = make_placement(task["stage"], task["rung"], tuner.trains_all)
-    optimizer = find_optimizer(config.optim)
+    shape = assign_groups(shape, groups_of_shape(config.optim, config.tuner, shape))
+    optimizer = fit_optimizer(find_optimizer(config.optim), shape)
     sizes = resolve_zero_sizes(shape, placement, optimizer, rank.world_size, "cpu")
     batch = BatchPlan(
         global_batch_size=task["accumulation"] * rank.world_size,
@@ -85,7 +88,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
     model = tuner.attach(model, config.tuner, "base", 0)
-    module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer)
+    group_of = groups_of_model(config.optim, config.tuner, model, ())
+    module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer, group_of)
     del model
     trained = sum(
         getattr(parameter, "ds_numel", parameter.numel())

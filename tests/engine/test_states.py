@@ -65,6 +65,29 @@ def test_so_are_those_of_an_optimizer_with_one_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+def test_so_are_those_of_an_optimizer_with_a_rule_for_matrices(tmp_path: Path) -> None:
+    cells = [
+        (place, ("full", "lora")[index % 3 // 2], ("bf16", "fp32")[index % 2], 2 - index % 3 // 2)
+        for index, place in enumerate(PLACES)
+        if "nvme" not in place[1]
+    ]
+    wrong = find_wrong(cells, tmp_path, "optim=muon")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
+def test_so_are_those_of_groups_with_settings_of_their_own(tmp_path: Path) -> None:
+    cells = [
+        ((3, "none"), "full", "bf16", 2),
+        ((3, "nvme"), "full", "bf16", 2),
+        ((1, "none"), "lora", "fp32", 1),
+    ]
+    groups = "optim.param_groups=[{pattern: 'layers\\.0\\.|embed', learning_rate: 1e-5}]"
+    wrong = find_wrong(cells, tmp_path, groups)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("part", [0, 1])
 def test_so_are_those_of_a_model_of_which_a_part_is_frozen(part: int, tmp_path: Path) -> None:
     """Embeddings and head are frozen; two ranks share the layers without cutting a matrix."""

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.trainer_pt_utils import LabelSmoother
 
 from llmtune.task.labels import LabelKind, Labels, Tags
 from llmtune.task.losses import sum_cross_entropy
-from llmtune.task.task import find_task
+from llmtune.task.task import TASKS, find_task
 from tests.labels import IGNORE, targets_of
 
 
@@ -24,6 +25,14 @@ class TextRow:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", np.array(self.mask, dtype=bool))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens, and which of them are trained."""
+
+    ids: Any
+    mask: Any
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -143,3 +152,56 @@ def test_a_batch_without_rows_has_no_loss_and_keeps_its_gradient(name: str) -> N
     loss.backward()
     assert not logits.grad.abs().any()  # type: ignore[union-attr]
     assert all(len(rows) in (0, 2) for rows in task.observe(logits, targets).values())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5, 0.97])
+def test_smoothed_tokens_are_those_of_transformers(smoothing: float) -> None:
+    """transformers' LabelSmoother takes the mean over the trained tokens."""
+    task = find_task("causal_lm")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        rows, length, vocabulary = 3, 9, 11 + seed
+        logits = torch.randn(rows, length, vocabulary) * 3
+        ids = torch.randint(vocabulary, (rows, length))
+        mask = torch.rand(rows, length) < 0.6
+        targets = task.make_targets(
+            [Row(ids=i.numpy(), mask=m.numpy()) for i, m in zip(ids, mask, strict=True)],
+            length,
+            Labels(),
+        )
+        found = task.sum_smoothed_losses(logits, targets, Labels(), smoothing) / targets.weight
+        wanted = LabelSmoother(epsilon=smoothing)(
+            {"logits": logits}, ids.masked_fill(~mask, IGNORE), shift_labels=True
+        )
+        assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "token_classification"])
+@pytest.mark.parametrize("weights", [(), (0.5, 2.0, 1.25)])
+def test_smoothed_classes_are_those_of_torch(name: str, weights: tuple[float, ...]) -> None:
+    torch.manual_seed(5)
+    task = find_task(name)
+    kind = task.label_kinds[0]
+    labels = Labels(kind=kind, names=("a", "b", "c"), weights=weights)
+    numbers = torch.tensor([2, 0, 1, 1])
+    if task.judges_rows:
+        rows = [TextRow("abc"[number]) for number in numbers]
+        logits = torch.randn(4, 3)
+    else:
+        rows = [TextRow(Tags(("c", "a", "b", "b")), mask=[True] * 4)]
+        logits = torch.randn(1, 4, 3)
+    targets = task.make_targets(rows, 4, labels)
+    found = task.sum_smoothed_losses(logits, targets, labels, 0.2) / targets.weight
+    expected = torch.nn.functional.cross_entropy(
+        logits.view(-1, 3),
+        numbers,
+        torch.tensor(weights) if weights else None,
+        label_smoothing=0.2,
+    )
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_labels_without_a_target_to_smooth_are_named_by_their_task() -> None:
+    smoothed = {task.name: task.smoothed_kinds for task in TASKS.list().values()}
+    assert smoothed["regression"] == ()
+    assert smoothed["sequence_classification"] == (LabelKind.name,)

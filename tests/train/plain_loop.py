@@ -102,15 +102,11 @@ def train(recipe: Recipe) -> Curve:
             weight.requires_grad_(False)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     groups = [of_weight(name, weight, recipe) for name, weight in trained.items()]
-    optimizer: Any
-    if recipe.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
-    else:
-        optimizer = Lion(groups, {"lr": 0.0, "betas": (0.9, 0.99)})
+    optimizers = make_optimizers(recipe.optimizer, groups)
     curve = Curve(eval_losses=[evaluate(model, recipe.held_out)])
     for number, documents in enumerate(recipe.steps):
         rate = rate_of(number, recipe)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate * group["rate"] / recipe.learning_rate
         tokens = sum(int(document.trained[1:].sum()) for document in documents)
         loss = 0.0
@@ -119,8 +115,9 @@ def train(recipe: Recipe) -> Curve:
             share.backward()
             loss += share.item()
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         curve.losses.append(loss)
         curve.norms.append(float(norm))
         curve.rates.append(rate)
@@ -135,10 +132,25 @@ def of_weight(name: str, weight: Tensor, recipe: Recipe) -> dict[str, Any]:
     decay = found.get("weight_decay", recipe.weight_decay)
     return {
         "params": [weight],
+        "is_table": "embed" in name or "lm_head" in name,
         # Biases and norms are not decayed.
         "weight_decay": decay if weight.ndim > 1 else 0.0,
         "rate": found.get("learning_rate", recipe.learning_rate),
     }
+
+
+def make_optimizers(kind: str, groups: list[dict[str, Any]]) -> list[Any]:
+    """Torch's own where it has them; with Muon two, of which each has its parameters."""
+    adamw: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+    if kind == "lion":
+        return [Lion(groups, {"lr": 0.0, "betas": (0.9, 0.99)})]
+    if kind == "adamw":
+        return [torch.optim.AdamW(groups, **adamw)]
+    is_matrix = [g["params"][0].ndim == 2 and not g["is_table"] for g in groups]
+    matrices = [group for group, is_one in zip(groups, is_matrix, strict=True) if is_one]
+    others = [group for group, is_one in zip(groups, is_matrix, strict=True) if not is_one]
+    made: list[Any] = [torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw")]
+    return [*made, torch.optim.AdamW(others, **adamw)] if others else made
 
 
 class Lion(torch.optim.Optimizer):

@@ -23,11 +23,12 @@ class OptimConfig:
     """The optimizer and its settings."""
 
     kind: str = "adamw"
-    """The optimizer: ``adamw``, ``adamw_bf16``, ``adamw_8bit`` or ``lion``.
+    """The optimizer: ``adamw``, ``adamw_bf16``, ``adamw_8bit``, ``lion`` or ``muon``.
 
     ``adamw_bf16`` is AdamW with bf16 master weights and moments, ``adamw_8bit`` with bf16 master
     weights and moments in 8 bits. ``lion`` takes the sign of a momentum: one state per parameter
-    instead of two.
+    instead of two. ``muon`` makes a momentum orthogonal for matrices of layers, and is AdamW for
+    all others.
     """
     learning_rate: int | float | str = "auto"
     """Peak learning rate; ``auto`` follows tuner and model size."""
@@ -35,6 +36,8 @@ class OptimConfig:
     """Decoupled weight decay of matrices; 1-D parameters have none."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay of the two moments; for Lion of the momentum in a step, and from step to step."""
+    momentum: float = 0.95
+    """Decay of the averaged gradient of ``muon``'s matrices."""
     eps: float = 1e-8
     """Added to the denominator."""
     rounding: Rounding = Rounding.stochastic

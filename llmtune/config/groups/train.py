@@ -72,6 +72,16 @@ class TrainConfig:
     """Length of the run in optimizer steps, instead of epochs."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global 2-norm; 0 for no clipping."""
+    neftune_noise_alpha: float | None = None
+    """Scale of uniform noise on the input embeddings in training (NEFTune); null for none.
+
+    An element gets at most ``neftune_noise_alpha`` over the root of a row's embedding elements.
+    """
+    label_smoothing: float = 0.0
+    """Share of a target that is spread over all tokens or classes in the loss of training.
+
+    Evaluations have the loss without it.
+    """
     gradient_checkpointing: bool | str = "auto"
     """Recompute activations in the backward pass.
 

@@ -19,9 +19,9 @@ def partition_numel(numel: int, world_size: int) -> int:
 
 
 def assign_groups(shape: ModelShape, group_of: GroupOf) -> ModelShape:
-    """Return the shape with the label of its settings in each trained tensor."""
+    """Return the shape with the key of its settings in each trained tensor."""
     tensors = tuple(
-        replace(tensor, group=group_of(tensor.name).label) if tensor.trained else tensor
+        replace(tensor, group=group_of(tensor.name).key) if tensor.trained else tensor
         for tensor in shape.tensors
     )
     return replace(shape, tensors=tensors)

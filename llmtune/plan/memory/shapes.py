@@ -18,8 +18,10 @@ class TensorShape:
     adapter: bool = False
     packed_bytes: int = 0
     """Bytes of its 4-bit numbers and of their scales, where it is kept in NF4."""
+    layer_matrix: bool = False
+    """A matrix of a layer, or a stack of experts' (:mod:`llmtune.tuner.layer_matrices`)."""
     group: str = ""
-    """Label of its settings (:class:`llmtune.optimizer.param_groups.ParamGroup`)."""
+    """Key of its settings (:class:`llmtune.optimizer.param_groups.ParamGroup`)."""
 
     @property
     def is_quantized(self) -> bool:

@@ -12,6 +12,7 @@ from llmtune.plan.memory.shapes import TensorShape
 from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
 from llmtune.tuner.blocks import count_elements, find_blocks
 from llmtune.tuner.head import in_modules
+from llmtune.tuner.layer_matrices import find_layer_matrices
 from llmtune.tuner.lora_settings import changes_base, check_patterns, lora_rank
 from llmtune.tuner.nf4_layout import Nf4Layout
 from llmtune.tuner.quantized_layers import find_quantized_layers
@@ -40,6 +41,7 @@ def list_tensors(
     adapters: dict[str, AdapterSizes],
     trained: Collection[str],
     packed: Mapping[str, int],
+    head: Sequence[str] = (),
 ) -> list[TensorShape]:
     """List the parameters in the order of peft's model.
 
@@ -49,8 +51,10 @@ def list_tensors(
         adapters: Elements of the adapter of each adapted layer.
         trained: Names of the model's own parameters that are trained.
         packed: Name of a weight that is kept in 4 bits -> its bytes.
+        head: Names of the modules that are the task's head.
     """
     tensors: list[TensorShape] = []
+    matrices = find_layer_matrices(model)
     for name, parameter in model.named_parameters():
         tensors.append(
             TensorShape(
@@ -59,6 +63,7 @@ def list_tensors(
                 trained=name in trained,
                 vector=parameter.dim() <= 1,
                 packed_bytes=packed.get(name, 0),
+                layer_matrix=name in matrices and not in_modules(name, head),
             )
         )
         owner = name.removesuffix(".weight")
@@ -80,6 +85,7 @@ def _matrices(owner: str, sizes: AdapterSizes) -> list[TensorShape]:
             trained=True,
             vector=False,
             adapter=True,
+            layer_matrix=True,
         )
         for matrix, numel in parts
     ]

@@ -22,6 +22,7 @@ class CausalLanguageModel(Task):
     model_class = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
     label_kinds: ClassVar[Sequence[LabelKind | None]] = (None,)
+    smoothed_kinds: ClassVar[Sequence[LabelKind | None]] = (None,)
     metric = "eval_loss"
     greater_is_better = False
     keeps_best = False
@@ -52,6 +53,14 @@ class CausalLanguageModel(Task):
         from llmtune.task.losses import sum_cross_entropy
 
         return sum_cross_entropy(logits, targets)
+
+    def sum_smoothed_losses(
+        self, logits: torch.Tensor, targets: Targets, labels: Labels, smoothing: float
+    ) -> torch.Tensor:
+        """Return the summed cross entropy with smoothed targets."""
+        from llmtune.task.losses import sum_cross_entropy
+
+        return sum_cross_entropy(logits, targets, smoothing=smoothing)
 
     def observe(self, logits: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         """Count the tokens that the model would have chosen."""

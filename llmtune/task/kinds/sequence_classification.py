@@ -23,6 +23,7 @@ class SequenceClassification(Task):
     model_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
     label_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.name, LabelKind.names)
+    smoothed_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.name,)
     metric = "eval_f1"
     greater_is_better = True
     default_labels = Labels(kind=LabelKind.name, names=("0", "1"))
@@ -71,6 +72,14 @@ class SequenceClassification(Task):
         if labels.kind is LabelKind.names:
             return sum_binary_cross_entropy(logits, targets, labels.weights)
         return sum_cross_entropy(logits, targets, labels.weights)
+
+    def sum_smoothed_losses(
+        self, logits: torch.Tensor, targets: Targets, labels: Labels, smoothing: float
+    ) -> torch.Tensor:
+        """Return the summed cross entropy with smoothed targets."""
+        from llmtune.task.losses import sum_cross_entropy
+
+        return sum_cross_entropy(logits, targets, labels.weights, smoothing=smoothing)
 
     def observe(self, logits: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         """Keep the logits and labels of the rows."""

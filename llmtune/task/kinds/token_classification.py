@@ -23,6 +23,7 @@ class TokenClassification(Task):
     model_class = "AutoModelForTokenClassification"
     peft_type = "TOKEN_CLS"
     label_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.tags,)
+    smoothed_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.tags,)
     metric = "eval_f1"
     greater_is_better = True
     judges_rows = False
@@ -62,6 +63,14 @@ class TokenClassification(Task):
         from llmtune.task.losses import sum_cross_entropy
 
         return sum_cross_entropy(logits, targets, labels.weights)
+
+    def sum_smoothed_losses(
+        self, logits: torch.Tensor, targets: Targets, labels: Labels, smoothing: float
+    ) -> torch.Tensor:
+        """Return the summed cross entropy with smoothed targets."""
+        from llmtune.task.losses import sum_cross_entropy
+
+        return sum_cross_entropy(logits, targets, labels.weights, smoothing=smoothing)
 
     def observe(self, logits: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         """Keep the class that the model gives to every word, its own, and the words per row."""

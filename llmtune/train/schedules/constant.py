@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from llmtune.train.schedule import SCHEDULES, Schedule
 
-SCHEDULES.register(Schedule("constant", lambda _: 1.0))
+SCHEDULES.register(Schedule(name="constant", share=lambda _: 1.0))

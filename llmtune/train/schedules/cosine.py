@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from llmtune.train.schedule import SCHEDULES, Schedule
+from llmtune.train.schedule import SCHEDULES, Point, Schedule
 
 
-def _decay(done: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * done))
+def _share(point: Point) -> float:
+    return 0.5 * (1 + math.cos(math.pi * point.done))
 
 
-SCHEDULES.register(Schedule("cosine", _decay))
+SCHEDULES.register(Schedule(name="cosine", share=_share))

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from llmtune.train.schedule import SCHEDULES, Schedule
 
-SCHEDULES.register(Schedule("linear", lambda done: 1 - done))
+SCHEDULES.register(Schedule(name="linear", share=lambda point: 1 - point.done))
