@@ -71,7 +71,7 @@ def load_state_files(module: TrainModule, folder: Path, steps: int) -> None:
     )
     if not stored:
         raise CheckpointError(f"{folder}: holds no optimizer state ({layout.STATE_FILES})")
-    _check_storages(module, stored, folder)
+    check_storages(module, stored, folder)
     for batch in iterate_in_memory(module, state_slices(module), write_back=True):
         make_state(module, batch, steps)
         for piece in batch:
@@ -83,8 +83,12 @@ def _storages(module: TrainModule) -> dict[str, str]:
     return {kind: module.optimizer.storage(kind).name for kind in state_kinds(module)}
 
 
-def _check_storages(module: TrainModule, stored: dict[str, StoredParameter], folder: Path) -> None:
-    """Refuse the states of another optimizer, and those that it stores otherwise."""
+def check_storages(module: TrainModule, stored: dict[str, StoredParameter], folder: Path) -> None:
+    """Refuse the states of another optimizer, and those that it stores otherwise.
+
+    Raises:
+        CheckpointError: With both.
+    """
     expected = _storages(module)
     for parameter in stored.values():
         for piece in parameter.slices:

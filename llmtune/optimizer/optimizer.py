@@ -226,7 +226,8 @@ class Optimizer:
         """Find keys of ``optim`` that would have no effect, and a precision that is not its own."""
         defaults = OptimConfig()
         problems = [
-            f"optim.{key}={getattr(optim, key)}: {self.title} does not read it; leave it out"
+            f"optim.{key}={_plain(getattr(optim, key))}: {self.title} does not read it; leave it"
+            " out"
             for key in ("momentum", "betas", "eps", "weight_decay", *_OF_STORAGE)
             if key not in self.reads and getattr(optim, key) != getattr(defaults, key)
         ]
@@ -263,7 +264,7 @@ class Optimizer:
         Args:
             settings: Values of ``optim`` by key. ``eps`` is left out.
         """
-        values = {key: getattr(value, "value", value) for key, value in settings.items()}
+        values = {key: _plain(value) for key, value in settings.items()}
         described = [
             f"{key.replace('_', ' ')} {values.get(key)}" for key in self.reads if key != "eps"
         ]
@@ -278,6 +279,11 @@ class Optimizer:
             return "fp32 master weights and optimizer states"
         formats = dict.fromkeys(self.storage(name).name for name in self.states)
         return f"{self.master.name} master weights; optimizer states in {' and '.join(formats)}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as it is typed."""
+    return getattr(value, "value", value)
 
 
 OPTIMIZERS: Registry[Optimizer] = Registry(

@@ -187,7 +187,9 @@ def _narrow(model: Any, layers: dict[str, Any], tuner: TunerConfig) -> dict[str,
 
 
 def find_saved_modules(model: Any, tuner: TunerConfig) -> list[str]:
-    """Return the paths of the modules that ``tuner.modules_to_save`` names.
+    """Return the paths of the modules whose names end with one of ``tuner.modules_to_save``.
+
+    As for peft, an end need not begin behind a dot: ``norm`` names ``input_layernorm`` too.
 
     Raises:
         ConfigError: A name matches no module with parameters, or one whose weight is tied.
@@ -197,7 +199,7 @@ def find_saved_modules(model: Any, tuner: TunerConfig) -> list[str]:
         paths = [
             name
             for name, module in model.named_modules()
-            if is_named(name, [ending]) and next(module.parameters(), None) is not None
+            if name.endswith(ending) and next(module.parameters(), None) is not None
         ]
         if not paths:
             known = _last_parts(name for name, _ in model.named_modules() if name)

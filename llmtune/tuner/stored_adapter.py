@@ -350,8 +350,12 @@ def _is_trained_here(name: str, settings: dict[str, Any]) -> bool:
         return bool(settings["use_dora"])
     if settings["bias"] != "none" and name.endswith("bias"):
         return True
-    module = f".{name.removeprefix(PREFIX).rpartition('.')[0]}."
-    return any(f".{saved}." in module for saved in settings["modules_to_save"] or ())
+    module = name.removeprefix(PREFIX).rpartition(".")[0]
+    while module:
+        if module.endswith(tuple(settings["modules_to_save"] or ())):
+            return True
+        module = module.rpartition(".")[0]
+    return False
 
 
 def _is_scale(value: Any) -> bool:

@@ -6,14 +6,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmtune.checkpoint.optimizer_files import check_storages
 from llmtune.checkpoint.stored_states import map_slices, read_stored_states
+from llmtune.config.groups.optim import OptimConfig
 from llmtune.errors import CheckpointError
+from llmtune.optimizer.block_codes import count_blocks, decode_blocks, encode_blocks
+from llmtune.optimizer.optimizer import find_optimizer
+from llmtune.optimizer.storage import UNSIGNED_8BIT
 from llmtune.storage import layout
 
 VALUES = torch.arange(10.0)
@@ -122,3 +128,58 @@ def test_a_damaged_file_and_one_that_is_gone_are_named(tmp_path: Path) -> None:
 def test_no_files_hold_nothing() -> None:
     assert read_stored_states([]) == {}
     assert map_slices({}, layout.MASTER_WEIGHT) == {}
+
+
+@pytest.mark.parametrize("cut", [256, 300, 1])
+def test_blocks_of_8_bits_are_decoded_from_whatever_files_hold_them(
+    tmp_path: Path, cut: int
+) -> None:
+    values = torch.randn(700).square()
+    expected, files = torch.empty(700), []
+    for number, (start, end) in enumerate(((0, cut), (cut, 700))):
+        blocks = count_blocks(start, end - start)
+        padded = torch.zeros(blocks * 256)
+        padded[start % 256 :][: end - start] = values[start:end]
+        codes, scales = encode_blocks(padded.view(-1, 256), UNSIGNED_8BIT)
+        decoded = decode_blocks(codes, scales, UNSIGNED_8BIT).view(-1)
+        expected[start:end] = decoded[start % 256 :][: end - start]
+        file = tmp_path / f"{number}.safetensors"
+        stored = {
+            "w/master": values[start:end].bfloat16(),
+            "w/exp_avg_sq": codes.view(-1)[start % 256 :][: end - start].clone(),
+            "w/exp_avg_sq.scales": scales,
+        }
+        header = {
+            layout.STATE_SLICES: json.dumps({"w": [start, end - start, 700]}),
+            layout.STATE_STORAGES: json.dumps({"master": "bf16", "exp_avg_sq": UNSIGNED_8BIT.name}),
+        }
+        save_file(stored, file, metadata=header)
+        files.append(file)
+    parameter = read_stored_states(files)["w"]
+    for start, numel in ((0, 700), (255, 2), (299, 3), (511, 189), (600, 1)):
+        found = parameter.read("exp_avg_sq", start, numel)
+        assert torch.equal(found, expected[start : start + numel])
+    assert torch.equal(parameter.read("master", 0, 700), values.bfloat16().float())
+
+
+def test_numbers_of_an_unknown_format_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "optimizer.safetensors"
+    header = {
+        layout.STATE_SLICES: json.dumps({"w": [0, 4, 4]}),
+        layout.STATE_STORAGES: json.dumps({"master": "fp8"}),
+    }
+    save_file({"w/master": torch.ones(4)}, file, metadata=header)
+    with pytest.raises(CheckpointError, match="numbers stored as fp8"):
+        read_stored_states([file])
+
+
+def test_the_state_of_another_optimizer_is_refused_in_words(tmp_path: Path) -> None:
+    stored = read_stored_states([write_slice(tmp_path / "a.safetensors", 0, 10)])
+    module: Any = SimpleNamespace(optimizer=find_optimizer(OptimConfig(kind="adamw_8bit")))
+    with pytest.raises(CheckpointError) as refused:
+        check_storages(module, stored, tmp_path)
+    assert str(refused.value).startswith(
+        f"{tmp_path}: its optimizer state is exp_avg in fp32, master in fp32; AdamW in 8 bits has"
+        " master in bf16, exp_avg in signed 8-bit blocks, exp_avg_sq in unsigned 8-bit blocks. An"
+        " optimizer resumes its own state only"
+    )

@@ -10,7 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmtune.engine.deepspeed_fixes import grow_loss_scale_behind_step, undo_stage0_dummy_step
+from llmtune.engine.deepspeed_fixes import (
+    allow_bf16_masters,
+    grow_loss_scale_behind_step,
+    share_weights_with_masters,
+    undo_stage0_dummy_step,
+)
 from tests.support import ROOT, free_port, run
 
 
@@ -76,6 +81,57 @@ def test_deepspeed_still_divides_by_a_loss_scale_that_stage_0_never_multiplied_b
 
     assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer)
     assert "if isinstance(self.optimizer, ZeROOptimizer):" in inspect.getsource(engine)
+
+
+def test_deepspeed_still_compares_a_device_with_a_text() -> None:
+    """Where this fails, upstream lets weights be their own master weights: drop
+    ``share_weights_with_masters``. ``tests/engine/test_states.py`` counts the bytes.
+    """
+    import inspect
+
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    source = inspect.getsource(Stage3._create_fp32_partitions)
+    assert "self.fp16_partitioned_groups_flat[i].device == self.device" in source
+    assert "self.device = get_accelerator().current_device_name()" in inspect.getsource(Stage3)
+    assert isinstance(get_accelerator().current_device_name(), str)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_weights_are_shared_within_one_method_alone(
+    offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    seen: list[object] = []
+
+    def create(self: SimpleNamespace) -> None:
+        seen.append(self.device)
+
+    monkeypatch.setattr(Stage3, "_create_fp32_partitions", create)
+    optimizer = SimpleNamespace(device="cuda:0", offload_optimizer=offload)
+    with share_weights_with_masters():
+        Stage3._create_fp32_partitions(optimizer)
+    assert seen == ["cuda:0" if offload else torch.device("cuda:0")]
+    assert optimizer.device == "cuda:0"
+    assert Stage3._create_fp32_partitions is create
+
+
+def test_deepspeed_still_takes_bf16_masters_of_its_own_optimizer_only() -> None:
+    """Where this fails, look at ``allow_bf16_masters``."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    def refuse() -> None:
+        raise AssertionError("not DeepSpeedCPUAdam")
+
+    settings = {"bf16_master_weights_and_gradients": True, "bf16_offload_validator": refuse}
+    optimizer = SimpleNamespace(optimizer=None)
+    with pytest.raises(AssertionError, match="not DeepSpeedCPUAdam"):
+        ZeROOptimizer._configure_master_weights(optimizer, **settings)
+    with allow_bf16_masters():
+        dtype = ZeROOptimizer._configure_master_weights(optimizer, **settings)
+    assert dtype is torch.bfloat16
 
 
 def test_deepspeed_still_waits_for_the_device_with_every_offloaded_tensor() -> None:

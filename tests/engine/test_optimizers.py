@@ -115,3 +115,55 @@ def check_rungs(
     elsewhere = [result["losses"] for result in train_engines(moved, 1, tmp_path, timeout=900)]
     for precision, origin, rest in zip(precisions, before, elsewhere, strict=True):
         assert largest_difference(rest, whole[origin][FIRST:]) < tolerance[precision]
+
+
+LOW_PRECISION = ["adamw_bf16", "adamw_8bit", "adamw_bf16 optim.rounding=kahan"]
+#: Placements that such an optimizer claims.
+CLAIMED = [place for place in PLACES if place[0] != "0" and "nvme" not in place[1]]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("optimizers", "places"),
+    [
+        (LOW_PRECISION[:2], [("3", "none"), ("2", "optimizer_cpu")]),
+        pytest.param(LOW_PRECISION, CLAIMED, marks=pytest.mark.slow),
+    ],
+)
+def test_low_precision_is_the_same_on_every_rung_and_resumes_to_the_last_digit(
+    optimizers: list[str], places: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    """Bits and blocks follow parameters and not layouts, so that rungs of ZeRO 2 and 3 agree in
+    every digit; ZeRO 1 adds up micro-batches in another order.
+    """
+    cells = [(optimizer, place) for optimizer in optimizers for place in places]
+    folders = [str(tmp_path / f"{index}/checkpoint-{FIRST}") for index in range(len(cells))]
+
+    def task(optimizer: str, place: tuple[str, str], **more: Any) -> dict[str, Any]:
+        overrides = [*BASE, "tuner=full", "precision=bf16", "optim.learning_rate=1e-3"]
+        overrides += [*f"optim={optimizer}".split(), f"zero={place[0]}", f"offload={place[1]}"]
+        return {"overrides": overrides, "last": LAST, **more}
+
+    saving = [
+        task(*cell, first=0, save=folder, save_at=FIRST, background=True)
+        for cell, folder in zip(cells, folders, strict=True)
+    ]
+    in_fp32 = task("adamw", ("3", "none"), first=0)
+    *whole, known = [
+        result["losses"] for result in train_engines([*saving, in_fp32], 2, tmp_path, timeout=900)
+    ]
+    loading = [
+        task(*cell, first=FIRST, load=folder) for cell, folder in zip(cells, folders, strict=True)
+    ]
+    resumed = [result["losses"] for result in train_engines(loading, 2, tmp_path, timeout=900)]
+    exact: dict[str, list[float]] = {}
+    for (optimizer, place), losses, rest in zip(cells, whole, resumed, strict=True):
+        assert largest_difference(losses, known) < TOLERANCE["bf16"], (optimizer, place)
+        assert rest == losses[FIRST:], (optimizer, place)
+        if place[0] != "1":
+            assert losses == exact.setdefault(optimizer, losses), (optimizer, place)
+
+    # On one rank, blocks that two ranks had cut are whole again.
+    elsewhere = train_engines(loading, 1, tmp_path, timeout=900)
+    for losses, result in zip(whole, elsewhere, strict=True):
+        assert largest_difference(result["losses"], losses[FIRST:]) < TOLERANCE["bf16"]

@@ -64,6 +64,33 @@ def test_so_are_those_of_an_optimizer_with_one_state(tmp_path: Path) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
+#: Those of :data:`PLACES` that an optimizer with bf16 master weights claims.
+LOW_PRECISION = [place for place in PLACES if place[0] > 0 and "nvme" not in place[1]]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("optimizer", "cells"),
+    [
+        ("adamw_bf16", [((3, "none"), "full", "bf16", 2)]),
+        ("adamw_8bit", [((3, "none"), "full", "bf16", 2)]),
+        *(
+            pytest.param(
+                kind,
+                [(place, "full", "bf16", ranks) for place in LOW_PRECISION for ranks in RANKS],
+                marks=pytest.mark.slow,
+            )
+            for kind in ("adamw_bf16", "adamw_8bit", "adamw_bf16 optim.rounding=kahan")
+        ),
+    ],
+)
+def test_so_are_those_of_low_precision_states(
+    optimizer: str, cells: list[Any], tmp_path: Path
+) -> None:
+    wrong = find_wrong(cells, tmp_path, *f"optim={optimizer}".split())
+    assert not wrong, "\n".join(map(str, wrong))
+
+
 @pytest.mark.process
 def test_so_are_those_of_an_optimizer_with_a_rule_for_matrices(tmp_path: Path) -> None:
     cells = [

@@ -11,14 +11,16 @@ import torch
 import yaml
 
 from llmtune.config.compose import compose_config
-from llmtune.config.groups.optim import OptimConfig
+from llmtune.config.groups.optim import OptimConfig, Rounding
 from llmtune.config.stored import parse_yaml
 from llmtune.engine import elementwise_optimizer
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.errors import ConfigError
 from llmtune.export.card.facts import Facts
 from llmtune.export.card.tables import describe_settings
-from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer, Update
+from llmtune.optimizer.adamw_rule import update_adamw
+from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer, Update, find_optimizer
+from llmtune.optimizer.storage import BF16
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.run.settings import find_problems
 from llmtune.tuner.tuner import TUNERS
@@ -158,6 +160,31 @@ def test_the_group_of_keys_brings_the_betas_of_the_paper() -> None:
         (["optim.kind=lionn"], "optim.kind=lionn: there is no such one; did you mean lion?"),
         (["optim.kind=adam"], "optim.kind=adam: there is no such one; did you mean adamw?"),
         (["optim=lion", "optim.eps=1e-6"], "optim.eps=1e-06: Lion does not read it; leave it out"),
+        (
+            ["optim.rounding=kahan"],
+            "optim.rounding=kahan: AdamW does not read it; leave it out",
+        ),
+        (
+            ["optim=adamw_bf16", "precision=fp32"],
+            "optim=adamw_bf16 with precision=fp32: its master weights are the model's own weights"
+            " in bf16; take precision=bf16, or optim=adamw",
+        ),
+        (
+            ["optim=adamw_8bit", "precision=fp16"],
+            "optim=adamw_8bit with precision=fp16: its master weights are the model's own weights"
+            " in bf16; take precision=bf16, or optim=adamw",
+        ),
+        (
+            ["optim=adamw_8bit", "zero=0"],
+            "optim=adamw_8bit: AdamW in 8 bits in ZeRO 0: DeepSpeed has bf16 master weights in ZeRO"
+            " 1 to 3 only; take zero=auto",
+        ),
+        (
+            ["optim=adamw_bf16", "tuner=full", "offload=nvme", "hardware.nvme_bytes=1TB"],
+            "optim=adamw_bf16: AdamW in bf16 on NVMe: DeepSpeed swaps master weights, states and"
+            " gradients through buffers of one dtype and length, and llmtune aligns them for fp32"
+            " alone",
+        ),
     ],
 )
 def test_an_unknown_optimizer_and_a_key_without_effect_are_refused(
@@ -172,6 +199,8 @@ def test_an_unknown_optimizer_and_a_key_without_effect_are_refused(
         [],
         ["optim.eps=1e-6"],
         ["optim=lion"],
+        ["optim=adamw_bf16", "optim.rounding=kahan", "offload=cpu"],
+        ["optim=adamw_8bit", "optim.rounding=nearest", "zero=1"],
         ["optim=lion", "optim.weight_decay=0.1", "optim.betas=[0.95,0.98]"],
     ],
 )
@@ -212,6 +241,10 @@ def nothing(_update: Update) -> None:
         (lambda: Optimizer(name="a", title="A", states=("b", "b"), update=nothing), "of its own"),
         (lambda: Optimizer(name="a", title="A", states=("b",)), "either update or built_with"),
         (
+            lambda: Optimizer(name="a", title="A", states=(), master=BF16, update=nothing),
+            "needs update and rounding",
+        ),
+        (
             lambda: Optimizer(name="a", title="A", states=(), reads=("momentum",), update=nothing),
             "reads optim.momentum, which is no key",
         ),
@@ -220,6 +253,61 @@ def nothing(_update: Update) -> None:
 def test_an_incomplete_optimizer_is_refused(make: Callable[[], Optimizer], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rounding", "nbytes"),
+    [
+        ("adamw_bf16", "stochastic", 2 + 4),
+        ("adamw_bf16", "kahan", 2 + 4 + 2),
+        ("adamw_bf16", "nearest", 2 + 4),
+        ("adamw_8bit", "stochastic", 2 + 2 * (1 + 4 / 256)),
+        ("adamw_8bit", "kahan", 4 + 2 * (1 + 4 / 256)),
+    ],
+)
+def test_low_precision_is_counted_and_described(kind: str, rounding: str, nbytes: float) -> None:
+    optim = OptimConfig(kind=kind, rounding=Rounding(rounding))
+    optimizer = find_optimizer(optim)
+    assert optimizer.master_and_state_bytes == nbytes
+    assert optimizer.describe(asdict(optim)).endswith(f"weight decay 0.0, rounding {rounding}")
+    keys = optimizer.to_deepspeed(optim, 1e-3)
+    assert keys["bf16"] == {"bf16_master_weights_and_grads": True}
+    assert keys["optimizer"]["params"].keys() == {"lr", "betas", "eps", "weight_decay"}
+    assert optimizer.update_bytes("cuda") > optimizer.update_bytes("cpu") > 0
+    assert ADAMW.update_bytes("cuda") == LION.update_bytes("cuda") == 0
+
+
+def test_storage_is_described() -> None:
+    assert ADAMW.describe_storage() == "fp32 master weights and optimizer states"
+    in_bf16 = find_optimizer(OptimConfig(kind="adamw_bf16"))
+    assert in_bf16.describe_storage() == "bf16 master weights; optimizer states in bf16"
+    in_8bit = find_optimizer(OptimConfig(kind="adamw_8bit"))
+    assert in_8bit.describe_storage() == (
+        "bf16 master weights; optimizer states in signed 8-bit blocks and unsigned 8-bit blocks"
+    )
+
+
+def test_the_rule_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(100))
+    known = torch.nn.Parameter(weight.detach().clone())
+    states = {"exp_avg": [torch.zeros(100)], "exp_avg_sq": [torch.zeros(100)]}
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    plain = torch.optim.AdamW([known], **settings)
+    for step in range(1, 8):
+        gradient = torch.randn(100)
+        known.grad = gradient
+        plain.step()
+        update_adamw(
+            Update(
+                parameters=[weight.detach()],
+                gradients=[gradient],
+                states=states,
+                step=step,
+                settings=settings,
+            )
+        )
+    assert torch.allclose(weight, known, rtol=1e-6, atol=1e-7)
 
 
 def test_one_without_states_is_complete() -> None:

@@ -89,7 +89,10 @@ def test_what_changes_the_arithmetic_is_advice_only() -> None:
     )
     changes = {item.change: item for item in advice}
     bf16 = next(item for change, item in changes.items() if "in bf16" in change)
-    assert bf16.saves_bytes == pytest.approx(6 * 70.55e9 / 8, rel=0.01)
+    # Half of master weight, moments and gradient.
+    assert bf16.saves_bytes == pytest.approx(8 * 70.55e9 / 8, rel=0.01)
+    assert bf16.override == "optim=adamw_bf16"
+    assert changes["AdamW in 8 bits instead of AdamW"].override == "optim=adamw_8bit"
     assert bf16.where == "host"
     assert changes["train adapters only"].override == "tuner=lora"
     lion = changes["Lion instead of AdamW"]
@@ -100,8 +103,69 @@ def test_what_changes_the_arithmetic_is_advice_only() -> None:
         item.change: item
         for item in list_advice(with_lion, resolve_ladder(with_lion, planning=True))
     }
-    assert not any("instead of Lion" in change for change in of_lion)
-    assert of_lion[bf16.change].saves_bytes == pytest.approx(4 * 70.55e9 / 8, rel=0.01)
+    assert "AdamW instead of Lion" not in of_lion
+    in_bf16 = of_lion["AdamW in bf16 instead of Lion"]
+    assert in_bf16.saves_bytes == pytest.approx(4 * 70.55e9 / 8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "length", "rung"),
+    [
+        (["adamw_bf16"], 512, "none"),
+        (["adamw_bf16", "optim.rounding=kahan"], 512, "optimizer_cpu"),
+        (["adamw_bf16"], 2048, "optimizer_cpu"),
+        (["adamw_8bit"], 512, "none"),
+        (["adamw_8bit"], 2048, "none"),
+    ],
+)
+def test_low_precision_states_bring_full_70b_into_eight_gpus(
+    optimizer: list[str], length: int, rung: str
+) -> None:
+    ladder = plan(*FULL, f"optim={optimizer[0]}", *optimizer[1:], f"data.max_seq_length={length}")
+    assert chosen(ladder) == rung
+    on_device = next(found.candidate for found in ladder.rungs if found.name == "none")
+    assert on_device is not None
+    # Weights that are their own master weights, gradients, and moments.
+    of_moments = {"adamw_bf16": 4 + 2 * (len(optimizer) > 1), "adamw_8bit": 2 + 2 * 4 / 256}
+    device = on_device.memory.device
+    states = device.weights + device.gradients + device.optimizer
+    each = 4 + of_moments[optimizer[0]]
+    assert states == pytest.approx(each * 70_553_706_496 / 8, rel=1e-3)
+    if rung != "none":
+        assert "GPU memory: needs" in (on_device.lacks or "")
+
+
+def test_adamw_goes_to_nvme_there_and_without_it_is_told_what_would_fit() -> None:
+    with_drives = plan(*FULL, "hardware.host_memory_bytes=1.1TB", "hardware.nvme_bytes=4TB")
+    assert chosen(with_drives) == "optimizer_nvme"
+    config = compose_config(FULL).config
+    ladder = resolve_ladder(config, planning=True)
+    assert ladder.chosen is None
+    offered = {item.override for item in list_advice(config, ladder)}
+    assert {"optim=adamw_bf16", "optim=adamw_8bit", "tuner=lora"} <= offered
+    with_drives_at_hand = compose_config(
+        [*FULL, "hardware.nvme_bytes=100GB", "data.max_seq_length=256"]
+    ).config
+    assert "Try: optim=adamw_bf16" in describe_misfit(
+        with_drives_at_hand, resolve_ladder(with_drives_at_hand, planning=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["adamw_bf16", "adamw_8bit"])
+def test_rungs_that_an_optimizer_cannot_use_are_refused_with_the_reason(kind: str) -> None:
+    ladder = plan(
+        "model=smollm2_135m",
+        "tuner=full",
+        f"optim={kind}",
+        "hardware=laptop",
+        "hardware.nvme_bytes=1TB",
+        "data.train=rows.jsonl",
+    )
+    assert {c.placement.zero_stage for c in ladder.candidates} == {1, 2, 3}
+    for name in ("optimizer_nvme", "nvme"):
+        found = rung(ladder, name)
+        assert found.candidate is None
+        assert "on NVMe: DeepSpeed swaps" in found.reason
 
 
 def test_more_machines_help() -> None:

@@ -26,7 +26,7 @@ from llmtune.task.losses import sum_cross_entropy
 from tests.support import largest_difference, train_engines
 
 BASE = [
-    *("model=tiny", "data.train=stdlib_docs@120", "data.max_seq_length=128"),
+    *("model=tiny", "data.train=stdlib_docs@200", "data.max_seq_length=256"),
     *("data.overlong=truncate", "optim.learning_rate=2e-3", "optim.weight_decay=0"),
     *("precision=fp32", "tuner.lora_r=4", "tuner.lora_alpha=8"),
 ]

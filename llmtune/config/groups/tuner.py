@@ -63,7 +63,7 @@ class TunerConfig:
     layers_to_transform: list[int] = field(default_factory=list)
     """Numbers of the model's layers in which adapters are put, from 0; empty for all."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Endings of the names of modules that are trained whole, and stored with the adapter."""
+    """Ends of the names of modules that are trained whole, and stored with the adapter."""
     bias: str = "none"
     """Biases that are trained: ``none``, ``all``, or ``lora_only`` for those of adapted layers."""
     bnb_4bit_use_double_quant: bool = True
