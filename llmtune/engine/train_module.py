@@ -26,7 +26,6 @@ from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
-from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.state_slices import list_slices
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.optimizer.param_groups import DEFAULT_GROUP, RATE_FACTOR, GroupOf, plain_name
@@ -120,7 +119,6 @@ class TrainModule:
         optimizer: Optimizer,
         seed: int = 0,
         group_of: GroupOf = lambda _: DEFAULT_GROUP,
-        read_elsewhere: Iterable[tuple[Any, Any]] = (),
     ):
         """Build DeepSpeed's engine around a model.
 
@@ -128,8 +126,6 @@ class TrainModule:
             loss_function: The loss of evaluations, and of training unless ``training_loss`` is set.
             seed: Of the random bits with which an optimizer rounds.
             group_of: Finds the settings of a parameter that are not the optimizer's.
-            read_elsewhere: Modules of the model, each with a parameter of another module that it
-                reads in its forward pass.
         """
         import deepspeed
 
@@ -160,7 +156,6 @@ class TrainModule:
             self.engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=groups, optimizer=own, config=copy
             )
-        gather_for_readers(read_elsewhere)
         if isinstance(own, ConvertingOptimizer):
             own.place(list_slices(self.engine.optimizer, self.model, self.zero_stage, rank.rank))
         if isinstance(own, MatrixOptimizer):

@@ -23,6 +23,7 @@ from llmtune.data.prepared_data import open_rows, read_samples
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.engine.distributed import Rank, gather_rows
 from llmtune.engine.neftune import add_noise
+from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
@@ -335,8 +336,8 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
         optimizer=find_optimizer(config.optim),
         group_of=groups_of_model(config.optim, config.tuner, model, head.modules),
         seed=config.seed,
-        read_elsewhere=tuner.find_read_elsewhere(model),
     )
+    gather_for_readers(tuner.find_read_elsewhere(model))
     if smoothing := config.train.label_smoothing:
         module.training_loss = partial(
             task.sum_smoothed_losses, labels=request.labels, smoothing=smoothing
