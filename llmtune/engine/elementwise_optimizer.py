@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from llmtune.optimizer.optimizer import IS_MATRICES, Optimizer, Update
+from llmtune.optimizer.optimizer import Optimizer, Update
+from llmtune.optimizer.param_groups import IS_MATRICES
 
 #: Elements that are updated at a time. An update may need temporary memory of their size, and ZeRO
 #: puts all parameters into one tensor. A CPU has as many in its cache: Lion takes 36 ms for 40 M

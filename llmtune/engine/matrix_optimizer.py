@@ -14,7 +14,8 @@ import torch.distributed
 from llmtune.engine.distributed import Rank
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.state_slices import list_slices
-from llmtune.optimizer.optimizer import IS_MATRICES, MatrixRule, Optimizer
+from llmtune.optimizer.optimizer import MatrixRule, Optimizer
+from llmtune.optimizer.param_groups import IS_MATRICES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,9 +39,6 @@ CONVERTED_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
 #: in bf16 (itself, and what an iteration makes; its square is at most as large), and the direction.
 _MATRIX_BYTES = 4 + 4 * 2 + 4
 
-#: The entry of a torch optimizer's group whose parameters are updated by the matrix rule.
-IS_MATRICES = "is_matrices"
-
 #: The keys of ``optim`` that say how numbers are stored, and are no settings of an update.
 _OF_STORAGE = ("rounding",)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.groups.optim import OptimConfig
-from llmtune.optimizer.optimizer import IS_MATRICES
 
 #: Keys of an entry, and how each is described.
 _KEYS = {
@@ -26,6 +25,8 @@ _PEFT_INFIXES = (".modules_to_save.default.", ".base_layer.")
 
 #: The entry of a torch optimizer's group that multiplies the learning rate of every step.
 RATE_FACTOR = "learning_rate_factor"
+#: The entry of a group whose parameters are updated by the optimizer's rule for whole matrices.
+IS_MATRICES = "is_matrices"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
