@@ -180,7 +180,8 @@ class Optimizer:
         """Find keys of ``optim`` that would have no effect, and a precision that is not its own."""
         defaults = OptimConfig()
         problems = [
-            f"optim.{key}={_plain(getattr(optim, key))}: {self.title} does not read it; leave it out"
+            f"optim.{key}={_plain(getattr(optim, key))}: {self.title} does not read it;"
+            " leave it out"
             for key in ("betas", "eps", "weight_decay", *_OF_STORAGE)
             if key not in self.reads and getattr(optim, key) != getattr(defaults, key)
         ]
