@@ -62,9 +62,9 @@ PLANTED = [
     ),
     Planted(
         fault="a rank takes its slice for that of another",
-        file="engine/optimizer_state.py",
-        right="start = module.rank.rank * parameter.ds_tensor.ds_numel",
-        wrong="start = (module.rank.world_size - 1 - module.rank.rank) * parameter.ds_tensor.ds_numel",  # noqa: E501
+        file="engine/state_slices.py",
+        right="start = rank * parameter.ds_tensor.ds_numel",
+        wrong="start = (1 - rank) * parameter.ds_tensor.ds_numel",
         tests=(
             "tests/checkpoint/test_resume_matrix.py::test_every_placement_goes_on_to_the_last_digit",
         ),
@@ -100,8 +100,8 @@ PLANTED = [
     Planted(
         fault="the plan counts half the bytes of the optimizer",
         file="optimizer/optimizer.py",
-        right="return FP32_BYTES + self.state_bytes",
-        wrong="return FP32_BYTES",
+        right="return self.master_bytes + self.state_bytes",
+        wrong="return self.master_bytes",
         tests=("tests/engine/test_states.py",),
     ),
     Planted(
