@@ -45,11 +45,15 @@ def test_a_matrix_without_a_gradient_is_found_with_the_one_behind_it(tmp_path: P
 def test_it_is_looked_for_once_when_both_matrices_can_have_moved(
     steps: list[tuple[float, bool]], looks_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked, said = [], []
+    looked: list[Any] = []
+    said: list[str] = []
     module: Any = object()
-    monkeypatch.setattr(
-        gradient_check, "find_unreached", lambda of: looked.append(of) or ["a", "b", "c", "d", "e"]
-    )
+
+    def find(of: Any) -> list[str]:
+        looked.append(of)
+        return ["a", "b", "c", "d", "e"]
+
+    monkeypatch.setattr(gradient_check, "find_unreached", find)
     check = GradientCheck(module, said.append)
     for number, (rate, applied) in enumerate([*steps, (1e-3, True)], 1):
         check.after_step(rate, applied)
