@@ -239,10 +239,8 @@ def find_own_parameters(model: Any, tuner: TunerConfig, chosen: AdaptedLayers) -
     elif tuner.bias == "lora_only":
         biases = {f"{name}.bias" for name in chosen.layers} & set(names)
     if tuner.bias != "none" and not biases:
-        raise ConfigError(
-            f"tuner.bias={tuner.bias}: the {'model' if tuner.bias == 'all' else 'adapted layers'}"
-            " have no biases; leave tuner.bias out"
-        )
+        what = "the model has" if tuner.bias == "all" else "the adapted layers have"
+        raise ConfigError(f"tuner.bias={tuner.bias}: {what} no bias; leave tuner.bias out")
     return own | biases
 
 

@@ -28,6 +28,7 @@ from llmtune.data.prepared_data import open_rows
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule
+from llmtune.engine.unreached import find_unreached
 from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.tokenizer import load_tokenizer
@@ -87,6 +88,9 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     if load is not None:
         assert load_checkpoint(module, load).step == task["first"]
     write_loss_scale(module, task.get("loss_scale", {}))
+    for name, parameter in module.model.named_parameters():
+        if task.get("without_gradient") and task["without_gradient"] in name:
+            parameter.register_hook(torch.zeros_like)
     collator = Collator(pad_token_id=int(tokenizer.pad_token_id))
     batch_plan = ScheduledBatch.from_config(config.train, plan.batch)
     loader = TrainLoader(open_rows(data, "train"), batch_plan, rank.rank, config.seed, collator)
@@ -109,10 +113,17 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     if pending is not None:
         pending.finish()
     scale = read_loss_scale(module).get("cur_scale")
+    unreached = find_unreached(module)
     module.engine.destroy()
     # hpZ's groups outlive their engine, and the next one would not make its own.
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    return {"losses": seen, "norms": norms, "applied": applied, "loss_scale": scale}
+    return {
+        "losses": seen,
+        "norms": norms,
+        "applied": applied,
+        "loss_scale": scale,
+        "unreached": unreached,
+    }
 
 
 def resolve_on_first(config: Config, rank: Rank) -> Path:

@@ -13,6 +13,7 @@ from llmtune.config.compose import compose_config
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError
+from llmtune.optimizer.param_groups import plain_name
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.resolve import plan_candidate, resolve_ladder
 from llmtune.tuner.peft_model import add_lora
@@ -125,6 +126,53 @@ def test_layers_of_mixtures_that_are_named_are_adapted() -> None:
     shape = resolve_shape(ModelConfig(name_or_path="m", config=numbers("mixtral")), tuner)
     assert real == {f"base_model.model.{tensor.name}" for tensor in shape.tensors if tensor.trained}
     assert len(real) == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only", "target_modules": ["c_attn"], "layers_to_transform": [1]},
+        {"modules_to_save": ["ln_f", "wpe"], "exclude_modules": r".*\.0\.mlp\..*"},
+        {"target_modules": r".*\.1\.(attn\.c_attn|mlp\.c_fc)", "use_dora": True},
+        {"modules_to_save": ["h.0.mlp"], "exclude_modules": ["c_attn"]},
+    ],
+    ids=str,
+)
+def test_the_plan_counts_what_is_trained(changes: dict[str, Any]) -> None:
+    tuner = lora(**changes)
+    shape = resolve_shape(ModelConfig(name_or_path="m", config=numbers("gpt2")), tuner)
+    real = {
+        plain_name(name): parameter.numel()
+        for name, parameter in adapt("gpt2", tuner).named_parameters()
+        if parameter.requires_grad
+    }
+    assert real == {tensor.name: tensor.numel for tensor in shape.tensors if tensor.trained}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"exclude_modules": ["q_prj"]}, "exclude_modules: q_prj matches none of the layers"),
+        ({"exclude_modules": ".*"}, "tuner.exclude_modules leave no layer"),
+        ({"layers_to_transform": [7]}, "the model has 2 layers, numbered from 0, and no layer 7"),
+        ({"target_modules": ".*q_prj"}, "'.*q_prj'] matches no linear layer"),
+        ({"modules_to_save": ["score"]}, "modules_to_save: score matches no module"),
+        ({"modules_to_save": ["lm_head"]}, "wte.weight and lm_head.weight are one tensor"),
+        ({"init_lora_weights": "pissa", "lora_r": 999}, "takes 999 directions of transformer"),
+    ],
+    ids=str,
+)
+def test_a_key_that_matches_nothing_is_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_shape(ModelConfig(name_or_path="m", config=numbers("gpt2")), lora(**changes))
+    assert text in str(caught.value)
+
+
+def test_biases_that_the_model_does_not_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match="tuner.bias=all: the model has no bias"):
+        resolve_shape(ModelConfig(name_or_path="m", config=numbers("qwen3")), lora(bias="all"))
 
 
 def test_a_run_says_what_all_linear_means_for_experts() -> None:

@@ -133,6 +133,7 @@ def test_every_kind_is_pefts_in_every_place(
             losses, resumed = found[at]["losses"], found[len(here) + at]["losses"]
             assert largest_difference(losses, plain[kind]) < 1e-5, (kind, place)
             assert resumed == losses[HALF:], (kind, place)
+            assert found[at]["unreached"] == [], (kind, place)
             # What is stored is an adapter of the unchanged base.
             stored = PeftModel.from_pretrained(base_model(folder), str(folders[at]))
             with torch.no_grad():

@@ -30,7 +30,12 @@ ALONE = Rank(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 def llama() -> Any:
     torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
+    sizes: Any = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+    }
     return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
 
 
