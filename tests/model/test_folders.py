@@ -119,9 +119,7 @@ def test_an_older_form_of_the_positions_is_the_same_architecture(
 def test_the_scaled_folder_holds_the_weights_and_says_the_positions(
     kind: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    given = ModelConfig(
-        name_or_path=str(tiny_model), rope_scaling={"rope_type": kind, "factor": 2}
-    )
+    given = ModelConfig(name_or_path=str(tiny_model), rope_scaling={"rope_type": kind, "factor": 2})
     folder = resolve_model_folder(given, tmp_path)
     assert folder != tiny_model
     assert resolve_model_folder(given, tmp_path) == folder
