@@ -33,7 +33,8 @@ def scale_positions(architecture: Any, scaling: dict[str, Any], name: str) -> No
     """Scale the rotary positions of a transformers configuration, in place.
 
     Args:
-        scaling: ``model.rope_scaling``, which has been checked by itself; an empty one changes nothing.
+        scaling: ``model.rope_scaling``, which has been checked by itself; an empty one changes
+            nothing.
         name: The model's name in the message.
 
     Raises:
