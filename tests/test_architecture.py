@@ -786,7 +786,7 @@ SUBJECTS = {
     "engine": {"bad_gradients", "growing_batch", "optimizers", "parity", "placements", "states"},
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
-    "plan": {"by_hand", "encoders", "intervals"},
+    "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},
     "predict": {"labels", "output", "resume", "runs", "text"},
     "run": {"adapter_path", "best_model", "restarts"},
     "security": {

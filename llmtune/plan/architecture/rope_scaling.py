@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any
 
 from llmtune.config.rope_scaling import KINDS
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, first_line
 
 #: The layers that are scaled where a model has a rotation for each kind of layer. The others attend
 #: to a window, within which no distance grows.
@@ -37,7 +37,8 @@ def scale_positions(architecture: Any, scaling: dict[str, Any], name: str) -> No
         name: The model's name in the message.
 
     Raises:
-        ConfigError: The architecture has no rotary positions, or they are scaled already.
+        ConfigError: The architecture has no rotary positions, they are scaled already, or it does
+            not take this kind.
     """
     if not scaling:
         return
@@ -64,6 +65,14 @@ def scale_positions(architecture: Any, scaling: dict[str, Any], name: str) -> No
     # Of linear scaling, transformers and others multiply this number by the factor.
     if kind != "linear" or text.model_type in COUNTS_SCALED:
         text.max_position_embeddings = round(factor * known)
+    try:
+        # Some architectures take fewer kinds, and their config.json could not be read again.
+        text.validate_rope()
+    except ValueError as error:
+        raise ConfigError(
+            f"model.rope_scaling={scaling}: {name} ({text.model_type}) does not take it"
+            f" ({first_line(error)}); leave model.rope_scaling out"
+        ) from error
 
 
 def changed_settings(architecture: Any) -> dict[str, Any]:
