@@ -5,9 +5,8 @@ from __future__ import annotations
 from llmtune.config.keys import ALIASES
 from llmtune.config.nearest import nearest
 
-_NO_QUANTIZED = (
-    "tuner=lora (training on weights in 4 or 8 bits is not there yet; tuner=qlora can be planned)"
-)
+_IN_4_BITS = "tuner=qlora (its weights are in NF4, and computed with in the run's precision)"
+_NO_QUANTIZED = "tuner=qlora (4 bits, NF4; 8 bits are not there)"
 _NO_PREFERENCES = "nothing: llmtune does supervised fine-tuning and no other stage"
 
 #: Foreign name, without its group and in lower case -> what to write instead. A bare key takes the
@@ -43,11 +42,11 @@ MEANINGS: dict[str, str] = {
     "pure_bf16": "precision=bf16 (or fp16, fp32)",
     "torch_dtype": "precision=bf16 (or fp16, fp32)",
     "tf32": "precision=bf16 (or fp16, fp32)",
-    "load_in_4bit": _NO_QUANTIZED,
+    "load_in_4bit": _IN_4_BITS,
     "load_in_8bit": _NO_QUANTIZED,
-    "use_4bit": _NO_QUANTIZED,
-    "bnb_4bit_quant_type": _NO_QUANTIZED,
-    "bnb_4bit_compute_dtype": _NO_QUANTIZED,
+    "use_4bit": _IN_4_BITS,
+    "bnb_4bit_quant_type": _IN_4_BITS,
+    "bnb_4bit_compute_dtype": _IN_4_BITS,
     "quantization_bit": _NO_QUANTIZED,
     "quantization_method": _NO_QUANTIZED,
     # Adapters.
@@ -59,7 +58,7 @@ MEANINGS: dict[str, str] = {
     "freeze_trainable_layers": "tuner.freeze.last_layers",
     "freeze_trainable_modules": "tuner.freeze.pattern",
     "unfrozen_parameters": "tuner.freeze.pattern",
-    "qlora": _NO_QUANTIZED,
+    "qlora": "tuner=qlora",
     "r": "tuner.lora_r",
     "rank": "tuner.lora_r",
     "lora_dim": "tuner.lora_r",

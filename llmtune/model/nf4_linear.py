@@ -72,9 +72,8 @@ class Nf4Matrix:
     ) -> torch.Tensor:
         """Multiply by the transposed weight, and add the bias, as a linear layer does."""
         if values.device.type == "cpu" and self.shape[1] % BLOCK_SIZE:
-            weight = self.dequantize(stored)
-            product = values @ weight.to(values.dtype).T
-            return product if bias is None else product + bias
+            weight = self.dequantize(stored).to(values.dtype)
+            return nn.functional.linear(values, weight, bias)
         from bitsandbytes import matmul_4bit
 
         codes, state = self.unpack(stored, self.shape)

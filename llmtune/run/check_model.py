@@ -48,9 +48,11 @@ def check_quantized(config: Config, stage: int, folder: Path) -> None:
     settings = quantization(folder)
     if settings is not None:
         name = config.model.name_or_path
-        has_adapter = TUNERS.find(config.tuner.kind).has_adapter
-        own = None if has_adapter else config.tuner.kind
-        check_trainable(settings, read_entries(folder), own, stage, name)
+        tuner = TUNERS.find(config.tuner.kind)
+        own = None if tuner.has_adapter else config.tuner.kind
+        check_trainable(
+            settings, read_entries(folder), own, stage, name, requantizes=tuner.is_quantized
+        )
 
 
 def check_model(

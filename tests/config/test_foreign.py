@@ -31,7 +31,7 @@ def problem(*overrides: str, config_dir: Path | None = None) -> str:
         ("cutoff_len=2048", "data.max_seq_length"),
         ("sequence_len=2048", "data.max_seq_length"),
         ("lora_rank=8", "tuner.lora_r"),
-        ("load_in_4bit=true", "tuner=lora"),
+        ("load_in_4bit=true", "tuner=qlora"),
         ("bf16=true", "precision=bf16"),
         ("optim.lr=1e-4", "optim.learning_rate"),
         ("output=/tmp/x", "output_dir"),

@@ -227,8 +227,11 @@ def test_another_model_in_the_same_folder_is_counted_anew(tiny_model: Path, tmp_
             [r"data.max_seq_length=9999: .* has \d+ positions"],
         ),
         (
-            ["model=tiny", "tuner=qlora", "data.max_seq_length=9999"],
-            ["tuner=qlora", "data.max_seq_length=9999"],
+            [
+                *("model=tiny", "tuner=qlora", "data.max_seq_length=9999"),
+                "zero.deepspeed={zero_optimization: {stage3_use_all_reduce_for_fetch_params: true}}",
+            ],
+            ["adds numbers, and tuner=qlora gathers bytes", "data.max_seq_length=9999"],
         ),
         (
             ["model=llama3_8b", "hardware=8xa100_80gb", "hardware.nodes=2", "zero=3"],

@@ -117,6 +117,7 @@ def check_trainable(
     tuner: str | None,
     stage: int,
     name: str,
+    requantizes: bool = False,
 ) -> None:
     """Refuse a quantized model that cannot be trained as it is stored.
 
@@ -125,6 +126,7 @@ def check_trainable(
         tuner: Name of a tuner that trains the model's own weights; None for adapters.
         stage: The ZeRO stage.
         name: The model's name in messages.
+        requantizes: The tuner quantizes the model itself.
 
     Raises:
         ConfigError: With what can be trained instead.
@@ -141,6 +143,11 @@ def check_trainable(
             f"{base}, which cannot be trained on: store the model in 16 bits first (transformers'"
             f" from_pretrained with dequantize=True in its quantization_config, where {method} has"
             " it, then save_pretrained), and name that"
+        )
+    if requantizes:
+        raise ConfigError(
+            f"{base}, and tuner=qlora quantizes a model in 16 bits: take tuner=lora with zero=2 (or"
+            " 0, 1), or the model in 16 bits"
         )
     if stage == 3:
         raise ConfigError(
