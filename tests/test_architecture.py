@@ -146,7 +146,7 @@ ROOMS: dict[str, list[str]] = {
     "task": ["kinds"],
     "tuner": ["kinds"],
     "optimizer": ["kinds"],
-    "model": ["weights", "folders"],
+    "model": ["weights", "nf4", "folders"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
     "launch": ["launchers", "preflight", "processes", "supervise"],
 }

@@ -10,7 +10,6 @@ from llmtune.config.best_model import find_best_model_problems
 from llmtune.config.groups.data import DataConfig
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.zero import OffloadDevice
-from llmtune.config.rope_scaling import find_rope_problems
 from llmtune.config.schema import Config, Precision
 from llmtune.config.value_rules import find_value_problems
 
@@ -19,7 +18,6 @@ def find_problems(config: Config) -> list[str]:
     """Return every broken rule, in words a user can act on."""
     return [
         *find_value_problems(config),
-        *find_rope_problems(config.model.rope_scaling),
         *_find_offload_problems(config),
         *_find_schedule_problems(config),
         *_find_batch_schedule_problems(config.train),

@@ -14,7 +14,7 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.attention import answer_on_host, group_heads_only_for_flash
-from llmtune.model.nf4_model import In4Bits, allocate, packed_weights, quantize_layers
+from llmtune.model.nf4.nf4_model import In4Bits, allocate, packed_weights, quantize_layers
 from llmtune.model.weights.files import read_entries
 from llmtune.model.weights.quantized import find_meaningless, quantization
 from llmtune.model.weights.report import WeightReport

@@ -53,18 +53,7 @@ def resolve_model_folder(
     name = config.name_or_path
     local = Path(name).expanduser()
     if name == "random":
-        if not config.config:
-            raise ConfigError(
-                "model.name_or_path=random needs the architecture's settings in model.config"
-            )
-        architecture = config.config
-        digest = short_hash(json.dumps(architecture, sort_keys=True).encode())
-        # Encoders were causal language models once, with another tokenizer.
-        key = f"random-encoder-{digest}" if makes_encoder(architecture) else f"random-{digest}"
-        folder = make_once(
-            cache_dir / "models" / key, lambda folder: write_random_model(architecture, folder)
-        )
-        return _scale(config, folder, cache_dir, say)
+        return _scale(config, _make_random(config, cache_dir), cache_dir, say)
 
     # Files: of an installed package, GGUF, a folder, or the hub.
     wheel = _find_in_wheel(config.wheel)
@@ -100,6 +89,21 @@ def resolve_model_folder(
         folder = _take_text_part(config, folder, cache_dir, say)
     _check_architecture(config, folder)
     return _scale(config, folder, cache_dir, say)
+
+
+def _make_random(config: ModelConfig, cache_dir: Path) -> Path:
+    """Draw the weights of ``model.config``, once."""
+    if not config.config:
+        raise ConfigError(
+            "model.name_or_path=random needs the architecture's settings in model.config"
+        )
+    architecture = config.config
+    digest = short_hash(json.dumps(architecture, sort_keys=True).encode())
+    # Encoders were causal language models once, with another tokenizer.
+    key = f"random-encoder-{digest}" if makes_encoder(architecture) else f"random-{digest}"
+    return make_once(
+        cache_dir / "models" / key, lambda folder: write_random_model(architecture, folder)
+    )
 
 
 def _take_text_part(

@@ -97,13 +97,7 @@ def resolve_ladder(
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_task, shape, config.model.name_or_path)
     check_groups(config.optim, shape)
-    require(
-        check_row_length,
-        config.data.max_seq_length,
-        shape.max_positions,
-        config.model.name_or_path,
-        _scaled_by(config, shape),
-    )
+    require(_check_row_length, config, shape)
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
     )
@@ -120,6 +114,15 @@ def resolve_ladder(
     )
     notes = (*hardware.notes, *filter(None, described))
     return replace(ladder, refusals=tuple(refusals), notes=notes)
+
+
+def _check_row_length(config: Config, shape: ModelShape) -> None:
+    check_row_length(
+        config.data.max_seq_length,
+        shape.max_positions,
+        config.model.name_or_path,
+        _scaled_by(config, shape),
+    )
 
 
 def _scaled_by(config: Config, shape: ModelShape) -> float | None:

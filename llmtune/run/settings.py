@@ -15,6 +15,7 @@ from llmtune.errors import ConfigError
 from llmtune.export.formats.format import find_format
 from llmtune.optimizer.optimizer import Optimizer, find_optimizer
 from llmtune.optimizer.param_groups import entry_key, find_entry_problems
+from llmtune.plan.architecture.rope_scaling import find_rope_problems
 from llmtune.registry import NONE
 from llmtune.track.service import SERVICES
 from llmtune.train.schedule import SCHEDULES
@@ -27,7 +28,7 @@ def find_problems(config: Config) -> list[str]:
 
     No file of data is opened.
     """
-    found = []
+    found = list(find_rope_problems(config.model.rope_scaling))
     for check in _CHECKS:
         try:
             check(config)

@@ -27,7 +27,7 @@ from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
-from llmtune.model.nf4_model import In4Bits
+from llmtune.model.nf4.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch

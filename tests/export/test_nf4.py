@@ -249,6 +249,6 @@ def test_files_that_leave_out_the_first_part_of_names_are_matched(
 @pytest.mark.process
 @pytest.mark.usefixtures("started_cold")
 def test_loading_bitsandbytes_says_nothing() -> None:
-    code = "from llmtune.model.weights.nf4_slices import load_bitsandbytes; load_bitsandbytes()"
+    code = "from llmtune.model.nf4.nf4_slices import load_bitsandbytes; load_bitsandbytes()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

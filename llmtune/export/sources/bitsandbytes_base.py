@@ -10,7 +10,7 @@ import torch
 from llmtune.errors import ExportError
 from llmtune.export.sources.nf4 import dequantize, quantized_names
 from llmtune.export.sources.tensor_source import SafetensorsSource, TensorSource
-from llmtune.model.weights.nf4_slices import load_bitsandbytes
+from llmtune.model.nf4.nf4_slices import load_bitsandbytes
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.tensors.tensor_spec import TensorSpec
 from llmtune.units import some

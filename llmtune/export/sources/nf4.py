@@ -14,7 +14,7 @@ import torch
 
 from llmtune.errors import ConfigError, ExportError, first_line
 from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole
-from llmtune.model.weights.nf4_slices import CHUNK_ELEMENTS, load_bitsandbytes
+from llmtune.model.nf4.nf4_slices import CHUNK_ELEMENTS, load_bitsandbytes
 from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.storage.tensors.row_blocks import row_ranges
 from llmtune.tuner.nf4_layout import BLOCK_SIZE, NESTED_BLOCK_SIZE

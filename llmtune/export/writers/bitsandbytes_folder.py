@@ -22,7 +22,7 @@ from llmtune.export.sources.nf4 import (
     quantized_names,
 )
 from llmtune.export.sources.tensor_source import TensorSource
-from llmtune.model.weights.nf4_slices import load_bitsandbytes
+from llmtune.model.nf4.nf4_slices import load_bitsandbytes
 from llmtune.storage.atomic import write_atomically
 from llmtune.storage.hashing import hash_file
 from llmtune.storage.plain_json import parse_json

@@ -7,7 +7,7 @@ transformers computes from several of the files, such as stacked experts, are ma
 one after the other.
 
 A weight that is kept in 4 bits is quantized while its slice is read
-(:mod:`llmtune.model.weights.nf4_slices`). Such models are read here under the other stages too,
+(:mod:`llmtune.model.nf4.nf4_slices`). Such models are read here under the other stages too,
 where the slice is all of the tensor.
 """
 

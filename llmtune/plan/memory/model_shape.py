@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     trained = find_trained(kind, model, tuner, head)
     packed = packed_sizes(model, tuner, head)
     tensors = list_tensors(model, adapters, trained, packed, head)
-    if not any(tensor.trained for tensor in tensors):
-        raise ConfigError(
-            f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"
-            f" parameters have names such as {tensors[-1].name}: correct the tuner's trains()"
-        )
+    _check_trained(tensors, tuner, config.name_or_path)
 
     # Sizes, under the names that architectures give them.
     text: Any = architecture.get_text_config()
@@ -136,6 +133,14 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
+
+
+def _check_trained(tensors: Sequence[TensorShape], tuner: TunerConfig, name: str) -> None:
+    if not any(tensor.trained for tensor in tensors):
+        raise ConfigError(
+            f"tuner.kind={tuner.kind} trains no parameter of {name}, whose parameters have names"
+            f" such as {tensors[-1].name}: correct the tuner's trains()"
+        )
 
 
 def _relative_products(text: Any) -> list[str]:

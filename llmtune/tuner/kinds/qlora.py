@@ -9,6 +9,7 @@ from llmtune.tuner.head import NO_HEAD, Head
 from llmtune.tuner.kinds.lora import LoraTuner
 from llmtune.tuner.lora_settings import changes_base
 from llmtune.tuner.tuner import TUNERS
+from llmtune.tuner.whole_parameters import Gather, keep_whole
 
 
 class QloraTuner(LoraTuner):
@@ -19,10 +20,16 @@ class QloraTuner(LoraTuner):
     is_quantized = True
 
     def attach(
-        self, model: Any, config: TunerConfig, base: str, seed: int, head: Head = NO_HEAD
+        self,
+        model: Any,
+        config: TunerConfig,
+        base: str,
+        seed: int,
+        head: Head = NO_HEAD,
+        gather: Gather = keep_whole,
     ) -> Any:
         """Add peft's adapters."""
-        wrapped = super().attach(model, config, base, seed, head)
+        wrapped = super().attach(model, config, base, seed, head, gather)
         # GPT-2's files hold (inputs, outputs). Its layers in 4 bits do not, and peft reads the
         # layers; who merges the adapter needs to know what the files hold.
         if any(getattr(module, "transposed", False) for module in model.modules()):

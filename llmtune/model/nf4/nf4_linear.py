@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmtune.model.weights.nf4_slices import load_bitsandbytes
+from llmtune.model.nf4.nf4_slices import load_bitsandbytes
 from llmtune.tuner.nf4_layout import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Nf4Matrix:
-    """How to read the buffer of a weight."""
+    """The shape of a weight, and the layout of the buffer that holds it."""
 
     shape: tuple[int, int]
     """(outputs, inputs)."""

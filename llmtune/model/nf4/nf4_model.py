@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmtune.model.nf4_linear import Nf4Linear
-from llmtune.model.weights.nf4_slices import Nf4Weight
+from llmtune.model.nf4.nf4_linear import Nf4Linear
+from llmtune.model.nf4.nf4_slices import Nf4Weight
 from llmtune.model.weights.zero3_loading import PackedWeight, Read, is_partitioned
 from llmtune.tuner.adapted_layers import matrix_sides
 from llmtune.tuner.quantized_layers import find_quantized_layers
@@ -19,15 +19,14 @@ from llmtune.tuner.quantized_layers import find_quantized_layers
 
 @dataclass(frozen=True, slots=True)
 class In4Bits:
-    """How the weights of a model are quantized while they are read."""
+    """The settings with which a model's weights are quantized while they are read."""
 
     double_quant: bool
     """The scales are quantized too."""
     device: torch.device
-    """Where they are quantized, and where unpartitioned weights stay."""
+    """The device on which they are quantized, and on which unpartitioned weights stay."""
     gather: Callable[[torch.Tensor], torch.Tensor]
-    """Joins the tensors of all ranks on every rank, where ZeRO 3 partitions weights; on the
-    host."""
+    """Joins the tensors of all ranks on every rank, on the host, where ZeRO 3 partitions them."""
 
 
 def quantize_layers(
