@@ -8,9 +8,9 @@ from typing import Any
 
 from llmtune.config.best_model import find_best_model_problems
 from llmtune.config.groups.data import DataConfig
+from llmtune.config.groups.rope_scaling import find_rope_problems
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.zero import OffloadDevice
-from llmtune.config.rope_scaling import find_rope_problems
 from llmtune.config.schema import Config, Precision
 from llmtune.config.value_rules import find_value_problems
 

@@ -95,9 +95,7 @@ def resolve_model_folder(
             f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}); "
             "convert older formats with transformers' save_pretrained"
         )
-    kind = (config.config or {}).get("model_type")
-    if has_text_part(folder, kind):
-        folder = _take_text_part(config, folder, cache_dir, say)
+    folder = _take_text_part(config, folder, cache_dir, say)
     _check_architecture(config, folder)
     return _scale(config, folder, cache_dir, say)
 
@@ -105,6 +103,9 @@ def resolve_model_folder(
 def _take_text_part(
     config: ModelConfig, base: Path, cache_dir: Path, say: Callable[[str], None]
 ) -> Path:
+    """Return the folder of the language model that ``model.config`` names, or else the base."""
+    if not has_text_part(base, (config.config or {}).get("model_type")):
+        return base
     key = short_hash(identify_weights(base).encode())
     return make_once(
         cache_dir / "models" / f"{base.name[:40]}-text-{key}",

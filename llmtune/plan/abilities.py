@@ -6,9 +6,9 @@ import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
 
+from llmtune.config.groups.rope_scaling import COUNTS_SCALED
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError
-from llmtune.plan.architecture.rope_scaling import COUNTS_SCALED
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 
 if TYPE_CHECKING:

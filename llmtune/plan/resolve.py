@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,17 @@ def resolve_ladder(
         require(
             check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path
         )
+    notes = (*hardware.notes, *_describe_model(config, shape))
+    return replace(ladder, refusals=tuple(refusals), notes=notes)
+
+
+def _describe_model(config: Config, shape: ModelShape) -> Iterator[str]:
+    """Describe where the model is not what its files say."""
     described = (
         describe_correction(Path(config.model.name_or_path).expanduser()),
         describe_scaling(config.model.rope_scaling, shape.max_positions),
     )
-    notes = (*hardware.notes, *filter(None, described))
-    return replace(ladder, refusals=tuple(refusals), notes=notes)
+    yield from filter(None, described)
 
 
 def _scaled_by(config: Config, shape: ModelShape) -> float | None:

@@ -11,15 +11,12 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from llmtune.config.rope_scaling import KINDS
+from llmtune.config.groups.rope_scaling import COUNTS_SCALED, KINDS
 from llmtune.errors import ConfigError, first_line
 
 #: The layers that are scaled where a model has a rotation for each kind of layer. The others attend
 #: to a window, within which no distance grows.
 _WHOLE_ROW = "full_attention"
-
-#: Architectures whose ``max_position_embeddings`` counts the positions behind a linear scaling.
-COUNTS_SCALED = ("gemma3_text",)
 
 _OWN_KEYS = ("max_position_embeddings", "rope_parameters")
 

@@ -16,6 +16,9 @@ KINDS: dict[str, dict[str, float | None]] = {
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
 
+#: Architectures whose ``max_position_embeddings`` counts the positions behind a linear scaling.
+COUNTS_SCALED = ("gemma3_text",)
+
 #: Kinds of transformers that are refused -> why.
 _REFUSED = {
     "dynamic": (
