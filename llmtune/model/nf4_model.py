@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmtune.model.nf4_linear import Nf4Linear
+from llmtune.model.weights.nf4_linear import Nf4Linear
 from llmtune.model.weights.nf4_slices import Nf4Weight
 from llmtune.model.weights.zero3_loading import PackedWeight, Read, is_partitioned
 from llmtune.tuner.adapted_layers import matrix_sides
@@ -19,15 +19,14 @@ from llmtune.tuner.quantized_layers import find_quantized_layers
 
 @dataclass(frozen=True, slots=True)
 class In4Bits:
-    """How the weights of a model are quantized while they are read."""
+    """The settings of weights that are quantized while they are read."""
 
     double_quant: bool
     """The scales are quantized too."""
     device: torch.device
-    """Where they are quantized, and where unpartitioned weights stay."""
+    """The device that quantizes them, and that keeps unpartitioned ones."""
     gather: Callable[[torch.Tensor], torch.Tensor]
-    """Joins the tensors of all ranks on every rank, where ZeRO 3 partitions weights; on the
-    host."""
+    """Joins tensors of all ranks, on the host, where ZeRO 3 partitions weights."""
 
 
 def quantize_layers(

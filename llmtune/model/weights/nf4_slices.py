@@ -43,7 +43,7 @@ class Nf4Weight:
     dtype: torch.dtype
     """The dtype from which it is quantized: the training's."""
     device: torch.device
-    """Where it is quantized."""
+    """The device that quantizes it."""
     gather: Callable[[torch.Tensor], torch.Tensor] | None
     """Joins the tensors of all ranks, in their order, on every rank; on the host.
 

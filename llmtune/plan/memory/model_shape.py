@@ -86,8 +86,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapted = kind.choose_layers(model, tuner, head)
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
     trained = find_trained(kind, model, tuner, head)
-    packed = packed_sizes(model, tuner, head)
-    tensors = list_tensors(model, adapters, trained, packed)
+    tensors = list_tensors(model, adapters, trained, packed_sizes(model, tuner, head))
     if not any(tensor.trained for tensor in tensors):
         raise ConfigError(
             f"tuner.kind={tuner.kind} trains no parameter of {config.name_or_path}, whose"

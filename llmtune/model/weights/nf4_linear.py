@@ -21,7 +21,7 @@ from llmtune.tuner.nf4_layout import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Layout
 
 @dataclass(frozen=True, slots=True)
 class Nf4Matrix:
-    """How to read the buffer of a weight."""
+    """The matrix that the buffer of a weight stands for."""
 
     shape: tuple[int, int]
     """(outputs, inputs)."""
