@@ -8,13 +8,14 @@ PyTorch: ``tests/train/test_plain_loop.py``.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.checkpoint.test_resume_matrix import BASE, FIRST, LAST, PLACES, TOLERANCE
-from tests.support import largest_difference, train_engines
+from tests.support import ROOT, largest_difference, train_engines
 
 LION = ["optim=lion", "optim.learning_rate=2e-4", "optim.weight_decay=0.1"]
 GROUPS = (
@@ -167,3 +168,34 @@ def test_low_precision_is_the_same_on_every_rung_and_resumes_to_the_last_digit(
     elsewhere = train_engines(loading, 1, tmp_path, timeout=900)
     for losses, result in zip(whole, elsewhere, strict=True):
         assert largest_difference(result["losses"], losses[FIRST:]) < TOLERANCE["bf16"]
+
+
+#: Steps of the bench's job.
+STEPS = 8
+
+
+def load_bench() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "bench_optimizers", ROOT / "scripts/bench/optimizers.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_rounding_stochastically_follows_fp32_and_to_the_nearest_does_not(tmp_path: Path) -> None:
+    """SmolLM2 on 2 ranks, as ``scripts/bench/optimizers.py`` trains it; see docs/planner.md."""
+    bench = load_bench()
+    losses = {
+        name: bench.run(bench.OPTIMIZERS[name], tmp_path / str(number), STEPS)
+        for number, name in enumerate(
+            ("adamw, precision=fp32", "adamw_bf16", "adamw_bf16, nearest")
+        )
+    }
+    known, stochastic, nearest = losses.values()
+    assert largest_difference(stochastic, known) < 0.06
+    assert largest_difference(nearest, known) > 0.3
