@@ -783,7 +783,10 @@ SUBJECTS = {
     "cli": {"bad_input", "main_job", "pipeline", "secrets", "start", "sweep"},
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
     "data": {"growing_batch", "huge_rows", "malformed", "spellings"},
-    "engine": {"bad_gradients", "growing_batch", "optimizers", "parity", "placements", "states"},
+    "engine": {
+        *("bad_gradients", "growing_batch", "optimizers", "parity", "placements", "qlora"),
+        "states",
+    },
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.optim import OptimConfig, Rounding
-from llmtune.config.schema import Precision
 from llmtune.optimizer.storage import BF16, FP32, Storage
 from llmtune.registry import Registry
 from llmtune.storage.layout import MASTER_WEIGHT
 
 if TYPE_CHECKING:
+    from llmtune.config.schema import Precision
     import torch
 
 #: Bytes of what is computed: an update, and what an optimizer stores unless it says otherwise.
@@ -219,7 +219,7 @@ class Optimizer:
             keys["bf16"] = {"bf16_master_weights_and_grads": True}
         return keys
 
-    def find_problems(self, optim: OptimConfig, precision: Precision = Precision.bf16) -> list[str]:
+    def find_problems(self, optim: OptimConfig, precision: Precision) -> list[str]:
         """Find keys of ``optim`` that would have no effect, and a precision that is not its own."""
         defaults = OptimConfig()
         problems = [
@@ -228,7 +228,7 @@ class Optimizer:
             for key in ("momentum", "betas", "eps", "weight_decay", *_OF_STORAGE)
             if key not in self.reads and getattr(optim, key) != getattr(defaults, key)
         ]
-        if self.master is BF16 and precision is not Precision.bf16:
+        if self.master is BF16 and precision.value != "bf16":
             problems.append(
                 f"optim={self.name} with precision={precision.value}: its master weights are the"
                 " model's own weights in bf16; take precision=bf16, or optim=adamw"

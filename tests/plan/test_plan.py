@@ -229,7 +229,8 @@ def test_another_model_in_the_same_folder_is_counted_anew(tiny_model: Path, tmp_
         (
             [
                 *("model=tiny", "tuner=qlora", "data.max_seq_length=9999"),
-                "zero.deepspeed={zero_optimization: {stage3_use_all_reduce_for_fetch_params: true}}",
+                "zero.deepspeed={zero_optimization:"
+                " {stage3_use_all_reduce_for_fetch_params: true}}",
             ],
             ["adds numbers, and tuner=qlora gathers bytes", "data.max_seq_length=9999"],
         ),
