@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 
 from llmtune.engine.distributed import all_reduce_any
-from llmtune.engine.optimizer_state import iterate_in_memory, state_slices, view_state
+from llmtune.engine.optimizer_state import (
+    iterate_in_memory,
+    state_kinds,
+    state_slices,
+    view_state,
+)
 from llmtune.engine.train_module import TrainModule
+from llmtune.optimizer.storage import SCALES
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -20,7 +26,6 @@ def find_unreached(module: TrainModule) -> list[str]:
     """
     if not module.optimizer.states:
         return []
-    kind = module.optimizer.states[0]
     moved: dict[str, bool] = {
         name: False
         for name, parameter in module.model.named_parameters()
@@ -29,7 +34,10 @@ def find_unreached(module: TrainModule) -> list[str]:
     for batch in iterate_in_memory(module, state_slices(module)):
         for part in batch:
             if not moved[part.name]:
-                moved[part.name] = bool(view_state(module, part, kind).any())
+                first = state_kinds(module, part)[1]
+                # A code of 8 bits is not zero where its number is: the scale of its block is.
+                told_by = first + SCALES if module.optimizer.storage(first).in_blocks else first
+                moved[part.name] = bool(view_state(module, part, told_by).any())
     found = all_reduce_any(list(moved.values()), module.rank)
     reached = dict(zip(moved, found, strict=True))
     used = {_EXPERT.sub(".experts.", name) for name, is_moved in reached.items() if is_moved}

@@ -13,7 +13,13 @@ from tests.engine.test_parity import FAST
 from tests.support import train_engines
 
 CUT = "layers.1.self_attn.k_proj.lora_B"
-PLACES = [("0", "none"), ("2", "none"), ("3", "none"), ("3", "cpu")]
+#: ZeRO stage, rung, optimizer.
+PLACES = [
+    ("0", "none", "adamw"),
+    ("2", "none", "muon"),
+    ("3", "none", "adamw_8bit"),
+    ("3", "cpu", "adamw"),
+]
 
 
 @pytest.mark.process
@@ -21,8 +27,13 @@ def test_a_matrix_without_a_gradient_is_found_with_the_one_behind_it(tmp_path: P
     """Without B no gradient reaches A either."""
     base = [*FAST, "precision=bf16", "tuner=dora"]
     tasks = [
-        {"overrides": [*base, f"zero={stage}", f"offload={rung}"], "first": 0, "last": 2, **more}
-        for stage, rung in PLACES
+        {
+            "overrides": [*base, f"zero={stage}", f"offload={rung}", f"optim={kind}"],
+            "first": 0,
+            "last": 2,
+            **more,
+        }
+        for stage, rung, kind in PLACES
         for more in ({"without_gradient": CUT}, {})
     ]
     found = train_engines(tasks, 2, tmp_path)
