@@ -14,9 +14,6 @@ from llmtune.optimizer.param_groups import IS_MATRICES
 
 MUON = OPTIMIZERS.find("muon")
 SETTINGS: dict[str, Any] = {
-    **{"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1},
-    **{"betas": [0.9, 0.99], "eps": 1e-8},
-}
     "lr": 1e-2,
     "momentum": 0.9,
     "betas": [0.9, 0.99],
