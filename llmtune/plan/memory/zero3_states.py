@@ -165,7 +165,7 @@ def _partitioned_weights(
 ) -> Split:
     """Partitions in the training dtype (``zero/partition_parameters.py: Init._partition_param``).
 
-    4-bit weights are partitioned with their scales (:class:`llmtune.model.weights.nf4_linear.Nf4Linear`).
+    4-bit weights are partitioned with their scales (:mod:`llmtune.model.weights.nf4_linear`).
     Trained weights on NVMe stay on the host up to ``max_in_cpu`` (``zero/stage3.py:
     _create_param_groups_fp16_flat_cpu_memory``).
     """
