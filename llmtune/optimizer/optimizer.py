@@ -22,8 +22,9 @@ from llmtune.registry import Registry
 from llmtune.storage.layout import MASTER_WEIGHT
 
 if TYPE_CHECKING:
-    from llmtune.config.schema import Precision
     import torch
+
+    from llmtune.config.schema import Precision
 
 #: Bytes of what is computed: an update, and what an optimizer stores unless it says otherwise.
 FP32_BYTES = 4
