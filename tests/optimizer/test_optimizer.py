@@ -245,8 +245,8 @@ def nothing(_update: Update) -> None:
             "needs update and rounding",
         ),
         (
-            lambda: Optimizer(name="a", title="A", states=(), reads=("momentum",), update=nothing),
-            "reads optim.momentum, which is no key",
+            lambda: Optimizer(name="a", title="A", states=(), reads=("nesterov",), update=nothing),
+            "reads optim.nesterov, which is no key",
         ),
     ],
 )
