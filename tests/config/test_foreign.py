@@ -54,7 +54,7 @@ def test_a_foreign_name_is_answered_with_the_key_it_means(override: str, meant: 
 
 def test_what_there_is_no_key_for_says_so() -> None:
     assert "unknown key 'stage'; llmtune does supervised fine-tuning" in problem("stage=dpo")
-    assert "training on weights in 4 or 8 bits is not there yet" in problem("load_in_8bit=true")
+    assert "4 bits, NF4; 8 bits are not there" in problem("load_in_8bit=true")
 
 
 @pytest.mark.parametrize("name", MEANINGS)
