@@ -17,8 +17,9 @@ from llmtune.config.groups.optim import Rounding
 from llmtune.engine.rounding import RandomBits, Run, round_stochastically, rounding_key
 from llmtune.engine.state_slices import StateSlice
 from llmtune.optimizer.block_codes import count_blocks, decode_blocks, encode_blocks
-from llmtune.optimizer.optimizer import COMPENSATION, CONVERTED_ELEMENTS, Optimizer, Update
+from llmtune.optimizer.optimizer import COMPENSATION, CONVERTED_ELEMENTS, Optimizer
 from llmtune.optimizer.storage import BF16, BLOCK_ELEMENTS, Storage
+from llmtune.optimizer.update import Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.optimizer.optimizer import Optimizer, Update
 from llmtune.optimizer.param_groups import IS_MATRICES
+from llmtune.optimizer.update import Update
+
+if TYPE_CHECKING:
+    from llmtune.optimizer.optimizer import Optimizer
 
 #: Elements that are updated at a time. An update may need temporary memory of their size, and ZeRO
 #: puts all parameters into one tensor. A CPU has as many in its cache: Lion takes 36 ms for 40 M

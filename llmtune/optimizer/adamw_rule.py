@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtune.optimizer.optimizer import Update
+from llmtune.optimizer.update import Update
 
 
 def update_adamw(update: Update) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmtune.config.schema import Precision
+    from llmtune.optimizer.update import Update
 
 #: Bytes of what is computed: an update, and what an optimizer stores unless it says otherwise.
 FP32_BYTES = 4
@@ -42,22 +43,6 @@ _MATRIX_BYTES = 4 + 4 * 2 + 4
 
 #: The keys of ``optim`` that say how numbers are stored, and are no settings of an update.
 _OF_STORAGE = ("rounding",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
-    """One step of some parameters, or of pieces of them; the lists are of equal lengths."""
-
-    parameters: list[torch.Tensor]
-    """fp32, changed in place."""
-    gradients: list[torch.Tensor]
-    """fp32, after clipping."""
-    states: Mapping[str, list[torch.Tensor]]
-    """The optimizer's states by name, changed in place; zero before the first step."""
-    step: int
-    """Counted from 1; skipped steps are not counted."""
-    settings: Mapping[str, Any]
-    """``lr``, and the keys that the optimizer reads; ``weight_decay`` is 0 for vectors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer, Update
+from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer
+from llmtune.optimizer.update import Update
 
 
 def _update(update: Update) -> None:

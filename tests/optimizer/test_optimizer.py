@@ -19,8 +19,9 @@ from llmtune.errors import ConfigError
 from llmtune.export.card.facts import Facts
 from llmtune.export.card.tables import describe_settings
 from llmtune.optimizer.adamw_rule import update_adamw
-from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer, Update, find_optimizer
+from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer, find_optimizer
 from llmtune.optimizer.storage import BF16
+from llmtune.optimizer.update import Update
 from llmtune.plan.learning_rate import resolve_learning_rate
 from llmtune.run.settings import find_problems
 from llmtune.tuner.tuner import TUNERS

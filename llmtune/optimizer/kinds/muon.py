@@ -15,7 +15,8 @@ import math
 from typing import TYPE_CHECKING
 
 from llmtune.optimizer.adamw_rule import update_adamw
-from llmtune.optimizer.optimizer import OPTIMIZERS, MatrixRule, Optimizer, Update
+from llmtune.optimizer.optimizer import OPTIMIZERS, MatrixRule, Optimizer
+from llmtune.optimizer.update import Update
 
 if TYPE_CHECKING:
     import torch
