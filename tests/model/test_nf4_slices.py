@@ -21,10 +21,10 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError
 from llmtune.model.build import WeightsTo, build_model
+from llmtune.model.nf4 import nf4_slices
 from llmtune.model.nf4.nf4_linear import Nf4Linear
 from llmtune.model.nf4.nf4_model import In4Bits
 from llmtune.model.nf4.nf4_slices import Nf4Weight, load_bitsandbytes
-from llmtune.model.weights import nf4_slices
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.tuner.nf4_layout import Nf4Layout
 from tests.export.conftest import make_base

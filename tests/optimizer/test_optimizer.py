@@ -12,6 +12,7 @@ import yaml
 
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.optim import OptimConfig, Rounding
+from llmtune.config.schema import Precision
 from llmtune.config.stored import parse_yaml
 from llmtune.engine import elementwise_optimizer
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
@@ -315,7 +316,9 @@ def test_one_without_states_is_complete() -> None:
     plain = Optimizer(name="sgd", title="SGD", states=(), reads=(), update=nothing)
     assert (plain.state_bytes, plain.master_and_state_bytes, plain.swap_buffers) == (0, 4, 2)
     assert plain.settings(OptimConfig(), 0.1) == {"lr": 0.1}
-    assert plain.find_problems(OptimConfig(betas=[0.5, 0.5]))[0].startswith("optim.betas=")
+    assert plain.find_problems(OptimConfig(betas=[0.5, 0.5]), Precision.fp32)[0].startswith(
+        "optim.betas="
+    )
 
 
 def test_a_name_is_given_once() -> None:
