@@ -174,7 +174,7 @@ def test_values_that_mean_nothing_are_refused(override: str, message: str) -> No
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("option", ["wsd", *(set(KINDS) - {"warmup_stable_decay"})])
+@pytest.mark.parametrize("option", ["wsd", *sorted(set(KINDS) - {"warmup_stable_decay"})])
 def test_every_option_can_be_taken_as_it_is(option: str) -> None:
     config = compose_config([f"schedule={option}"]).config
     assert find_problems(config) == []
