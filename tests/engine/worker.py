@@ -156,7 +156,7 @@ def save(module: TrainModule, task: dict[str, Any], config: Config, tokenizer: A
     """A checkpoint as a run writes it; in the background where the task says so, while training
     goes on.
     """
-    lora = config.tuner.kind == "lora"
+    lora = config.tuner.kind in ("lora", "qlora")
     weights = WeightFiles(lora, 10**9, to_file_name if lora else str)
     folder, step = Path(task["save"]), task["save_at"]
     folder.parent.mkdir(parents=True, exist_ok=True)
