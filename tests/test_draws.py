@@ -47,6 +47,7 @@ def test_draws_that_change_get_a_new_version() -> None:
         "head": [71, 83, 7],
         "packing_probe": [84, 9, 5],
         "dropout": [21, 80, 65],
+        "rounding": [19, 18, 54],
         "answer": [94, 7, 76],
     }
     assert torch_seed(42, Draw.dropout, 5, 1) == 2212730291861137966

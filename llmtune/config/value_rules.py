@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from llmtune.config.groups.schedule import DECAY_TYPES
 from llmtune.config.schema import Config
 from llmtune.config.stored import read_key, to_plain
 
@@ -185,8 +184,6 @@ def _find_choice_problems(config: Config) -> Iterator[str]:
     rate = config.optim.learning_rate
     if rate != "auto" and (isinstance(rate, str) or rate <= 0):
         yield f"optim.learning_rate={rate}: 'auto', or a number above 0"
-    if (shape := config.schedule.decay_type) not in DECAY_TYPES:
-        yield f"schedule.decay_type={shape}: one of {', '.join(DECAY_TYPES)}"
     for key in _FLAGS_OR_AUTO:
         flag = read_key(config, key)
         if flag not in ("auto", True, False):

@@ -141,7 +141,8 @@ def test_a_row_that_is_too_long_is_cut_or_left_out_as_in_training(
             dict(zip(["neg", "pos", "none"], shares, strict=True)), abs=2e-6
         )
     left = predict(heads["classes"], rows, tmp_path / "left.jsonl", "data.overlong=drop")
-    assert left[0]["scores"] == cut[0]["scores"]
+    # Alone, and beside longer rows: some processors add up in another order.
+    assert left[0]["scores"] == pytest.approx(cut[0]["scores"], abs=2e-6)
     assert [row["prediction"] for row in left[1:]] == [None, None]
     assert "62 tokens, more than data.max_seq_length=48" in left[1]["error"]
     assert "have no prediction" in capsys.readouterr().out

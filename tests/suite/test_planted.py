@@ -93,8 +93,8 @@ PLANTED = [
     Planted(
         fault="the schedule is one step late",
         file="train/schedule.py",
-        right="done = (step - warmup_steps) /",
-        wrong="done = (step - 1 - warmup_steps) /",
+        right="return (self.step - self.warmup_steps) /",
+        wrong="return (self.step - 1 - self.warmup_steps) /",
         tests=("tests/train/test_schedule.py",),
     ),
     Planted(

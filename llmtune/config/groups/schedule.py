@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Values of ``decay_type``.
-DECAY_TYPES = ("cosine", "linear", "1-sqrt")
-
 
 @dataclass(slots=True, kw_only=True)
 class ScheduleConfig:

@@ -37,6 +37,8 @@ def _share(point: Point) -> float:
 
 
 def _check(point: Point) -> None:
+    if (shape := point.settings.decay_type) not in _FALLS:
+        raise ConfigError(f"schedule.decay_type={shape}: one of {', '.join(_FALLS)}")
     steps = _decay_steps(point)
     if point.warmup_steps + steps > point.total_steps:
         raise ConfigError(
