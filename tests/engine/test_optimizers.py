@@ -55,19 +55,38 @@ def tasks(
 
 
 @pytest.mark.process
-def test_lion_is_the_same_on_every_rung_and_resumes_to_the_last_digit(tmp_path: Path) -> None:
-    check_rungs(LION, PLACES, TOLERANCE, tmp_path)
+@pytest.mark.parametrize(
+    "places",
+    [
+        [("0", "none"), ("3", "optimizer_nvme"), ("2", "none")],
+        pytest.param(PLACES, marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_lion_is_the_same_on_every_rung_and_resumes_to_the_last_digit(
+    places: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    check_rungs(LION, places, TOLERANCE, tmp_path)
 
 
 @pytest.mark.process
-def test_so_are_groups_of_parameters(tmp_path: Path) -> None:
-    places = [("0", "none"), ("1", "none"), ("3", "nvme"), ("3", "none"), ("2", "optimizer_cpu")]
+@pytest.mark.parametrize(
+    "places",
+    [[("1", "none"), ("3", "nvme")], pytest.param(PLACES, marks=pytest.mark.slow)],
+    ids=len,
+)
+def test_so_are_groups_of_parameters(places: list[tuple[str, str]], tmp_path: Path) -> None:
     check_rungs(ADAMW, places, TOLERANCE, tmp_path)
 
 
 @pytest.mark.process
-def test_so_is_muon(tmp_path: Path) -> None:
-    check_rungs(MUON, IN_MEMORY, MUON_TOLERANCE, tmp_path)
+@pytest.mark.parametrize(
+    "places",
+    [[("0", "none"), ("3", "none")], pytest.param(IN_MEMORY, marks=pytest.mark.slow)],
+    ids=len,
+)
+def test_so_is_muon(places: list[tuple[str, str]], tmp_path: Path) -> None:
+    check_rungs(MUON, places, MUON_TOLERANCE, tmp_path)
 
 
 def check_rungs(

@@ -55,10 +55,15 @@ def test_states_are_within_one_percent_of_what_deepspeed_allocates(
 
 
 @pytest.mark.process
-def test_so_are_those_of_an_optimizer_with_one_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "places", [PLACES[::3], pytest.param(PLACES, marks=pytest.mark.slow)], ids=len
+)
+def test_so_are_those_of_an_optimizer_with_one_state(
+    places: list[tuple[int, str]], tmp_path: Path
+) -> None:
     cells = [
         (place, "full", ("bf16", "fp32")[index % 2], 2 - index % 3 // 2)
-        for index, place in enumerate(PLACES)
+        for index, place in enumerate(places)
     ]
     wrong = find_wrong(cells, tmp_path, "optim=lion")
     assert not wrong, "\n".join(map(str, wrong))
@@ -92,11 +97,20 @@ def test_so_are_those_of_low_precision_states(
 
 
 @pytest.mark.process
-def test_so_are_those_of_an_optimizer_with_a_rule_for_matrices(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(0, "none"), (3, "none"), (2, "optimizer_cpu")],
+        pytest.param([place for place in PLACES if "nvme" not in place[1]], marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_so_are_those_of_an_optimizer_with_a_rule_for_matrices(
+    places: list[tuple[int, str]], tmp_path: Path
+) -> None:
     cells = [
         (place, ("full", "lora")[index % 3 // 2], ("bf16", "fp32")[index % 2], 2 - index % 3 // 2)
-        for index, place in enumerate(PLACES)
-        if "nvme" not in place[1]
+        for index, place in enumerate(places)
     ]
     wrong = find_wrong(cells, tmp_path, "optim=muon")
     assert not wrong, "\n".join(map(str, wrong))

@@ -105,7 +105,15 @@ def train_plainly(kind: str, folder: Path, steps: list[StepBatch]) -> list[float
     return losses
 
 
+@pytest.fixture(scope="module")
+def plain() -> dict[str, list[float]]:
+    """The losses of every kind with peft on one process."""
+    folder, steps = batches()
+    return {kind: train_plainly(kind, folder, steps) for kind in KINDS}
+
+
 @pytest.mark.process
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     "cells",
     [
@@ -114,31 +122,32 @@ def train_plainly(kind: str, folder: Path, steps: list[StepBatch]) -> list[float
     ],
 )
 def test_every_kind_is_pefts_in_every_place(
-    cells: list[tuple[str, tuple[int, int]]], tmp_path: Path
+    cells: list[tuple[str, tuple[int, int]]],
+    ranks: int,
+    plain: dict[str, list[float]],
+    tmp_path: Path,
 ) -> None:
     folder, steps = batches()
-    plain = {kind: train_plainly(kind, folder, steps) for kind in KINDS}
-    for ranks in (1, 2):
-        here = [cell for cell in cells if cell[1][1] == ranks]
-        tasks: list[dict[str, Any]] = [
-            {"overrides": [*BASE, *KINDS[kind][0], f"zero={stage}"], "first": 0, "last": STEPS}
-            for kind, (stage, _) in here
-        ]
-        folders = [tmp_path / f"{ranks}-{at}" / f"checkpoint-{HALF}" for at in range(len(here))]
-        pairs = list(zip(tasks, map(str, folders), strict=True))
-        saving = [{**task, "save": place, "save_at": HALF} for task, place in pairs]
-        loading = [{**task, "first": HALF, "load": place} for task, place in pairs]
-        found = train_engines([*saving, *loading], ranks, tmp_path, timeout=900)
-        for at, (kind, place) in enumerate(here):
-            losses, resumed = found[at]["losses"], found[len(here) + at]["losses"]
-            assert largest_difference(losses, plain[kind]) < 1e-5, (kind, place)
-            assert resumed == losses[HALF:], (kind, place)
-            assert found[at]["unreached"] == [], (kind, place)
-            # What is stored is an adapter of the unchanged base.
-            stored = PeftModel.from_pretrained(base_model(folder), str(folders[at]))
-            with torch.no_grad():
-                assert abs(float(summed_loss(stored, steps[HALF])) - losses[HALF]) < 1e-5, kind
-                merged = stored.merge_and_unload()
-                assert abs(float(summed_loss(merged, steps[HALF])) - losses[HALF]) < 1e-4, kind
+    here = [cell for cell in cells if cell[1][1] == ranks]
+    tasks: list[dict[str, Any]] = [
+        {"overrides": [*BASE, *KINDS[kind][0], f"zero={stage}"], "first": 0, "last": STEPS}
+        for kind, (stage, _) in here
+    ]
+    folders = [tmp_path / f"{ranks}-{at}" / f"checkpoint-{HALF}" for at in range(len(here))]
+    pairs = list(zip(tasks, map(str, folders), strict=True))
+    saving = [{**task, "save": place, "save_at": HALF} for task, place in pairs]
+    loading = [{**task, "first": HALF, "load": place} for task, place in pairs]
+    found = train_engines([*saving, *loading], ranks, tmp_path, timeout=900)
+    for at, (kind, place) in enumerate(here):
+        losses, resumed = found[at]["losses"], found[len(here) + at]["losses"]
+        assert largest_difference(losses, plain[kind]) < 1e-5, (kind, place)
+        assert resumed == losses[HALF:], (kind, place)
+        assert found[at]["unreached"] == [], (kind, place)
+        # What is stored is an adapter of the unchanged base.
+        stored = PeftModel.from_pretrained(base_model(folder), str(folders[at]))
+        with torch.no_grad():
+            assert abs(float(summed_loss(stored, steps[HALF])) - losses[HALF]) < 1e-5, kind
+            merged = stored.merge_and_unload()
+            assert abs(float(summed_loss(merged, steps[HALF])) - losses[HALF]) < 1e-4, kind
     kinds = {tuple(losses) for losses in plain.values()}
     assert len(kinds) == len(KINDS), "every kind trains in its own way"
