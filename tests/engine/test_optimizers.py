@@ -80,13 +80,9 @@ def test_so_are_groups_of_parameters(places: list[tuple[str, str]], tmp_path: Pa
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    "places",
-    [[("0", "none"), ("3", "none")], pytest.param(IN_MEMORY, marks=pytest.mark.slow)],
-    ids=len,
-)
-def test_so_is_muon(places: list[tuple[str, str]], tmp_path: Path) -> None:
-    check_rungs(MUON, places, MUON_TOLERANCE, tmp_path)
+@pytest.mark.slow
+def test_so_is_muon(tmp_path: Path) -> None:
+    check_rungs(MUON, IN_MEMORY, MUON_TOLERANCE, tmp_path)
 
 
 def check_rungs(
