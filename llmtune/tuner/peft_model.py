@@ -94,6 +94,10 @@ def _add_lora(
         wrapped: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
     wrapped.peft_config[_NAME].base_model_name_or_path = base
     wrapped.peft_config[_NAME].inference_mode = True
+    # GPT-2's files hold (inputs, outputs), its layers in 4 bits do not, and peft reads the layers.
+    # Who merges the adapter needs to know what the files hold.
+    if any(getattr(module, "is_stored_transposed", False) for module in model.modules()):
+        wrapped.peft_config[_NAME].fan_in_fan_out = True
     for parameter in own:
         parameter.requires_grad_(True)
     if config.modules_to_save:

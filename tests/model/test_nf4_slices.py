@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.model import ModelConfig
+from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
 from llmtune.errors import ConfigError
 from llmtune.model.build import WeightsTo, build_model
@@ -27,6 +28,7 @@ from llmtune.model.nf4.nf4_model import In4Bits
 from llmtune.model.nf4.nf4_slices import Nf4Weight, load_bitsandbytes
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.tuner.nf4_layout import Nf4Layout
+from llmtune.tuner.tuner import TUNERS
 from tests.export.conftest import make_base
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -222,6 +224,17 @@ def test_a_model_has_the_layers_and_the_bits_that_transformers_loads(
         return
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_says_how_the_weights_lie_in_the_files(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The adapter's own layers have them the other way round, for GPT-2."""
+    base = make_base(kind, tmp_path / "base", tiny_model)
+    config = TunerConfig(kind="qlora", lora_r=4)
+    wrapped = TUNERS.find("qlora").attach(load_in_4_bits(base), config, str(base), 1)
+    assert wrapped.peft_config["default"].fan_in_fan_out is (kind == "gpt2")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

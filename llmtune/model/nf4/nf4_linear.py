@@ -140,7 +140,7 @@ class Nf4Linear(nn.Linear):
         """
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.transposed = transposed
+        self.is_stored_transposed = transposed
         layout = Nf4Layout(in_features * out_features, double_quant)
         self.matrix = Nf4Matrix((out_features, in_features), layout)
         stored = torch.empty(layout.stored_numel(dtype.itemsize), dtype=dtype)
@@ -153,7 +153,7 @@ class Nf4Linear(nn.Linear):
     def stored_shape(self) -> tuple[int, int]:
         """Return the shape of the weight in the model's files."""
         outputs, inputs = self.matrix.shape
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
+        return (inputs, outputs) if self.is_stored_transposed else (outputs, inputs)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Multiply by the dequantized weight. Shape (..., inputs) -> (..., outputs)."""

@@ -12,7 +12,8 @@ from torch import nn
 
 from llmtune.model.nf4.nf4_linear import Nf4Linear
 from llmtune.model.nf4.nf4_slices import Nf4Weight
-from llmtune.model.weights.zero3_loading import PackedWeight, Read, is_partitioned
+from llmtune.model.weights.partition_edit import is_partitioned
+from llmtune.model.weights.zero3_loading import PackedWeight, Read
 from llmtune.tuner.adapted_layers import matrix_sides
 from llmtune.tuner.quantized_layers import find_quantized_layers
 
@@ -119,6 +120,6 @@ def packed_weights(
     for path in layers:
         layer = model.get_submodule(path)
         packed[f"{path}.weight"] = PackedWeight(
-            layer.stored_shape, layer.transposed, partial(pack, layer)
+            layer.stored_shape, layer.is_stored_transposed, partial(pack, layer)
         )
     return packed

@@ -25,6 +25,7 @@ import torch
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.weights.files import Entry, read_entries, read_slice, read_tensor
 from llmtune.model.weights.names import Conversion, find_missing, match_names
+from llmtune.model.weights.partition_edit import is_partitioned, open_slice
 
 #: Reads elements of a flattened tensor, by the first index and the count.
 Read = Callable[[int, int], torch.Tensor]
@@ -87,11 +88,6 @@ def load_partitions(
         )
 
 
-def is_partitioned(parameter: Any) -> bool:
-    """Tell whether ``zero.Init`` made a parameter, of which a rank holds a slice."""
-    return hasattr(parameter, "ds_tensor")
-
-
 def _shape_in_files(name: str, tensor: Any, packed: Mapping[str, PackedWeight]) -> tuple[int, ...]:
     if name in packed:
         return packed[name].stored_shape
@@ -129,25 +125,10 @@ def _load_slice(parameter: Any, read: Read, rank: int) -> None:
     if not is_partitioned(parameter):
         parameter.data.view(-1).copy_(read(0, parameter.numel()))
         return
-    swapper = parameter.nvme_swapper
-    swapped = swapper is not None and swapper.swappable_tensor(parameter)
-    if swapped:
-        # A slice on NVMe is read into one of the swapper's buffers, filled, and written back.
-        swapper.swap_in([parameter], async_op=False)
-    partition = parameter.ds_tensor
-    size = partition.numel()
-    start = rank * size
-    count = max(0, min(size, parameter.ds_numel - start))
-    target = partition.data.view(-1)
-    if count < size:
+    with open_slice(parameter, rank) as (target, start, count):
         target[count:].zero_()
-    target[:count].copy_(read(start, count))
-    if swapped:
-        swapper.swap_out_and_release([parameter])
-    # hpZ keeps a second slice, for gathers within a node. ``zero.Init`` took it from uninitialized
-    # memory; without it, it is made from the weights when they are first gathered and released.
-    if getattr(parameter, "ds_secondary_tensor", None) is not None:
-        parameter.ds_secondary_tensor = None
+        # Also for no element: ranks may read together.
+        target[:count].copy_(read(start, count))
 
 
 def restore_buffers(model: Any, build: Callable[[torch.dtype], Any], dtype: torch.dtype) -> None:

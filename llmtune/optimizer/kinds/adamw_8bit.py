@@ -10,25 +10,16 @@ nearest code of a table other than its own, so that what is saved and loaded wou
 
 from __future__ import annotations
 
-from llmtune.config.groups.optim import Rounding
-from llmtune.optimizer.adamw_rule import update_adamw
-from llmtune.optimizer.bf16_master import BF16_MASTER_REASON, BF16_MASTER_STAGES, with_rounding
-from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer
-from llmtune.optimizer.storage import BF16, SIGNED_8BIT, UNSIGNED_8BIT
+from llmtune.optimizer.bf16_master import make_adamw
+from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.optimizer.storage import SIGNED_8BIT, UNSIGNED_8BIT
 
 OPTIMIZERS.register(
-    Optimizer(
+    make_adamw(
         name="adamw_8bit",
         title="AdamW in 8 bits",
-        states=("exp_avg", "exp_avg_sq"),
-        storages={"exp_avg": SIGNED_8BIT, "exp_avg_sq": UNSIGNED_8BIT},
-        master=BF16,
-        rounding=Rounding.stochastic,
-        variant=with_rounding,
-        stages=BF16_MASTER_STAGES,
-        stages_reason=BF16_MASTER_REASON,
-        reads=("betas", "eps", "weight_decay", "rounding"),
-        update=update_adamw,
+        mean=SIGNED_8BIT,
+        square=UNSIGNED_8BIT,
         # Two numbers to fp32 and back, the rule's eight kernels, the random bits of the weight, and
         # the codes of two moments: their scale, quotient, bits, table and product.
         kernel_bytes=12 + 80 + 100 + 2 * 60,

@@ -10,25 +10,16 @@ in a thousand of it. So both are rounded stochastically (``optim.rounding``).
 
 from __future__ import annotations
 
-from llmtune.config.groups.optim import Rounding
-from llmtune.optimizer.adamw_rule import update_adamw
-from llmtune.optimizer.bf16_master import BF16_MASTER_REASON, BF16_MASTER_STAGES, with_rounding
-from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer
+from llmtune.optimizer.bf16_master import make_adamw
+from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.optimizer.storage import BF16
 
 OPTIMIZERS.register(
-    Optimizer(
+    make_adamw(
         name="adamw_bf16",
         title="AdamW in bf16",
-        states=("exp_avg", "exp_avg_sq"),
-        storages={"exp_avg": BF16, "exp_avg_sq": BF16},
-        master=BF16,
-        rounding=Rounding.stochastic,
-        variant=with_rounding,
-        stages=BF16_MASTER_STAGES,
-        stages_reason=BF16_MASTER_REASON,
-        reads=("betas", "eps", "weight_decay", "rounding"),
-        update=update_adamw,
+        mean=BF16,
+        square=BF16,
         # Four numbers to fp32 and back, the rule's eight kernels, and the random bits.
         kernel_bytes=24 + 80 + 210,
     )

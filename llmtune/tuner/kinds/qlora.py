@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llmtune.config.groups.tuner import TunerConfig
-from llmtune.tuner.head import NO_HEAD, Head
 from llmtune.tuner.kinds.lora import LoraTuner
 from llmtune.tuner.lora_settings import changes_base
 from llmtune.tuner.tuner import TUNERS
-from llmtune.tuner.whole_parameters import Gather, keep_whole
 
 
 class QloraTuner(LoraTuner):
@@ -18,23 +14,6 @@ class QloraTuner(LoraTuner):
     name = "qlora"
     title = "QLoRA"
     is_quantized = True
-
-    def attach(
-        self,
-        model: Any,
-        config: TunerConfig,
-        base: str,
-        seed: int,
-        head: Head = NO_HEAD,
-        gather: Gather = keep_whole,
-    ) -> Any:
-        """Add peft's adapters."""
-        wrapped = super().attach(model, config, base, seed, head, gather)
-        # GPT-2's files hold (inputs, outputs). Its layers in 4 bits do not, and peft reads the
-        # layers; who merges the adapter needs to know what the files hold.
-        if any(getattr(module, "transposed", False) for module in model.modules()):
-            wrapped.peft_config["default"].fan_in_fan_out = True
-        return wrapped
 
     def find_problems(self, config: TunerConfig) -> list[str]:
         """Find what reads or changes whole weights, which a base in 4 bits does not have."""
