@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.weights.check import compare_weights
+from llmtune.plan.architecture.load import load_architecture
 
 TEXT = {
     "model_type": "gemma3_text",
@@ -32,6 +33,17 @@ TEXT = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
+#: Settings that every language model has.
+SMALL = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -77,6 +89,46 @@ def test_the_text_part_is_the_language_model(vision_model: Path, tmp_path: Path)
     assert (folder / "tokenizer_config.json").is_file()
     assert not (folder / "processor_config.json").exists()
     assert resolve_model_folder(named(vision_model), tmp_path) == folder
+
+
+LLAMA = {"model_type": "llama", **{key: TEXT[key] for key in SMALL}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "vision", "others"),
+    [
+        ("gemma3", TEXT, "siglip_vision_model", {"mm_tokens_per_image": 4}),
+        ("llava", LLAMA, "clip_vision_model", {}),
+        ("llava", {**LLAMA, "tie_word_embeddings": True}, "clip_vision_model", {}),
+        ("mistral3", {**LLAMA, "model_type": "mistral"}, "pixtral", {}),
+        ("internvl", {**LLAMA, "model_type": "qwen2"}, "internvl_vision", {}),
+    ],
+)
+def test_who_names_the_folder_alone_trains_the_text_part(
+    kind: str, text: dict[str, Any], vision: str, others: dict[str, Any], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(
+        kind,
+        text_config=text,
+        vision_config={"model_type": vision, **VISION},
+        image_token_index=63,
+        tie_word_embeddings=text.get("tie_word_embeddings", kind == "gemma3"),
+        **others,
+    )
+    torch.manual_seed(0)
+    whole: Any = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "both")
+    model = ModelConfig(name_or_path=str(tmp_path / "both"))
+    folder = resolve_model_folder(model, tmp_path)
+    part: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert compare_weights(part, folder).missing == ()
+    planned = load_architecture(model)
+    assert type(planned) is type(part.config)
+    for key in (*SMALL, "tie_word_embeddings"):
+        assert getattr(planned, key) == getattr(part.config, key), key
+    tokens = torch.randint(60, (1, 20))
+    with torch.no_grad():
+        assert torch.equal(part(input_ids=tokens).logits, whole(input_ids=tokens).logits)
 
 
 def test_another_shape_than_the_text_part_has_is_refused(

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmtune.errors import MissingPrerequisiteError
 from llmtune.model.weights.files import Entry, read_entries, read_slice
+from llmtune.plan.architecture.text_model import SHARED, find_text_type
 from llmtune.storage.atomic import link_or_copy
 from llmtune.storage.layout import MODEL_INDEX
 from llmtune.storage.plain_json import parse_json
@@ -26,16 +27,6 @@ _PREFIXES = {
     "lm_head.": "lm_head.",
 }
 
-#: Settings of the whole model that its language model has too.
-_SHARED = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "dtype",
-    "torch_dtype",
-    "initializer_range",
-)
-
 #: Files for the other parts.
 _NOT_TEXT = ("config.json", "preprocessor_config.json", "processor_config.json", MODEL_INDEX)
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -46,14 +37,19 @@ _BLOCK = 1 << 24
 
 
 def has_text_part(folder: Path, kind: str | None) -> bool:
-    """Tell whether a folder's model holds a language model of an architecture, among other parts.
+    """Tell whether a folder's model holds a language model among other parts.
 
     Args:
-        kind: ``model_type`` of the language model.
+        kind: The ``model_type`` that the user named; None to go by the folder alone.
     """
+    from transformers import CONFIG_MAPPING
+
     stored = parse_json((folder / "config.json").read_text())
-    text = stored.get("text_config")
-    return kind is not None and isinstance(text, dict) and text.get("model_type") == kind
+    model_type, text = stored.get("model_type"), stored.get("text_config")
+    if model_type not in CONFIG_MAPPING or not isinstance(text, dict):
+        return False
+    found = find_text_type(CONFIG_MAPPING[model_type].from_dict(stored))
+    return found is not None and kind in (None, found)
 
 
 def write_text_part(base: Path, folder: Path, name: str, say: Callable[[str], None]) -> None:
@@ -97,11 +93,14 @@ def _rename(stored: str) -> str | None:
 
 def _text_settings(base: Path) -> dict[str, Any]:
     """Return the ``config.json`` of the language model."""
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     stored: dict[str, Any] = parse_json((base / "config.json").read_text())
     text = dict(stored["text_config"])
-    shared = {key: stored[key] for key in _SHARED if key in stored}
+    whole = CONFIG_MAPPING[stored["model_type"]].from_dict(stored)
+    text["model_type"] = find_text_type(whole)
+    shared = {key: stored[key] for key in SHARED if key in stored}
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]
     return {**shared, **text, "architectures": [architecture]}
 

@@ -12,6 +12,7 @@ from llmtune.config.groups.model import ModelConfig
 from llmtune.errors import ConfigError, MissingPrerequisiteError, first_line
 from llmtune.plan.architecture.corrected_architecture import corrected_settings
 from llmtune.plan.architecture.rope_scaling import scale_positions
+from llmtune.plan.architecture.text_model import take_text_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
     """Load the transformers configuration from ``model.config``, a folder, a GGUF file or the hub.
 
-    ``model.rope_scaling`` is applied to it.
+    ``model.rope_scaling`` is applied to it. Of a model that also reads images or hears, it is that
+    of the language model, which alone is trained.
 
     Raises:
         ConfigError: ``model.config`` names no architecture that transformers knows, or its
@@ -75,7 +77,7 @@ def _load_unscaled(config: ModelConfig) -> PretrainedConfig:
             )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise MissingPrerequisiteError(unreachable_model(name, error)) from error
-    return found
+    return take_text_model(found)
 
 
 def unreachable_model(name: str, error: BaseException) -> str:
