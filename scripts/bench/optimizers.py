@@ -1,39 +1,46 @@
-"""Train SmolLM2-135M fully on 2 ranks with each way to store AdamW's numbers, and compare the
-losses with those of a training in fp32.
+"""Train SmolLM2-135M fully on 2 ranks with every optimizer, on every rung that it claims, and
+compare the losses with those of AdamW in fp32.
 
-    DS_ACCELERATOR=cpu python scripts/bench/optimizers.py [STEPS]
+    DS_ACCELERATOR=cpu python scripts/bench/optimizers.py [--steps 30] [NAME ...]
 
-That is six starts of 30 steps of two rows; prints the table of docs/planner.md.
+That is 20 runs of 30 steps of two rows; names choose some of the optimizers. Prints the table of
+docs/planner.md: how far the losses of an optimizer are from the reference on the first rung, and
+how far those of its other rungs are from the first one's.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-#: The first one is compared with: fp32 throughout. Where bf16 weights are rounded from fp32 master
-#: weights, a weight stays as it is until its master is half a step of bf16 away.
-OPTIMIZERS = {
-    "adamw, precision=fp32": ["precision=fp32"],
-    "adamw": [],
-    "adamw_bf16": ["optim=adamw_bf16"],
-    "adamw_bf16, nearest": ["optim=adamw_bf16", "optim.rounding=nearest"],
-    "adamw_8bit": ["optim=adamw_8bit"],
-    "adamw_bf16, kahan": ["optim=adamw_bf16", "optim.rounding=kahan"],
+#: What all others are compared with. In a bf16 run of AdamW a weight stays as it is until its fp32
+#: master weight is half a step of bf16 away.
+REFERENCE = ["optim=adamw", "precision=fp32"]
+
+_HOST, _ALL = ("none", "optimizer_cpu", "cpu"), ("none", "optimizer_cpu", "cpu", "optimizer_nvme")
+
+#: Name -> overrides, and rungs.
+OPTIMIZERS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "adamw": (["optim=adamw"], (*_ALL, "nvme")),
+    "adamw_bf16": (["optim=adamw_bf16"], _HOST),
+    "adamw_bf16_kahan": (["optim=adamw_bf16", "optim.rounding=kahan"], _HOST),
+    "adamw_bf16_nearest": (["optim=adamw_bf16", "optim.rounding=nearest"], ("none",)),
+    "adamw_8bit": (["optim=adamw_8bit"], _HOST),
+    "muon": (["optim=muon"], _HOST),
 }
 JOB = [
     "model=smollm2_135m",
     "tuner=full",
     "zero=3",
-    "offload=none",
     "precision=bf16",
     "launch.nproc=2",
     "optim.learning_rate=1e-5",
     "data.train=stdlib_docs@400",
-    "data.max_seq_length=128",
+    "data.max_seq_length=64",
     "data.overlong=truncate",
     "data.val_set_size=0",
     "train.global_batch_size=2",
@@ -42,30 +49,56 @@ JOB = [
 ]
 
 
-def run(overrides: list[str], folder: Path, steps: int) -> list[float]:
+def train(overrides: list[str], rung: str, folder: Path, steps: int) -> list[float]:
     """Train, and return the losses of the steps."""
-    command = [sys.executable, "-m", "llmtune", "train", *JOB, *overrides]
-    command += [f"train.max_steps={steps}", f"output_dir={folder}"]
+    folder.mkdir()
+    command = [sys.executable, "-m", "llmtune", "train", *JOB, *overrides, f"offload={rung}"]
+    if rung.endswith("nvme"):
+        command.append(f"offload.nvme_path={folder}/nvme")
+    command += [f"train.max_steps={steps}", f"output_dir={folder}/run"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def main(steps: int) -> None:
-    """Print one row for each."""
+def distances(losses: list[float], others: list[float]) -> list[float]:
+    """Return how far each loss is from the other run's."""
+    return [abs(a - b) for a, b in zip(losses, others, strict=True)]
+
+
+def say(text: str) -> None:
+    """Print now: a run takes minutes."""
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Print a line for each run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", default=list(OPTIMIZERS))
+    parser.add_argument("--steps", type=int, default=30)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        reference: list[float] = []
-        for number, (name, overrides) in enumerate(OPTIMIZERS.items()):
-            losses = run(overrides, Path(folder) / str(number), steps)
-            reference = reference or losses
-            apart = [abs(a - b) for a, b in zip(losses, reference, strict=True)]
-            sys.stdout.write(
-                f"{name:<23} largest difference {max(apart):.4f}, mean"
-                f" {sum(apart) / len(apart):.4f}, mean of the last ten losses"
-                f" {sum(losses[-10:]) / len(losses[-10:]):.4f}\n"
-            )
-            sys.stdout.flush()
+        reference = train(REFERENCE, "none", Path(folder) / "reference", arguments.steps)
+        say(f"reference: losses {reference[0]:.4f} to {reference[-1]:.4f}")
+        for name in arguments.names:
+            overrides, rungs = OPTIMIZERS[name]
+            own: list[float] = []
+            for rung in rungs:
+                losses = train(overrides, rung, Path(folder) / f"{name}-{rung}", arguments.steps)
+                own = own or losses
+                if rung == rungs[0]:
+                    apart, last = distances(losses, reference), losses[-10:]
+                    say(
+                        f"{name:<19} {rung:<15} from the reference: largest {max(apart):.4f}, mean"
+                        f" {sum(apart) / len(apart):.4f}; mean of the last {len(last)} losses"
+                        f" {sum(last) / len(last):.4f}"
+                    )
+                else:
+                    apart = distances(losses, own)
+                    say(f"{name:<19} {rung:<15} from {rungs[0]}: largest {max(apart):.1e}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    main()

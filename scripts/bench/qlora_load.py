@@ -47,7 +47,7 @@ class Peak:
     """The most anonymous memory of this process from here on, above what it had."""
 
     def __init__(self) -> None:
-        self._before = anonymous_bytes(os.getpid())
+        self._before: int = anonymous_bytes(os.getpid())
         self._most = self._before
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -61,7 +61,8 @@ class Peak:
         """Return its bytes."""
         self._done.set()
         self._watcher.join()
-        return max(self._most, anonymous_bytes(os.getpid())) - self._before
+        most: int = max(self._most, anonymous_bytes(os.getpid()))
+        return most - self._before
 
 
 def quantize_once() -> None:
@@ -73,8 +74,8 @@ def quantize_once() -> None:
 
 def kept_bytes(model: Any) -> int:
     """Bytes of the parameters that this rank keeps."""
-    slices = (parameter.ds_tensor for parameter in model.parameters())
-    return sum(one.numel() * one.element_size() for one in slices)
+    slices: Any = (parameter.ds_tensor for parameter in model.parameters())
+    return sum(int(one.numel() * one.element_size()) for one in slices)
 
 
 def load_llmtune(folder: Path, meeting: Path) -> dict[str, float]:
@@ -119,7 +120,7 @@ def load_transformers(folder: Path, meeting: Path) -> dict[str, float]:
     """Load the whole model in 4 bits, then let DeepSpeed partition it."""
     import deepspeed
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     deepspeed.init_distributed(
         "gloo",
