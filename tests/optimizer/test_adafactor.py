@@ -33,7 +33,7 @@ def test_it_is_that_of_transformers(scale: float) -> None:
     torch.manual_seed(0)
     own = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     known = [torch.nn.Parameter(weight.detach().clone()) for weight in own]
-    groups = [{"params": own[:2]}, {"params": own[2:], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": own[:2]}, {"params": own[2:], "weight_decay": 0.0}]
     of_known = [{"params": known[:2]}, {"params": known[2:], "weight_decay": 0.0}]
     mine = WholeOptimizer(groups, ADAFACTOR, {"lr": 1e-2, "weight_decay": 0.1})
     theirs = Adafactor(
@@ -97,8 +97,9 @@ def test_states_of_other_shapes_need_stage_0() -> None:
     def nothing(_update: Update) -> None:
         """Change nothing."""
 
+    shapes = ADAFACTOR.state_shapes
     with pytest.raises(ValueError, match="in the other stages parameters have no shape"):
-        Optimizer(name="a", title="A", states=("b",), state_shapes=dict, update=nothing)
+        Optimizer(name="a", title="A", states=("b",), state_shapes=shapes, update=nothing)
 
 
 def stored(file: Path, start: int, values: dict[str, Any]) -> StoredSlice:
