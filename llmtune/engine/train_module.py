@@ -27,6 +27,7 @@ from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
 from llmtune.engine.state_slices import list_slices
+from llmtune.engine.whole_optimizer import WholeOptimizer
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.optimizer.param_groups import DEFAULT_GROUP, RATE_FACTOR, GroupOf, plain_name
 from llmtune.plan.memory.parameter_groups import parameter_groups
@@ -342,6 +343,8 @@ def make_optimizer(
         return ConvertingOptimizer(groups, optimizer, settings, seed)
     if optimizer.matrix is not None:
         return MatrixOptimizer(groups, optimizer, settings, rank)
+    if optimizer.state_shapes is not None:
+        return WholeOptimizer(groups, optimizer, settings)
     return ElementwiseOptimizer(groups, optimizer, settings)
 
 
@@ -366,9 +369,8 @@ def group_parameters(
     shapes = [
         TensorShape(
             name=name,
-            numel=getattr(p, "ds_numel", p.numel()),
+            shape=tuple(getattr(p, "ds_shape", p.shape)),
             trained=True,
-            vector=len(getattr(p, "ds_shape", p.shape)) <= 1,
             group=own[name].key,
         )
         for name, p in by_name.items()

@@ -117,6 +117,28 @@ def test_so_are_those_of_an_optimizer_with_a_rule_for_matrices(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [((0, "none"), "full", "bf16", 1)],
+        pytest.param(
+            [
+                ((0, "none"), tuner, precision, ranks)
+                for tuner in TUNERS
+                for precision in PRECISIONS
+                for ranks in RANKS
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=len,
+)
+def test_so_are_those_of_rows_and_columns(cells: list[Any], tmp_path: Path) -> None:
+    wrong = find_wrong(cells, tmp_path, "optim=adafactor")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
 def test_so_are_those_of_groups_with_settings_of_their_own(tmp_path: Path) -> None:
     cells = [
         ((3, "none"), "full", "bf16", 2),

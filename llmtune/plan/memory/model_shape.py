@@ -50,7 +50,11 @@ def resolve_shape(
     key = repr((identity, config.rope_scaling, config.task, tuner))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
-        tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))
+        tensors = tuple(
+            # JSON has no tuples.
+            TensorShape(**{**values, "shape": tuple(values["shape"])})
+            for values in stored.pop("tensors")
+        )
         return replace(ModelShape.from_dict(stored), tensors=tensors)
     shape = _count(config, tuner)
     values = asdict(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,9 @@ class TensorShape:
     """One parameter, in the order in which the model names them."""
 
     name: str
-    numel: int
+    shape: tuple[int, ...]
+    """Elements along each dimension; of a partitioned parameter, before it is cut."""
     trained: bool
-    vector: bool
-    """One-dimensional, as norms and biases, which have a parameter group of their own."""
     adapter: bool = False
     packed_bytes: int = 0
     """Bytes of its 4-bit numbers and of their scales, where it is kept in NF4."""
@@ -22,6 +22,19 @@ class TensorShape:
     """A matrix of a layer, or a stack of experts' (:mod:`llmtune.tuner.layer_matrices`)."""
     group: str = ""
     """Key of its settings (:class:`llmtune.optimizer.param_groups.ParamGroup`)."""
+
+    @property
+    def numel(self) -> int:
+        """Return its number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def vector(self) -> bool:
+        """Tell whether it is one-dimensional.
+
+        Norms and biases are, and have a parameter group of their own.
+        """
+        return len(self.shape) <= 1
 
     @property
     def is_quantized(self) -> bool:

@@ -21,19 +21,18 @@ from llmtune.tuner.tuner import TUNERS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSizes:
-    """The elements of a layer's adapter."""
+    """The sizes of a layer's adapter."""
 
-    a: int
-    """``r x in``."""
-    b: int
-    """``out x r``."""
+    rank: int
+    inputs: int
+    outputs: int
     lengths: int = 0
     """DoRA's, one for each output; 0 without DoRA."""
 
     @property
     def total(self) -> int:
         """Return the elements of the whole adapter."""
-        return self.a + self.b + self.lengths
+        return self.rank * (self.inputs + self.outputs) + self.lengths
 
 
 def list_tensors(
@@ -48,7 +47,7 @@ def list_tensors(
     An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths.
 
     Args:
-        adapters: Elements of the adapter of each adapted layer.
+        adapters: Sizes of the adapter of each adapted layer.
         trained: Names of the model's own parameters that are trained.
         packed: Name of a weight that is kept in 4 bits -> its bytes.
         head: Names of the modules that are the task's head.
@@ -59,9 +58,8 @@ def list_tensors(
         tensors.append(
             TensorShape(
                 name=name,
-                numel=parameter.numel(),
+                shape=tuple(parameter.shape),
                 trained=name in trained,
-                vector=parameter.dim() <= 1,
                 packed_bytes=packed.get(name, 0),
                 layer_matrix=name in matrices and not in_modules(name, head),
             )
@@ -77,25 +75,23 @@ def list_tensors(
 
 
 def _matrices(owner: str, sizes: AdapterSizes) -> list[TensorShape]:
-    parts = [("A", sizes.a), ("B", sizes.b)]
+    parts = [("A", (sizes.rank, sizes.inputs)), ("B", (sizes.outputs, sizes.rank))]
     tensors = [
         TensorShape(
             name=f"{owner}.lora_{matrix}.default.weight",
-            numel=numel,
+            shape=shape,
             trained=True,
-            vector=False,
             adapter=True,
             layer_matrix=True,
         )
-        for matrix, numel in parts
+        for matrix, shape in parts
     ]
     if sizes.lengths:
         tensors.append(
             TensorShape(
                 name=f"{owner}.lora_magnitude_vector.default.weight",
-                numel=sizes.lengths,
+                shape=(sizes.lengths,),
                 trained=True,
-                vector=True,
                 adapter=True,
             )
         )
@@ -190,7 +186,7 @@ def packed_sizes(model: Any, tuner: TunerConfig, head: Sequence[str]) -> dict[st
 
 
 def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, AdapterSizes]:
-    """Map each adapted layer to the elements of its adapter."""
+    """Map each adapted layer to the sizes of its adapter."""
     check_patterns(tuner, adapted.layers)
     found = {}
     for name, layer in adapted.layers.items():
@@ -203,5 +199,5 @@ def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, Adapt
                 " of its own with tuner.rank_pattern"
             )
         lengths = outputs if tuner.use_dora else 0
-        found[name] = AdapterSizes(a=rank * inputs, b=rank * outputs, lengths=lengths)
+        found[name] = AdapterSizes(rank=rank, inputs=inputs, outputs=outputs, lengths=lengths)
     return found
