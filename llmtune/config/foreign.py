@@ -83,6 +83,9 @@ MEANINGS: dict[str, str] = {
     "modules_to_save": "tuner.modules_to_save",
     "lora_modules_to_save": "tuner.modules_to_save",
     "additional_target": "tuner.modules_to_save",
+    "trainable_token_indices": "tuner.trainable_token_indices",
+    "new_tokens": "tuner.new_tokens",
+    "add_tokens": "tuner.new_tokens",
     # Data.
     "data_path": "data.train",
     "dataset": "data.train",

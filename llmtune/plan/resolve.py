@@ -32,6 +32,7 @@ from llmtune.plan.plan import Plan
 from llmtune.plan.search import build_ladder
 from llmtune.task.task import TASKS
 from llmtune.tuner.coverage import Weight, describe_coverage
+from llmtune.tuner.token_rows.settings import TOKEN_ROWS
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes
 
@@ -270,17 +271,22 @@ def _describe_placement(config: Config, ladder: Ladder, candidate: Candidate) ->
 
 
 def _list_weights(shape: ModelShape) -> list[Weight]:
-    """List the model's own matrices, and whether each has an adapter or is trained itself."""
+    """List the model's own matrices, and how much of each is trained, by adapters or itself."""
     adapted = {tensor.name.partition(".lora_")[0] for tensor in shape.tensors if tensor.adapter}
-    return [
-        Weight(
-            tensor.name,
-            tensor.numel,
-            tensor.trained or tensor.name.removesuffix(".weight") in adapted,
-        )
+    rows = {
+        tensor.name.partition(TOKEN_ROWS)[0]: tensor.numel
         for tensor in shape.tensors
-        if not tensor.adapter and not tensor.vector
-    ]
+        if TOKEN_ROWS in tensor.name
+    }
+    weights = []
+    for tensor in shape.tensors:
+        if tensor.adapter or tensor.vector:
+            continue
+        owner = tensor.name.removesuffix(".weight")
+        is_whole = tensor.trained or owner in adapted
+        reached = tensor.numel if is_whole else rows.get(owner, 0)
+        weights.append(Weight(tensor.name, tensor.numel, reached))
+    return weights
 
 
 def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:

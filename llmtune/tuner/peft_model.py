@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from llmtune.tuner.stored_adapter import (
     to_file_name,
     with_peft_defaults,
 )
+from llmtune.tuner.token_rows.layers import add_token_rows, find_tied_readers
+from llmtune.tuner.token_rows.settings import TokenTable
+from llmtune.tuner.token_rows.tables import find_token_tables
 from llmtune.tuner.whole_parameters import Gather, Write, copy_whole, keep_whole, whole_shape
 
 
@@ -71,6 +74,7 @@ def _add_lora(
     chosen = choose_layers(model, config, head.modules)
     names = find_own_parameters(model, config, chosen)
     own = [parameter for name, parameter in model.named_parameters() if name in names]
+    tables = find_token_tables(model, config)
     settings = LoraConfig(
         # Of a classifier peft would train a second copy of the head, which it makes of what this
         # rank has of it under ZeRO 3.
@@ -104,7 +108,17 @@ def _add_lora(
         wrapped.peft_config[_NAME].modules_to_save = list(config.modules_to_save)
     if head.modules:
         _train_head(wrapped, head)
+    if tables:
+        add_token_rows(wrapped.get_base_model(), tables, gather)
+        wrapped.peft_config[_NAME].trainable_token_indices = _as_peft_lists(tables)
     return wrapped
+
+
+def _as_peft_lists(tables: Sequence[TokenTable]) -> list[int] | dict[str, list[int]]:
+    """Return peft's ``trainable_token_indices``; a plain list is for the input embeddings."""
+    if len(tables) == 1 and not tables[0].is_output:
+        return list(tables[0].tokens)
+    return {table.path: list(table.tokens) for table in tables}
 
 
 def _peft_start(config: TunerConfig) -> bool | str:
@@ -134,11 +148,14 @@ def _gathering_for_dora(gather: Gather) -> Iterator[None]:
 
 
 def find_read_elsewhere(wrapped: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield adapter layers that read their base layer's weight themselves, with that weight.
+    """Yield layers that read a parameter of another module in every forward pass, with that.
 
-    DoRA does, in every forward pass (``peft/tuners/lora/dora.py``).
+    These are DoRA's, which read their base layer's weight (``peft/tuners/lora/dora.py``), and an
+    output projection that is tied to embeddings of which rows are trained.
     """
     from peft.tuners.lora.layer import LoraLayer
+
+    yield from find_tied_readers(wrapped)
 
     for module in wrapped.modules():
         if isinstance(module, LoraLayer) and module.lora_magnitude_vector:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llmtune.data.load.loader import StepBatch, TrainLoader
 from llmtune.data.prepare import prepare_data
 from llmtune.data.prepared_data import open_rows
 from llmtune.draws import Draw, torch_seed
-from llmtune.model.source import resolve_model_folder
+from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan.length.batch_schedule import ScheduledBatch
 from llmtune.plan.resolve import resolve_plan
@@ -31,6 +32,8 @@ BASE = [
     *("precision=fp32", "tuner.lora_r=4", "tuner.lora_alpha=8"),
 ]
 RATE, SEED, HALF, STEPS = 2e-3, 42, 5, 10
+#: Of which rows are trained: two frequent ones, and one that does not occur.
+TOKENS = [11, 40, 3]
 
 #: Overrides of a kind, and what peft calls it.
 KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -43,19 +46,36 @@ KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
         ["tuner=dora", "tuner.use_rslora=true", "tuner.init_lora_weights=olora"],
         {"use_dora": True, "use_rslora": True, "init_lora_weights": "olora"},
     ),
+    "token rows, tied": (
+        ["tuner=lora", f"tuner.trainable_token_indices={TOKENS}"],
+        {"trainable_token_indices": TOKENS},
+    ),
+    "token rows of both": (
+        [
+            *("tuner=dora", "model.config.tie_word_embeddings=false"),
+            f"tuner.trainable_token_indices={{embed_tokens: {TOKENS}, lm_head: [7]}}",
+        ],
+        {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [7]}, "use_dora": True},
+    ),
+    # Words of the rows, which become the first tokens behind the tokenizer's 512.
+    "new tokens": (
+        ["tuner=lora", "tuner.new_tokens=[return,string]"],
+        {"trainable_token_indices": [512, 513]},
+    ),
 }
 PLACES = [(stage, ranks) for stage in (0, 2, 3) for ranks in (1, 2)]
 #: One place for each kind in the ordinary suite: together they are all places.
-CHOSEN = list(zip(KINDS, [PLACES[at] for at in (0, 5, 2, 4, 3, 1)], strict=True))
+CHOSEN = list(zip(KINDS, [PLACES[at] for at in (0, 5, 2, 4, 3, 1, 5, 4, 2)], strict=True))
 CELLS = [(kind, place) for kind in KINDS for place in PLACES]
 
 
-def batches() -> tuple[Path, list[StepBatch]]:
+@functools.cache
+def batches(kind: str) -> tuple[Path, list[StepBatch]]:
     """The model's folder, and the batches of the steps on one rank."""
-    config = compose_config(BASE).config
+    config = compose_config([*BASE, *KINDS[kind][0]]).config
     cache = Path(config.paths.cache_dir)
     plan = resolve_plan(config, 1)
-    folder = resolve_model_folder(config.model, cache)
+    folder = resolve_base_folder(config.model, config.tuner.new_tokens, cache, print)
     tokenizer = load_tokenizer(folder, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache)
     scheduled = ScheduledBatch.from_config(config.train, plan.batch)
@@ -108,8 +128,7 @@ def train_plainly(kind: str, folder: Path, steps: list[StepBatch]) -> list[float
 @pytest.fixture(scope="module")
 def plain() -> dict[str, list[float]]:
     """The losses of every kind with peft on one process."""
-    folder, steps = batches()
-    return {kind: train_plainly(kind, folder, steps) for kind in KINDS}
+    return {kind: train_plainly(kind, *batches(kind)) for kind in KINDS}
 
 
 @pytest.mark.process
@@ -127,7 +146,6 @@ def test_every_kind_is_pefts_in_every_place(
     plain: dict[str, list[float]],
     tmp_path: Path,
 ) -> None:
-    folder, steps = batches()
     here = [cell for cell in cells if cell[1][1] == ranks]
     tasks: list[dict[str, Any]] = [
         {"overrides": [*BASE, *KINDS[kind][0], f"zero={stage}"], "first": 0, "last": STEPS}
@@ -139,6 +157,7 @@ def test_every_kind_is_pefts_in_every_place(
     loading = [{**task, "first": HALF, "load": place} for task, place in pairs]
     found = train_engines([*saving, *loading], ranks, tmp_path, timeout=900)
     for at, (kind, place) in enumerate(here):
+        folder, steps = batches(kind)
         losses, resumed = found[at]["losses"], found[len(here) + at]["losses"]
         assert largest_difference(losses, plain[kind]) < 1e-5, (kind, place)
         assert resumed == losses[HALF:], (kind, place)

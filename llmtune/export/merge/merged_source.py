@@ -253,7 +253,8 @@ class _Matcher:
                 if rows[1:] != shape[1:] or max(delta.indices, default=0) >= shape[0]:
                     return (
                         f"{parameter} is {shape} in the base, its trained rows are {rows} up"
-                        f" to {max(delta.indices)}"
+                        f" to {max(delta.indices)}; where training added tokens, name the run"
+                        " (run=), whose base has them"
                     )
                 continue
             delta_shape = self._shape_of(delta)

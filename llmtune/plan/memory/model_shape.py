@@ -92,7 +92,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
     trained = find_trained(kind, model, tuner, head)
     packed = packed_sizes(model, tuner, head)
-    tensors = list_tensors(model, adapters, trained, packed, head)
+    tables = kind.find_token_tables(model, tuner)
+    tensors = list_tensors(model, adapters, trained, packed, head, tables)
     _check_trained(tensors, tuner, config.name_or_path)
 
     # Sizes, under the names that architectures give them.

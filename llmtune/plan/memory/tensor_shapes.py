@@ -16,6 +16,7 @@ from llmtune.tuner.layer_matrices import find_layer_matrices
 from llmtune.tuner.lora_settings import changes_base, check_patterns, lora_rank
 from llmtune.tuner.nf4_layout import Nf4Layout
 from llmtune.tuner.quantized_layers import find_quantized_layers
+from llmtune.tuner.token_rows.settings import TokenTable
 from llmtune.tuner.tuner import TUNERS
 
 
@@ -41,18 +42,22 @@ def list_tensors(
     trained: Collection[str],
     packed: Mapping[str, int],
     head: Sequence[str] = (),
+    token_tables: Sequence[TokenTable] = (),
 ) -> list[TensorShape]:
     """List the parameters in the order of peft's model.
 
-    An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths.
+    An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths. Rows
+    of single tokens come behind the weight of their table.
 
     Args:
         adapters: Sizes of the adapter of each adapted layer.
         trained: Names of the model's own parameters that are trained.
         packed: Name of a weight that is kept in 4 bits -> its bytes.
         head: Names of the modules that are the task's head.
+        token_tables: Tables of which single rows are trained.
     """
     tensors: list[TensorShape] = []
+    tables = {table.path: table for table in token_tables}
     matrices = find_layer_matrices(model)
     for name, parameter in model.named_parameters():
         tensors.append(
@@ -67,6 +72,8 @@ def list_tensors(
         owner = name.removesuffix(".weight")
         if name.endswith(".weight") and owner in adapters:
             tensors += _matrices(owner, adapters[owner])
+        if name.endswith(".weight") and owner in tables:
+            tensors.append(_token_rows(tables[owner]))
     # A tied head, whose weight has the name of the embedding.
     seen = {tensor.name.partition(".lora_")[0] for tensor in tensors if tensor.adapter}
     for owner in adapters.keys() - seen:
@@ -96,6 +103,12 @@ def _matrices(owner: str, sizes: AdapterSizes) -> list[TensorShape]:
             )
         )
     return tensors
+
+
+def _token_rows(table: TokenTable) -> TensorShape:
+    return TensorShape(
+        name=table.parameter, numel=table.numel, trained=True, vector=False, adapter=True
+    )
 
 
 def is_tied(model: Any) -> bool:
