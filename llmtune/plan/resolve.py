@@ -251,7 +251,7 @@ def describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> lis
         )
     notes += _describe_adapters(config, ladder.shape)
     if TUNERS.find(config.tuner.kind).has_adapter and ladder.shape.tensors:
-        notes.append(describe_coverage(_list_weights(ladder.shape)))
+        notes.append(_describe_coverage(ladder.shape))
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
     return notes
@@ -269,18 +269,17 @@ def _describe_placement(config: Config, ladder: Ladder, candidate: Candidate) ->
     return f"{rung}, ZeRO {stage} (the fastest of {fitting} that fit)"
 
 
-def _list_weights(shape: ModelShape) -> list[Weight]:
-    """List the model's own matrices, and whether each has an adapter or is trained itself."""
-    adapted = {tensor.name.partition(".lora_")[0] for tensor in shape.tensors if tensor.adapter}
-    return [
-        Weight(
-            tensor.name,
-            tensor.numel,
-            tensor.trained or tensor.name.removesuffix(".weight") in adapted,
-        )
+def _describe_coverage(shape: ModelShape) -> str:
+    """Say which share of the model's own matrices is reached, and what names stacked experts."""
+    text = describe_coverage(
+        Weight(tensor.name, tensor.numel, tensor.trained or tensor.adapted)
         for tensor in shape.tensors
         if not tensor.adapter and not tensor.vector
-    ]
+    )
+    if not shape.unreached_stacks:
+        return text
+    names = ",".join(shape.unreached_stacks)
+    return f"{text}; tuner.target_parameters=[{names}] adapts the rest of the experts"
 
 
 def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:

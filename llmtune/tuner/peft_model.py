@@ -19,6 +19,7 @@ from llmtune.storage.layout import ADAPTER_WEIGHTS
 from llmtune.tuner.adapted_layers import choose_layers, find_own_parameters
 from llmtune.tuner.head import NO_HEAD, Head, in_modules
 from llmtune.tuner.lora_settings import changes_base
+from llmtune.tuner.stacks.stack_adapter import compute_in_place, find_stack_reads
 from llmtune.tuner.start_factors import (
     Factors,
     adapted_layers,
@@ -85,7 +86,7 @@ def _add_lora(
         lora_dropout=config.lora_dropout,
         bias=config.bias,  # type: ignore[arg-type]
         init_lora_weights=_peft_start(config),  # type: ignore[arg-type]
-        **chosen.peft_settings(config.target_modules),
+        **chosen.peft_settings(config.target_modules, config.target_parameters),
         base_model_name_or_path=base,
     )
     torch.manual_seed(torch_seed(seed, Draw.adapter))
@@ -94,6 +95,10 @@ def _add_lora(
         wrapped: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
     wrapped.peft_config[_NAME].base_model_name_or_path = base
     wrapped.peft_config[_NAME].inference_mode = True
+    if chosen.stacks:
+        compute_in_place(wrapped)
+        # peft makes a set of them, which would be stored in any order.
+        wrapped.peft_config[_NAME].target_parameters = settings.target_parameters
     # GPT-2's files hold (inputs, outputs), its layers in 4 bits do not, and peft reads the layers.
     # Who merges the adapter needs to know what the files hold.
     if any(getattr(module, "is_stored_transposed", False) for module in model.modules()):
@@ -134,12 +139,14 @@ def _gathering_for_dora(gather: Gather) -> Iterator[None]:
 
 
 def find_read_elsewhere(wrapped: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield adapter layers that read their base layer's weight themselves, with that weight.
+    """Yield adapter layers that read weights of other modules themselves, with each weight.
 
-    DoRA does, in every forward pass (``peft/tuners/lora/dora.py``).
+    DoRA reads that of its base layer in every forward pass (``peft/tuners/lora/dora.py``), and an
+    adapter on a stack of experts all that it adds up.
     """
     from peft.tuners.lora.layer import LoraLayer
 
+    yield from find_stack_reads(wrapped)
     for module in wrapped.modules():
         if isinstance(module, LoraLayer) and module.lora_magnitude_vector:
             base: Any = module.get_base_layer()

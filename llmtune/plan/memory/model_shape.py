@@ -17,6 +17,7 @@ from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
 from llmtune.plan.architecture.rope_scaling import check_scaled, is_scalable
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.tensor_shapes import (
+    active_share,
     adapter_sizes,
     head_parameters,
     is_tied,
@@ -27,8 +28,8 @@ from llmtune.plan.memory.tensor_shapes import (
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.task.task import find_task
-from llmtune.tuner.adapted_layers import stacked_parameters
 from llmtune.tuner.blocks import count_frozen_layers
+from llmtune.tuner.stacks.stacked_weights import find_stacks, name_in_layers
 from llmtune.tuner.tuner import TUNERS, find_trained
 
 
@@ -88,7 +89,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
     trained = find_trained(kind, model, tuner, head)
     packed = packed_sizes(model, tuner, head)
-    tensors = list_tensors(model, adapters, trained, packed, head)
+    stacks = adapted.stacks if adapted else {}
+    tensors = list_tensors(model, adapters, trained, packed, head, stacks)
     _check_trained(tensors, tuner, config.name_or_path)
 
     # Sizes, under the names that architectures give them.
@@ -98,6 +100,9 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
     vocabulary = int(getattr(text, "vocab_size", 0))
     base = [tensor for tensor in tensors if not tensor.adapter]
+    unreached = {name: one for name, one in find_stacks(model).items() if name not in stacks}
+    of_stacks = [sizes.total for sizes in adapters.values() if sizes.is_of_stack]
+    adapted_stacks = sum(stack.numel for stack in stacks.values())
     layer_parameters, layer_quantized = largest_layer(model, adapters, tensors)
     return ModelShape(
         parameters=sum(tensor.numel for tensor in base),
@@ -127,9 +132,12 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         max_positions=max_positions(model, architecture),
         scalable=is_scalable(text),
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
-        adapted=tuple(adapted.endings) if adapted else (),
+        adapted=tuple(adapted.all_endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
-        stacked_parameters=stacked_parameters(model),
+        stacked_parameters=sum(parameter.numel() for parameter in unreached.values()),
+        unreached_stacks=tuple(name_in_layers(model, unreached)),
+        stack_adapter_parameters=sum(of_stacks),
+        adapted_per_token=round(adapted_stacks * active_share(text)),
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )

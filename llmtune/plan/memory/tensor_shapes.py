@@ -16,19 +16,22 @@ from llmtune.tuner.layer_matrices import find_layer_matrices
 from llmtune.tuner.lora_settings import changes_base, check_patterns, lora_rank
 from llmtune.tuner.nf4_layout import Nf4Layout
 from llmtune.tuner.quantized_layers import find_quantized_layers
+from llmtune.tuner.stacks.stacked_weights import Stack
 from llmtune.tuner.tuner import TUNERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSizes:
-    """The elements of a layer's adapter."""
+    """The elements of an adapter on a layer, or on a stack of experts."""
 
     a: int
-    """``r x in``."""
+    """``r x in``, for each expert of a stack."""
     b: int
-    """``out x r``."""
+    """``out x r``, for each expert of a stack."""
     lengths: int = 0
     """DoRA's, one for each output; 0 without DoRA."""
+    is_of_stack: bool = False
+    """It is that of all experts of a stack, and no pair of matrices by itself."""
 
     @property
     def total(self) -> int:
@@ -42,20 +45,27 @@ def list_tensors(
     trained: Collection[str],
     packed: Mapping[str, int],
     head: Sequence[str] = (),
+    stacks: Mapping[str, Stack] | None = None,
 ) -> list[TensorShape]:
     """List the parameters in the order of peft's model.
 
-    An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths.
+    An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths. The
+    adapters of a module's stacks come behind all of its parameters.
 
     Args:
-        adapters: Elements of the adapter of each adapted layer.
+        adapters: Elements of the adapter of each adapted layer and stack.
         trained: Names of the model's own parameters that are trained.
         packed: Name of a weight that is kept in 4 bits -> its bytes.
         head: Names of the modules that are the task's head.
+        stacks: The stacks of experts with adapters, by name.
     """
     tensors: list[TensorShape] = []
     matrices = find_layer_matrices(model)
+    stacks = stacks or {}
+    behind = _adapters_behind(model, stacks)
     for name, parameter in model.named_parameters():
+        owner = name.removesuffix(".weight")
+        is_layer = name.endswith(".weight") and owner in adapters and name not in stacks
         tensors.append(
             TensorShape(
                 name=name,
@@ -64,16 +74,27 @@ def list_tensors(
                 vector=parameter.dim() <= 1,
                 packed_bytes=packed.get(name, 0),
                 layer_matrix=name in matrices and not in_modules(name, head),
+                adapted=is_layer or name in stacks,
             )
         )
-        owner = name.removesuffix(".weight")
-        if name.endswith(".weight") and owner in adapters:
-            tensors += _matrices(owner, adapters[owner])
+        for path in [owner] if is_layer else behind.get(name, []):
+            tensors += _matrices(path, adapters[path])
     # A tied head, whose weight has the name of the embedding.
     seen = {tensor.name.partition(".lora_")[0] for tensor in tensors if tensor.adapter}
     for owner in adapters.keys() - seen:
         tensors += _matrices(owner, adapters[owner])
     return tensors
+
+
+def _adapters_behind(model: Any, stacks: Mapping[str, Stack]) -> dict[str, list[str]]:
+    """Map the last parameter of each module with stacks to its adapters, the innermost first."""
+    of_module: dict[str, list[str]] = {}
+    for stack in stacks.values():
+        of_module.setdefault(stack.owner, []).append(stack.adapter)
+    return {
+        f"{owner}.{list(model.get_submodule(owner).named_parameters())[-1][0]}": adapters
+        for owner, adapters in of_module.items()
+    }
 
 
 def _matrices(owner: str, sizes: AdapterSizes) -> list[TensorShape]:
@@ -85,7 +106,7 @@ def _matrices(owner: str, sizes: AdapterSizes) -> list[TensorShape]:
             trained=True,
             vector=False,
             adapter=True,
-            layer_matrix=True,
+            layer_matrix=not sizes.is_of_stack,
         )
         for matrix, numel in parts
     ]
@@ -132,12 +153,7 @@ def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    experts = int(
-        getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
-    )
-    share = 1.0
-    if experts:
-        share = int(getattr(text, "num_experts_per_tok", None) or experts) / experts
+    share = active_share(text)
     total = 0.0
     output = model.get_output_embeddings()
     if output is not None and id(output.weight) in embeddings:
@@ -150,6 +166,20 @@ def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int
         ):
             total += parameter.numel() * (share if ".experts." in name else 1.0)
     return round(total)
+
+
+def active_share(text: Any) -> float:
+    """Return the share of the experts that a token is sent to; 1 for a dense model.
+
+    Args:
+        text: The model's text configuration.
+    """
+    experts = int(
+        getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+    )
+    if not experts:
+        return 1.0
+    return int(getattr(text, "num_experts_per_tok", None) or experts) / experts
 
 
 def largest_layer(
@@ -190,9 +220,14 @@ def packed_sizes(model: Any, tuner: TunerConfig, head: Sequence[str]) -> dict[st
 
 
 def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, AdapterSizes]:
-    """Map each adapted layer to the elements of its adapter."""
-    check_patterns(tuner, adapted.layers)
+    """Map the path of each adapter to its elements."""
+    check_patterns(tuner, [*adapted.layers, *adapted.stacks])
     found = {}
+    for name, stack in adapted.stacks.items():
+        rank = stack.experts * lora_rank(tuner, name)
+        found[stack.adapter] = AdapterSizes(
+            a=rank * stack.inputs, b=rank * stack.outputs, is_of_stack=True
+        )
     for name, layer in adapted.layers.items():
         inputs, outputs = matrix_sides(layer)
         rank = lora_rank(tuner, name)
