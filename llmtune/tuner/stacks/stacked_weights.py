@@ -30,6 +30,8 @@ class Stack:
     outputs: int
     """Rows of ``B``, of which each expert has ``r`` columns."""
     numel: int
+    is_transposed: bool
+    """Each matrix is stored as (in, out)."""
     owner: str
     """Path of the module that has the parameter."""
     adapter: str
@@ -96,6 +98,11 @@ def choose_stacks(model: Any, tuner: TunerConfig, whole: Sequence[str] = ()) -> 
         # A number that the model does not have is refused with the layers.
         paths = [blocks.path(index) for index in tuner.layers_to_transform]
         names = [name for name in names if in_modules(name, paths)]
+    return describe_stacks(model, names)
+
+
+def describe_stacks(model: Any, names: Sequence[str]) -> dict[str, Stack]:
+    """Describe stacks by their names, of which all that have adapters are given."""
     return {name: _describe(model, name, names) for name in names}
 
 
@@ -130,6 +137,7 @@ def _describe(model: Any, name: str, chosen: Sequence[str]) -> Stack:
         inputs=inputs,
         outputs=outputs,
         numel=experts * first * second,
+        is_transposed=is_transposed,
         owner=owner,
         adapter=owner + depth * ".base_layer",
     )
