@@ -14,8 +14,7 @@ import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import Adapter, ModuleTensors, is_module_to_save
-from llmtune.export.merge.deltas import Delta, LoraBias, LowRank, Replacement, TokenRows
-from llmtune.export.merge.stacks import ExpertDelta, StackDelta, stack_modules
+from llmtune.export.merge.deltas import Delta, LoraBias, LowRank, Replacement, StackPart, TokenRows
 from llmtune.export.sources.tensor_source import (
     TensorSource,
     find_name,
@@ -47,7 +46,7 @@ class MergedSource:
         base: TensorSource,
         adapter: Adapter,
         output: str | None,
-        stacks: Mapping[str, StackDelta | ExpertDelta] = MappingProxyType({}),
+        stacks: Mapping[str, StackPart] = MappingProxyType({}),
     ) -> None:
         """Match every tensor of the adapter to one of the base.
 
@@ -62,8 +61,8 @@ class MergedSource:
         self._base = base
         self._adapter = adapter
         self._output = output
-        of_stacks = stack_modules(stacks.values(), adapter)
-        self._edits = _Matcher(base, adapter, output, of_stacks).match()
+        keys = {delta.a for delta in stacks.values()}
+        self._edits = _Matcher(base, adapter, output, keys).match()
         for name, delta in stacks.items():
             self._edits[name] = Edit(name, base.specs[name], (delta,))
         self.specs = dict(base.specs) | {name: edit.spec for name, edit in self._edits.items()}
@@ -116,11 +115,11 @@ class _Matcher:
     """Finds the base's tensor for each tensor of the adapter, and collects all problems."""
 
     def __init__(
-        self, base: TensorSource, adapter: Adapter, output: str | None, others: Collection[str]
+        self, base: TensorSource, adapter: Adapter, output: str | None, of_stacks: Collection[str]
     ) -> None:
         self._base = base
         self._adapter = adapter
-        self._others = others
+        self._of_stacks = of_stacks
         self._problems: list[str] = []
         self._output = output
         stored = output is not None and find_name(output, base.specs) is not None
@@ -138,7 +137,7 @@ class _Matcher:
 
         # One edit per weight and bias that the adapter changes.
         for parts in self._adapter.modules.values():
-            if parts.module in self._others:
+            if parts.keys.get("a") in self._of_stacks:
                 continue
             for kind, deltas in (
                 ("weight", self._weight_deltas(parts)),
@@ -156,7 +155,7 @@ class _Matcher:
                 f" {len(self._problems)} of {len(self._adapter.modules)} modules do not match:"
                 f" {some(self._problems)}; nothing was written"
             )
-        if not edits and not self._others:
+        if not edits and not self._of_stacks:
             raise ExportError(
                 f"{self._adapter.folder}: no tensor of the base would change; nothing was written"
             )

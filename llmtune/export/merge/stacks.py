@@ -7,79 +7,20 @@ the stack, and gets its slice of the adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import Adapter
-from llmtune.export.merge.deltas import Read
+from llmtune.export.merge.deltas import ExpertDelta, StackDelta, StackPart
 from llmtune.model.weights.names import Conversion, match_names
 from llmtune.storage.tensors.tensor_spec import TensorSpec
 from llmtune.tuner.stacks.stacked_weights import Stack, describe_stacks, find_stacks, is_target
 from llmtune.units import some
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StackDelta:
-    """``W + scale * B @ A`` for each expert, with peft's layout of ``ParamWrapper``."""
-
-    a: str
-    """Shape (experts * r, in): the rows of each expert stand together."""
-    b: str
-    """Shape (out, r * experts): column ``j * experts + e`` is column ``j`` of expert ``e``."""
-    scale: float
-    experts: int
-    is_transposed: bool
-    """Each expert's matrix is stored as (in, out)."""
-    needs_all_rows = False
-
-    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """Add the products of some experts, which are rows of the stack."""
-        a, b = read(self.a), read(self.b)
-        a, b = a.reshape(self.experts, -1, a.shape[1]), b.reshape(len(b), -1, self.experts)
-        product = "ore,eri->eio" if self.is_transposed else "ore,eri->eoi"
-
-        def add(rows: torch.Tensor, first: int) -> torch.Tensor:
-            last = first + len(rows)
-            delta = torch.einsum(product, b[..., first:last].float(), a[first:last].float())
-            return (delta * self.scale).add_(rows)
-
-        return add
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertDelta:
-    """The same for a stored tensor that is a matrix of one expert, or some rows of it."""
-
-    a: str
-    b: str
-    scale: float
-    experts: int
-    expert: int
-    first_row: int
-    """The tensor's first row in the expert's matrix, which is stored as (out, in)."""
-    needs_all_rows = False
-
-    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """Add the rows of the expert's product."""
-        a, b = read(self.a), read(self.b)
-        rank = len(a) // self.experts
-        own_a = a[self.expert * rank : (self.expert + 1) * rank].float()
-        own_b = b[self.first_row :, self.expert :: self.experts].float()
-
-        def add(rows: torch.Tensor, first: int) -> torch.Tensor:
-            delta = own_b[first : first + len(rows)] @ own_a
-            return delta.mul_(self.scale).add_(rows)
-
-        return add
-
-
 def find_stack_deltas(
     skeleton: Any, stored: dict[str, TensorSpec], adapter: Adapter
-) -> dict[str, StackDelta | ExpertDelta]:
+) -> dict[str, StackPart]:
     """Find what an adapter does to the stored tensors of stacked experts, by their names.
 
     Args:
@@ -100,7 +41,7 @@ def find_stack_deltas(
         )
     matching = match_names(skeleton, stored)
     conversions = {conversion.target: conversion for conversion in matching.conversions}
-    deltas: dict[str, StackDelta | ExpertDelta] = {}
+    deltas: dict[str, StackPart] = {}
     for name, stack in describe_stacks(skeleton, named).items():
         delta = _delta(name, stack, adapter)
         if name in matching.direct:
@@ -113,12 +54,6 @@ def find_stack_deltas(
                 " in it; nothing was written"
             )
     return deltas
-
-
-def stack_modules(deltas: Collection[StackDelta | ExpertDelta], adapter: Adapter) -> set[str]:
-    """Return the adapter's modules that the deltas take their matrices from."""
-    keys = {delta.a for delta in deltas}
-    return {name for name, parts in adapter.modules.items() if parts.keys.get("a") in keys}
 
 
 def _delta(name: str, stack: Stack, adapter: Adapter) -> StackDelta:

@@ -25,7 +25,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 class Delta(Protocol):
-    """What an adapter does to the rows of a tensor."""
+    """The change that an adapter makes to the rows of a tensor."""
 
     def measure(self, rows: Iterator[torch.Tensor]) -> None:
         """Compute what depends on all rows, in one pass over them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
 from llmtune.plan.architecture.rope_scaling import check_scaled, is_scalable
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.tensor_shapes import (
+    AdapterSizes,
     active_share,
     adapter_sizes,
     head_parameters,
@@ -29,7 +30,7 @@ from llmtune.plan.memory.tensor_shapes import (
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.task.task import find_task
 from llmtune.tuner.blocks import count_frozen_layers
-from llmtune.tuner.stacks.stacked_weights import find_stacks, name_in_layers
+from llmtune.tuner.stacks.stacked_weights import Stack, find_stacks, name_in_layers
 from llmtune.tuner.tuner import TUNERS, find_trained
 
 
@@ -100,9 +101,6 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
     vocabulary = int(getattr(text, "vocab_size", 0))
     base = [tensor for tensor in tensors if not tensor.adapter]
-    unreached = {name: one for name, one in find_stacks(model).items() if name not in stacks}
-    of_stacks = [sizes.total for sizes in adapters.values() if sizes.is_of_stack]
-    adapted_stacks = sum(stack.numel for stack in stacks.values())
     layer_parameters, layer_quantized = largest_layer(model, adapters, tensors)
     return ModelShape(
         parameters=sum(tensor.numel for tensor in base),
@@ -134,13 +132,27 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
         adapted=tuple(adapted.all_endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
-        stacked_parameters=sum(parameter.numel() for parameter in unreached.values()),
-        unreached_stacks=tuple(name_in_layers(model, unreached)),
-        stack_adapter_parameters=sum(of_stacks),
-        adapted_per_token=round(adapted_stacks * active_share(text)),
+        **_count_stacks(model, adapters, stacks),
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
+
+
+def _count_stacks(
+    model: Any, adapters: Mapping[str, AdapterSizes], stacks: Mapping[str, Stack]
+) -> dict[str, Any]:
+    """Count what a shape has of stacked experts, with adapters and without."""
+    unreached = {name: one for name, one in find_stacks(model).items() if name not in stacks}
+    adapted = sum(stack.numel for stack in stacks.values())
+    return {
+        "stacked_parameters": sum(parameter.numel() for parameter in unreached.values()),
+        "unreached_stacks": tuple(name_in_layers(model, unreached)),
+        "stack_adapter_parameters": sum(
+            sizes.total for sizes in adapters.values() if sizes.is_of_stack
+        ),
+        "adapted_stacks": adapted,
+        "adapted_per_token": round(adapted * active_share(model.config.get_text_config())),
+    }
 
 
 def _check_trained(tensors: Sequence[TensorShape], tuner: TunerConfig, name: str) -> None:

@@ -101,8 +101,10 @@ class ModelShape:
     """Their names within a layer, as ``tuner.target_parameters`` takes them."""
     stack_adapter_parameters: int = 0
     """Elements of the adapters on stacked experts."""
+    adapted_stacks: int = 0
+    """Elements of the stacked experts with an adapter."""
     adapted_per_token: int = 0
-    """Elements of stacked experts with an adapter that a token is multiplied with."""
+    """Those of them that a token is multiplied with."""
     kind: str = ""
     """The architecture's ``model_type``."""
     tensors: tuple[TensorShape, ...] = field(default=(), repr=False)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llmtune.tuner.stacks.read_as import read_as
 from llmtune.tuner.stored_adapter import ADAPTER_NAME
 
 
@@ -34,18 +35,6 @@ def find_stack_reads(model: Any) -> Iterator[tuple[Any, Any]]:
         yield wrapper, wrapper.get_param()
         yield wrapper, wrapper.lora_A[ADAPTER_NAME].weight
         yield wrapper, wrapper.lora_B[ADAPTER_NAME].weight
-
-
-@contextmanager
-def read_as(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Let a module read another value under the name of one of its parameters."""
-    # Python finds an attribute of the object before ``nn.Module`` looks among the parameters, which
-    # keep their place for ZeRO's hooks.
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        del module.__dict__[name]
 
 
 def _wrappers(model: Any) -> Iterator[Any]:
