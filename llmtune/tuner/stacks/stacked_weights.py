@@ -115,7 +115,7 @@ def name_in_layers(model: Any, names: Iterable[str]) -> list[str]:
     """Return names as ``tuner.target_parameters`` takes them: within a layer, once for all."""
     blocks = find_blocks(model)
     prefix = f"{blocks.name}." if blocks is not None else ""
-    short = {}
+    short: dict[str, None] = {}
     for name in names:
         inside = name.removeprefix(prefix)
         short[inside.partition(".")[2] if inside != name else name] = None
