@@ -112,7 +112,7 @@ def train_plainly(kind: str) -> list[float]:
     torch.manual_seed(torch_seed(SEED, Draw.adapter))
     settings = LoraConfig(
         **{
-            **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"},
+            "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
             **KINDS[kind][1],
         }
     )
