@@ -1,4 +1,4 @@
-"""Adapters on stacked experts are peft's, in every family of mixtures; what cannot be is refused."""
+"""Adapters on stacked experts are peft's in every family; what cannot be is refused."""
 
 from __future__ import annotations
 

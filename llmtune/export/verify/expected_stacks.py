@@ -84,10 +84,8 @@ def _expect_stack(
     from transformers.core_model_loading import revert_weight_conversion
 
     (adapter,) = wrapper.lora_A
-    left, right, scale = (
-        value.detach() if isinstance(value, torch.Tensor) else float(value)
-        for value in wrapper.get_delta_factors(adapter)
-    )
+    with torch.no_grad():
+        left, right, scale = wrapper.get_delta_factors(adapter)
     if find_name(name, stored) is not None:
         stack = ExpectedStack(left=left, right=right, scale=scale)
         return {name: ExpectedTensor(name=name, delta=stack)}
