@@ -252,7 +252,7 @@ def describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> lis
         )
     notes += _describe_adapters(config, ladder.shape)
     if TUNERS.find(config.tuner.kind).has_adapter and ladder.shape.tensors:
-        notes.append(describe_coverage(_list_weights(ladder.shape)))
+        notes.append(_describe_coverage(ladder.shape))
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
     return notes
@@ -270,9 +270,17 @@ def _describe_placement(config: Config, ladder: Ladder, candidate: Candidate) ->
     return f"{rung}, ZeRO {stage} (the fastest of {fitting} that fit)"
 
 
+def _describe_coverage(shape: ModelShape) -> str:
+    """Say which share of the model's own matrices is reached, and what names stacked experts."""
+    text = describe_coverage(_list_weights(shape))
+    if not shape.unreached_stacks:
+        return text
+    names = ",".join(shape.unreached_stacks)
+    return f"{text}; tuner.target_parameters=[{names}] adapts the rest of the experts"
+
+
 def _list_weights(shape: ModelShape) -> list[Weight]:
     """List the model's own matrices, and how much of each is trained, by adapters or itself."""
-    adapted = {tensor.name.partition(".lora_")[0] for tensor in shape.tensors if tensor.adapter}
     rows = {
         tensor.name.partition(TOKEN_ROWS)[0]: tensor.numel
         for tensor in shape.tensors
@@ -282,9 +290,8 @@ def _list_weights(shape: ModelShape) -> list[Weight]:
     for tensor in shape.tensors:
         if tensor.adapter or tensor.vector:
             continue
-        owner = tensor.name.removesuffix(".weight")
-        is_whole = tensor.trained or owner in adapted
-        reached = tensor.numel if is_whole else rows.get(owner, 0)
+        is_whole = tensor.trained or tensor.adapted
+        reached = tensor.numel if is_whole else rows.get(tensor.name.removesuffix(".weight"), 0)
         weights.append(Weight(tensor.name, tensor.numel, reached))
     return weights
 

@@ -19,6 +19,7 @@ from llmtune.storage.layout import ADAPTER_WEIGHTS
 from llmtune.tuner.adapted_layers import choose_layers, find_own_parameters
 from llmtune.tuner.head import NO_HEAD, Head, in_modules
 from llmtune.tuner.lora_settings import changes_base
+from llmtune.tuner.stacks.stack_adapter import compute_in_place, find_stack_reads
 from llmtune.tuner.start_factors import (
     Factors,
     adapted_layers,
@@ -89,7 +90,7 @@ def _add_lora(
         lora_dropout=config.lora_dropout,
         bias=config.bias,  # type: ignore[arg-type]
         init_lora_weights=_peft_start(config),  # type: ignore[arg-type]
-        **chosen.peft_settings(config.target_modules),
+        **chosen.peft_settings(config.target_modules, config.target_parameters),
         base_model_name_or_path=base,
     )
     torch.manual_seed(torch_seed(seed, Draw.adapter))
@@ -98,6 +99,10 @@ def _add_lora(
         wrapped: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
     wrapped.peft_config[_NAME].base_model_name_or_path = base
     wrapped.peft_config[_NAME].inference_mode = True
+    if chosen.stacks:
+        compute_in_place(wrapped)
+        # peft makes a set of them, which would be stored in any order.
+        wrapped.peft_config[_NAME].target_parameters = settings.target_parameters
     # GPT-2's files hold (inputs, outputs), its layers in 4 bits do not, and peft reads the layers.
     # Who merges the adapter needs to know what the files hold.
     if any(getattr(module, "is_stored_transposed", False) for module in model.modules()):
@@ -150,13 +155,14 @@ def _gathering_for_dora(gather: Gather) -> Iterator[None]:
 def find_read_elsewhere(wrapped: Any) -> Iterator[tuple[Any, Any]]:
     """Yield layers that read a parameter of another module in every forward pass, with that.
 
-    These are DoRA's, which read their base layer's weight (``peft/tuners/lora/dora.py``), and an
-    output projection that is tied to embeddings of which rows are trained.
+    DoRA's read their base layer's weight (``peft/tuners/lora/dora.py``), an adapter on a stack of
+    experts all that it adds up, and an output projection the embeddings that it is tied to, where
+    rows of them are trained.
     """
     from peft.tuners.lora.layer import LoraLayer
 
     yield from find_tied_readers(wrapped)
-
+    yield from find_stack_reads(wrapped)
     for module in wrapped.modules():
         if isinstance(module, LoraLayer) and module.lora_magnitude_vector:
             base: Any = module.get_base_layer()

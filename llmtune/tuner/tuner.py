@@ -24,6 +24,7 @@ _ADAPTER_KEYS = (
     "use_dora",
     "lora_plus_ratio",
     "init_lora_weights",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "modules_to_save",

@@ -58,6 +58,11 @@ class TunerConfig:
 
     A text with a sign such as ``*`` is a regular expression for whole names.
     """
+    target_parameters: list[str] = field(default_factory=list)
+    """Experts that are stacked in one parameter, by names or endings: ``mlp.experts.down_proj``.
+
+    They get adapters beside the layers of ``target_modules``, which may then be ``[]``.
+    """
     exclude_modules: Any = None
     """Layers that get no adapters although ``target_modules`` names them, in the same forms."""
     layers_to_transform: list[int] = field(default_factory=list)
