@@ -35,6 +35,18 @@ RATE, SEED, HALF, STEPS = 2e-3, 42, 5, 10
 #: Of which rows are trained: two frequent ones, and one that does not occur.
 TOKENS = [11, 40, 3]
 
+#: Stacked experts, whose matrices are (out, in) in the one and (in, out) in the other.
+MIXTURE = ("hidden_size=32", "intermediate_size=48", "head_dim=8", "num_experts_per_tok=2")
+NUMBERS = {
+    "experts": ("model_type=qwen3_moe", "num_experts=4", "moe_intermediate_size=16", *MIXTURE),
+    "transposed experts": ("model_type=gpt_oss", "num_local_experts=4", *MIXTURE),
+}
+MODELS = {
+    kind: [f"model.config.{number}" for number in numbers] for kind, numbers in NUMBERS.items()
+}
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TARGETS = f"tuner.target_parameters=[{','.join(STACKS)}]"
+
 #: Overrides of a kind, and what peft calls it.
 KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "lora": (["tuner=lora"], {}),
@@ -62,10 +74,24 @@ KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
         ["tuner=lora", "tuner.new_tokens=[return,string]"],
         {"trainable_token_indices": [512, 513]},
     ),
+    "experts": (
+        [*MODELS["experts"], "tuner=lora", TARGETS],
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": STACKS},
+    ),
+    "transposed experts": (
+        [
+            *MODELS["transposed experts"],
+            *("tuner=lora_plus", "tuner.target_modules=[]", TARGETS),
+            "train.gradient_checkpointing=true",
+        ],
+        {"target_modules": [], "target_parameters": STACKS},
+    ),
 }
+#: Those whose matrices B have a learning rate of their own.
+WITH_RATIO = ("lora_plus", "transposed experts")
 PLACES = [(stage, ranks) for stage in (0, 2, 3) for ranks in (1, 2)]
 #: One place for each kind in the ordinary suite: together they are all places.
-CHOSEN = list(zip(KINDS, [PLACES[at] for at in (0, 5, 2, 4, 3, 1, 5, 4, 2)], strict=True))
+CHOSEN = list(zip(KINDS, [PLACES[at] for at in (0, 5, 2, 4, 3, 1, 5, 4, 2, 5, 4)], strict=True))
 CELLS = [(kind, place) for kind in KINDS for place in PLACES]
 
 
@@ -98,14 +124,21 @@ def summed_loss(model: Any, batch: StepBatch) -> torch.Tensor:
     return torch.stack(sums).sum() / batch.loss_weight
 
 
-def train_plainly(kind: str, folder: Path, steps: list[StepBatch]) -> list[float]:
+def train_plainly(kind: str) -> list[float]:
     """Train with peft on one process: the loss before each step."""
+    folder, steps = batches(kind)
     torch.manual_seed(torch_seed(SEED, Draw.adapter))
     settings = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **KINDS[kind][1]
+        **{
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+            **KINDS[kind][1],
+        }
     )
     model: Any = get_peft_model(base_model(folder), settings)
-    ratio = 16 if kind == "lora_plus" else 1
+    ratio = 16 if kind in WITH_RATIO else 1
     # Groups of peft's own, where there is more than one rate.
     optimizer: Any = torch.optim.AdamW(
         [one for one in model.parameters() if one.requires_grad], lr=RATE, weight_decay=0.0
@@ -128,7 +161,7 @@ def train_plainly(kind: str, folder: Path, steps: list[StepBatch]) -> list[float
 @pytest.fixture(scope="module")
 def plain() -> dict[str, list[float]]:
     """The losses of every kind with peft on one process."""
-    return {kind: train_plainly(kind, *batches(kind)) for kind in KINDS}
+    return {kind: train_plainly(kind) for kind in KINDS}
 
 
 @pytest.mark.process
@@ -163,6 +196,7 @@ def test_every_kind_is_pefts_in_every_place(
         assert resumed == losses[HALF:], (kind, place)
         assert found[at]["unreached"] == [], (kind, place)
         # What is stored is an adapter of the unchanged base.
+        folder, steps = batches(kind)
         stored = PeftModel.from_pretrained(base_model(folder), str(folders[at]))
         with torch.no_grad():
             assert abs(float(summed_loss(stored, steps[HALF])) - losses[HALF]) < 1e-5, kind
