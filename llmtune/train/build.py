@@ -39,6 +39,7 @@ from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
+from llmtune.track.hints import Hints
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import TrackedRun, open_service
 from llmtune.track.tracker import Tracker, Trackers
@@ -51,6 +52,7 @@ from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
+from llmtune.train.hooks.time_table import TimeTable
 from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Hook, Job, run
 from llmtune.train.model_files import render_model_files, resolve_weight_files
@@ -353,6 +355,7 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Tracker
     trackers: list[Tracker] = [
         MetricsFile(request.run_folder / layout.METRICS),
         ProgressLine(console, request.steps.total_steps),
+        Hints(console.say),
     ]
     if config.tracker.kind != NONE:
         run = TrackedRun(
@@ -370,29 +373,30 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Tracker
 def build_hooks(
     request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any
 ) -> list[Hook]:
-    """Build the hooks of this run."""
+    """Build the hooks of this run, in the order in which they show what they have."""
     config, plan = request.config, request.plan
-    prompts = read_samples(request.data)
-    sharded = plan.placement.zero_stage == 3
-    reason = samples_reason_to_skip(
-        config.train.sample_answers, plan.shape.parameters, sharded, len(prompts)
-    )
     hooks: list[Hook] = [
         LossPlot(request.run_folder, request.run_name, rank),
         ConfusionPlot(request.run_folder, rank),
     ]
-    if not find_task(config.model.task).generates:
-        return hooks
-    if reason is None:
-        hooks.append(
-            SampleAnswers(
+    if find_task(config.model.task).generates:
+        prompts = read_samples(request.data)
+        reason = samples_reason_to_skip(
+            config.train.sample_answers,
+            plan.shape.parameters,
+            plan.placement.zero_stage == 3,
+            len(prompts),
+        )
+        if reason is not None:
+            console.say(f"no sample answers: {reason}")
+        else:
+            samples = SampleAnswers(
                 module=module,
                 tokenizer=tokenizer,
                 prompts=prompts,
                 run=request.run_folder,
                 console=console,
             )
-        )
-    else:
-        console.say(f"no sample answers: {reason}")
-    return hooks
+            hooks.append(samples)
+    # Behind the others, whose time it counts.
+    return [*hooks, TimeTable(request.run_folder, rank, plan, console)]

@@ -28,6 +28,7 @@ from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.line_sums import LineSums
 from llmtune.train.memory_usage import used_memory_bytes
+from llmtune.train.phase_seconds import to_record
 from llmtune.train.schedule import learning_rate_at
 from llmtune.train.stop_request import Stop
 from llmtune.train.training_state import TrainingState
@@ -167,6 +168,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
     started = time.perf_counter()
     step = progress.step + 1
     job.rank.phases.step = step
+    job.rank.phases.enter("data")
     batch = next(batches)
     batch_size = job.batches.rows_at(progress.reached)
     rate = learning_rate_at(
@@ -200,6 +202,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         pause = job.saver.pause_seconds()
         if pause is not None:
             record["save_pause_seconds"] = pause
+        record |= to_record(job.rank.phases.clock.take())
         job.trackers.log(record)
         line = LineSums()
 
