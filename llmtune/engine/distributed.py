@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmtune.engine.heartbeat import PhaseLog
-from llmtune.engine.phase_clock import PhaseClock, StreamTimer
+from llmtune.engine.phases.heartbeat import PhaseLog
+from llmtune.engine.phases.phase_clock import PhaseClock, StreamTimer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

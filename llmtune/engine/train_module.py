@@ -24,10 +24,10 @@ from llmtune.engine.deepspeed_fixes import (
 )
 from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
-from llmtune.engine.gather_time import time_gathers
 from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
-from llmtune.engine.phase_clock import REST
+from llmtune.engine.phases.gather_time import time_gathers
+from llmtune.engine.phases.phase_clock import REST
 from llmtune.engine.state_slices import list_slices
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.optimizer.param_groups import DEFAULT_GROUP, RATE_FACTOR, GroupOf, plain_name

@@ -27,9 +27,9 @@ _LOSS_STEPS = 100
 _SHM_SHARE = 0.9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What the machine says of itself now; None where it does not know."""
+    """Readings of the machine; None where it does not know one."""
 
     gpu_utilization: float | None = None
     """Share of the time in which a kernel ran on this rank's GPU."""
@@ -49,7 +49,7 @@ def read_shm(path: str = "/dev/shm") -> Machine:
     return Machine(shm_used=usage.percent / 100, shm_free_bytes=usage.free)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class History:
     """The records of this start that rules look at."""
 

@@ -22,13 +22,13 @@ from llmtune.errors import CheckpointError, DivergedError, StoppedError
 from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.steps import Interval, StepsPlan
 from llmtune.storage.manifest import is_complete
+from llmtune.track.phase_seconds import to_record
 from llmtune.track.tracker import Record, Trackers
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.line_sums import LineSums
 from llmtune.train.memory_usage import used_memory_bytes
-from llmtune.train.phase_seconds import to_record
 from llmtune.train.schedule import learning_rate_at
 from llmtune.train.stop_request import Stop
 from llmtune.train.training_state import TrainingState

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.engine.phase_clock import REST, PhaseClock, StreamTimer
+from llmtune.engine.phases.phase_clock import REST, PhaseClock, StreamTimer
 
 PHASES = ("data", "forward", "backward", "step")
 

@@ -11,7 +11,7 @@ from llmtune.storage import layout
 from llmtune.storage.atomic import write_atomically
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
-from llmtune.train.phase_seconds import (
+from llmtune.track.phase_seconds import (
     compare_memory,
     compare_speed,
     describe_comparisons,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmtune.engine.phase_clock import PhaseClock
+from llmtune.engine.phases.phase_clock import PhaseClock
 from llmtune.storage.phase_record import PhaseRecord
 
 #: From this share of its limit on, a rank's end is taken for a lack of memory.

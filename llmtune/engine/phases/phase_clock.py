@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -70,12 +70,12 @@ class PhaseClock:
         Args:
             timer: The host's clock by default.
         """
-        self.totals: Counter[str] = Counter()
+        self.totals: dict[str, float] = {}
         """Seconds of each phase, and of each part, since the start."""
         self._timer = timer or HostTimer()
         self._phase, self._since = REST, self._timer.mark()
         self._unread: deque[tuple[str, Any, Any]] = deque()
-        self._taken: Counter[str] = Counter()
+        self._taken: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
         """End the current phase, and begin another one."""
@@ -105,11 +105,11 @@ class PhaseClock:
             if seconds is None:
                 return
             self._unread.popleft()
-            self.totals[name] += seconds
+            self.totals[name] = self.totals.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         """Return the seconds of each phase and part since the last call, as far as known."""
         self.read()
-        new = {name: total - self._taken[name] for name, total in self.totals.items()}
+        new = {name: total - self._taken.get(name, 0.0) for name, total in self.totals.items()}
         self._taken = self.totals.copy()
         return {name: seconds for name, seconds in new.items() if seconds > 0}

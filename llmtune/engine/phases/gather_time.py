@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmtune.engine.phase_clock import PhaseClock
+from llmtune.engine.phases.phase_clock import PhaseClock
 
 #: The part of forward and backward passes in which the stream waits for weights.
 GATHER = "gather"

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmtune.engine.gather_time import GATHER
 from llmtune.plan.plan import Plan
 from llmtune.track.tracker import Record
 from llmtune.units import format_bytes, format_seconds
 
-#: Phase of :class:`llmtune.engine.heartbeat.PhaseLog` -> its name in records and for people.
+#: Phase of :class:`llmtune.engine.phases.heartbeat.PhaseLog` -> its name in records and for people.
 PHASES = {
     "start": "starting the ranks",
     "load": "loading the model",
@@ -32,7 +31,7 @@ KEYS = {
     "forward": "forward_seconds",
     "backward": "backward_seconds",
     "step": "optimizer_seconds",
-    GATHER: "gather_seconds",
+    "gather": "gather_seconds",
     "evaluate": "evaluate_seconds",
     "save": "save_seconds",
 }
@@ -91,8 +90,8 @@ def describe_seconds(seconds: Mapping[str, float]) -> dict[str, str]:
     rows: dict[str, str] = {}
     for phase in sorted(shown, key=lambda phase: -shown[phase]):
         rows[PHASES[phase]] = _describe(shown[phase], whole)
-    if seconds.get(GATHER):
-        rows["weights gathered in both passes"] = _describe(seconds[GATHER], whole)
+    if seconds.get("gather"):
+        rows["weights gathered in both passes"] = _describe(seconds["gather"], whole)
     return rows
 
 
