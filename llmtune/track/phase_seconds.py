@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmtune.plan.plan import Plan
 from llmtune.track.tracker import Record
 from llmtune.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from llmtune.plan.plan import Plan
 
 #: Phase of :class:`llmtune.engine.phases.heartbeat.PhaseLog` -> its name in records and for people.
 PHASES = {

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.data.prepared_data import read_samples
-from llmtune.engine.distributed import Rank
-from llmtune.engine.train_module import TrainModule
 from llmtune.task.task import find_task
-from llmtune.track.console import Console
 from llmtune.train.hooks.confusion_plot import ConfusionPlot
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.hooks.time_table import TimeTable
-from llmtune.train.loop import Hook
-from llmtune.train.request import RunRequest
+
+if TYPE_CHECKING:
+    from llmtune.engine.distributed import Rank
+    from llmtune.engine.train_module import TrainModule
+    from llmtune.track.console import Console
+    from llmtune.train.loop import Hook
+    from llmtune.train.request import RunRequest
 
 
 def build_hooks(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmtune.engine.distributed import Rank
-from llmtune.plan.plan import Plan
 from llmtune.storage import layout
 from llmtune.storage.atomic import write_atomically
 from llmtune.track.console import Console
@@ -18,6 +18,9 @@ from llmtune.track.phase_seconds import (
     describe_seconds,
 )
 from llmtune.train.training_state import TrainingState
+
+if TYPE_CHECKING:
+    from llmtune.plan.plan import Plan
 
 
 class TimeTable:
