@@ -26,6 +26,8 @@ from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.engine.phases.gather_time import time_gathers
+from llmtune.engine.phases.phase_clock import REST
 from llmtune.engine.state_slices import list_slices
 from llmtune.engine.whole_optimizer import WholeOptimizer
 from llmtune.optimizer.optimizer import Optimizer
@@ -164,6 +166,8 @@ class TrainModule:
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)
+        if self.zero_stage == 3:
+            time_gathers(self.engine.optimizer, rank.phases.clock)
         keep_norm_precision(self.engine.optimizer, self.zero_stage)
         keep_overflow_on_device(self.engine.optimizer)
         grow_loss_scale_behind_step(self.engine.optimizer)
@@ -228,6 +232,7 @@ class TrainModule:
                 self.engine.step()
             else:
                 self._leave_step_out()
+        phases.clock.enter(REST)
 
         # The norm, the mean loss of all ranks, and whether the step was applied.
         reported = self.engine.get_global_grad_norm()
