@@ -115,9 +115,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         head_parameters=head_parameters(model, head),
         matrix_parameters=matrix_parameters(model, text, head if task.judges_rows else ()),
         largest_tensor=max(tensor.numel for tensor in base),
-        largest_adapter_tensor=max(
-            (tensor.numel for tensor in tensors if tensor.adapter), default=0
-        ),
+        largest_adapter_tensor=max((one.numel for one in tensors if one.adapter), default=0),
         layer_parameters=layer_parameters,
         layer_quantized=layer_quantized,
         hidden_size=hidden,
