@@ -100,7 +100,7 @@ def test_so_are_those_of_low_precision_states(
 @pytest.mark.parametrize(
     "places",
     [
-        [(0, "none"), (3, "none"), (2, "optimizer_cpu")],
+        [(3, "none")],
         pytest.param([place for place in PLACES if "nvme" not in place[1]], marks=pytest.mark.slow),
     ],
     ids=len,
