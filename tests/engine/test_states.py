@@ -56,7 +56,7 @@ def test_states_are_within_one_percent_of_what_deepspeed_allocates(
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "places", [PLACES[::3], pytest.param(PLACES, marks=pytest.mark.slow)], ids=len
+    "places", [[(2, "optimizer_cpu")], pytest.param(PLACES, marks=pytest.mark.slow)], ids=len
 )
 def test_so_are_those_of_an_optimizer_with_one_state(
     places: list[tuple[int, str]], tmp_path: Path
@@ -151,7 +151,7 @@ def test_so_are_those_of_groups_with_settings_of_their_own(tmp_path: Path) -> No
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_so_are_those_of_a_model_of_which_a_part_is_frozen(part: int, tmp_path: Path) -> None:
     """Embeddings and head are frozen; two ranks share the layers without cutting a matrix."""
     cells = [
