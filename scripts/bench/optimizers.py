@@ -40,7 +40,7 @@ JOB = [
     "launch.nproc=2",
     "optim.learning_rate=1e-5",
     "data.train=stdlib_docs@400",
-    "data.max_seq_length=64",
+    "data.max_seq_length=128",
     "data.overlong=truncate",
     "data.val_set_size=0",
     "train.global_batch_size=2",
@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(OPTIMIZERS))
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(OPTIMIZERS):
+        parser.error(f"{min(unknown)} is none of {', '.join(OPTIMIZERS)}")
     with tempfile.TemporaryDirectory() as folder:
         reference = train(REFERENCE, "none", Path(folder) / "reference", arguments.steps)
         say(f"reference: losses {reference[0]:.4f} to {reference[-1]:.4f}")
