@@ -144,7 +144,7 @@ ROOMS: dict[str, list[str]] = {
     "plan": ["devices", "architecture", "memory", "length"],
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
     "task": ["kinds"],
-    "tuner": ["kinds"],
+    "tuner": ["stacks", "token_rows", "kinds"],
     "optimizer": ["kinds"],
     "model": ["weights", "nf4", "folders"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],

@@ -18,6 +18,7 @@ from llmtune.engine.optimizer_state import (
     state_kinds,
     state_slices,
     state_tensors,
+    uncut_numel,
     view_state,
     write_state,
 )
@@ -123,4 +124,9 @@ def _load_slice(
             f" {piece.parameter_numel} here"
         )
     for kind in state_kinds(module, piece):
-        write_state(module, piece, kind, parameter.read(kind, piece.start, piece.numel))
+        uncut = uncut_numel(module, piece, kind)
+        if uncut is None:
+            values = parameter.read(kind, piece.start, piece.numel)
+        else:
+            values = parameter.read_uncut(kind, uncut)
+        write_state(module, piece, kind, values)

@@ -68,6 +68,24 @@ class StoredSlice:
             )
         return values
 
+    def read_uncut(self, kind: str, numel: int) -> torch.Tensor:
+        """Read a state of ``numel`` elements that is not cut with the parameter. Shape (numel,).
+
+        Raises:
+            CheckpointError: The file does not hold it.
+        """
+        try:
+            with safe_open(str(self.file), framework="pt") as handle:
+                values: torch.Tensor = handle.get_tensor(f"{self.name}/{kind}")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file}: {self.name}/{kind}: {error}") from error
+        if values.shape != (numel,):
+            raise CheckpointError(
+                f"{self.file}: {self.name}/{kind} has the shape {tuple(values.shape)}, and not"
+                f" ({numel},)"
+            )
+        return values
+
 
 @dataclass(frozen=True, slots=True)
 class StoredParameter:
@@ -104,6 +122,25 @@ class StoredParameter:
                 " elements; a state file is missing"
             )
         return values
+
+    def read_uncut(self, kind: str, numel: int) -> torch.Tensor:
+        """Read a state that is not cut: the parameter's first slice has all of it.
+
+        Args:
+            numel: Its elements.
+
+        Returns:
+            Shape (numel,), fp32.
+
+        Raises:
+            CheckpointError: The file is missing, or does not hold as many.
+        """
+        first = self.slices[0]
+        if first.start != 0:
+            raise CheckpointError(
+                f"{first.file.parent}: {first.name}/{kind} is not there; a state file is missing"
+            )
+        return first.read_uncut(kind, numel)
 
 
 def read_stored_states(files: Iterable[Path]) -> dict[str, StoredParameter]:

@@ -31,7 +31,7 @@ from llmtune.data.store.token_store import Rows
 from llmtune.data.store.vocabulary import check_padding, find_beyond
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.errors import DataError
-from llmtune.model.source import resolve_model_folder
+from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.batch_sizes import resolve_batch
@@ -90,7 +90,7 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
     # The rows as a training would read them, except that problems are collected.
     console = Console(sys.stderr)
     cache = open_cache(config.paths)
-    folder = resolve_model_folder(config.model, cache, console.say)
+    folder = resolve_base_folder(config.model, config.tuner.new_tokens, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))
     data = prepare_rows(config, tokenizer, cache, watch_tokenizing(console), strict=False)
     if not data.fatal:

@@ -83,6 +83,9 @@ MEANINGS: dict[str, str] = {
     "modules_to_save": "tuner.modules_to_save",
     "lora_modules_to_save": "tuner.modules_to_save",
     "additional_target": "tuner.modules_to_save",
+    "trainable_token_indices": "tuner.trainable_token_indices",
+    "new_tokens": "tuner.new_tokens",
+    "add_tokens": "tuner.new_tokens",
     # Data.
     "data_path": "data.train",
     "dataset": "data.train",
@@ -266,6 +269,17 @@ MEANINGS: dict[str, str] = {
     "max_new_token": "chat.max_new_tokens",
     "system_prompt": "chat.system",
     "prompt": "chat.prompt",
+}
+
+_NO_PAGES = (
+    "CUDA's driver pages such states out as it likes, which no plan can count; optim=adamw_8bit"
+    " takes as many bytes, which ZeRO divides among the ranks, and offload=optimizer_cpu holds them"
+    " in host memory"
+)
+
+#: Option of a group that llmtune has not, as other fine-tuners name it -> why, and what to take.
+ABSENT_OPTIONS: dict[str, dict[str, str]] = {
+    "optim": dict.fromkeys(("adamw_paged_8bit", "paged_adamw_8bit"), _NO_PAGES)
 }
 
 

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from llmtune.config import keys
-from llmtune.config.foreign import meant_by
+from llmtune.config.foreign import ABSENT_OPTIONS, meant_by
 from llmtune.config.nearest import nearest
 from llmtune.config.stored import first_line
 from llmtune.errors import ConfigError
@@ -115,6 +115,8 @@ def _read_choice(group: str, value: str, options: set[str]) -> Choice:
     if "," in option and all(part.strip() in options for part in option.split(",")):
         raise ConfigError(_describe_sweep(group, option))
     shown = None if option == "null" else option
+    if (reason := ABSENT_OPTIONS.get(group, {}).get(option)) is not None:
+        raise ConfigError(f"{group}={option}: there is no such option: {reason}")
     named = ""
     if shown and group in _NAMED_BY:
         named = f"; any other one is named by {_NAMED_BY[group]}={shown}"

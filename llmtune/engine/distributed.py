@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmtune.engine.heartbeat import PhaseLog
+from llmtune.engine.phases.heartbeat import PhaseLog
+from llmtune.engine.phases.phase_clock import PhaseClock, StreamTimer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ def init_ranks(
     if not on_host:
         accelerator.set_device(local_rank)
         phases.device_peak = lambda: _device_peak(accelerator, local_rank)
+        phases.clock = PhaseClock(StreamTimer(accelerator))
 
     # The process group.
     init_method = None

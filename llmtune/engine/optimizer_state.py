@@ -1,7 +1,8 @@
 """The optimizer's state by parameter name: the slices that this rank holds, in every ZeRO stage.
 
 A slice has one tensor of master weights and one of each state, stored as the optimizer stores them;
-where that is in blocks of 8 bits, also one with the blocks' scales.
+where that is in blocks of 8 bits, also one with the blocks' scales. A state that has not the
+parameter's shape cannot be cut: the slice with the parameter's first element has all of it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,16 @@ def state_kinds(module: TrainModule, part: StateSlice | None = None) -> tuple[st
     matrix = module.optimizer.matrix
     if matrix is not None and part.name in module.matrices:
         return (MASTER_WEIGHT, *matrix.states)
-    return (MASTER_WEIGHT, *module.optimizer.states)
+    return (MASTER_WEIGHT, *module.optimizer.shapes_of(tuple(part.flat.shape)))
+
+
+def uncut_numel(module: TrainModule, part: StateSlice, kind: str) -> int | None:
+    """Count the elements of a state that has not its parameter's shape; None for all others."""
+    if kind == MASTER_WEIGHT or module.optimizer.state_shapes is None:
+        return None
+    own = tuple(part.flat.shape)
+    shape = module.optimizer.state_shapes(own)[kind]
+    return None if shape == own else math.prod(shape)
 
 
 def state_tensors(module: TrainModule, part: StateSlice) -> dict[str, tuple[torch.dtype, int]]:
@@ -45,7 +55,11 @@ def state_tensors(module: TrainModule, part: StateSlice) -> dict[str, tuple[torc
     tensors: dict[str, tuple[torch.dtype, int]] = {}
     for kind in state_kinds(module, part):
         storage = module.optimizer.storage(kind)
-        if storage.in_blocks:
+        uncut = uncut_numel(module, part, kind)
+        if uncut is not None:
+            if part.start == 0:
+                tensors[kind] = (torch.float32, uncut)
+        elif storage.in_blocks:
             tensors[kind] = (torch.uint8, part.numel)
             tensors[kind + SCALES] = (torch.float32, count_blocks(part.start, part.numel))
         else:
@@ -116,6 +130,9 @@ def view_state(module: TrainModule, part: StateSlice, name: str) -> torch.Tensor
         dtype, numel = state_tensors(module, part)[name]
         return torch.zeros(numel, dtype=dtype)
     stored = state[name.removesuffix(SCALES)]
+    if uncut_numel(module, part, name) is not None:
+        whole: torch.Tensor = stored.view(-1)
+        return whole
     if not isinstance(stored, Blocks):
         return part.view(stored)
     first, last = _blocks_of(module, part)
@@ -140,12 +157,13 @@ def make_state(module: TrainModule, slices: list[StateSlice], steps: int) -> Non
             state["step"] = torch.tensor(float(steps), device=flat.device)
         else:
             state["step"] = steps
+        shapes = module.optimizer.shapes_of(tuple(flat.shape))
         for kind in state_kinds(module, part)[1:]:
             if kind in state:
                 # The same tensor is kept, because the NVMe swapper refers to it.
                 state[kind].data.zero_()
             else:
-                state[kind] = torch.zeros_like(flat.data)
+                state[kind] = flat.data.new_zeros(shapes.get(kind, flat.shape))
 
 
 def write_state(module: TrainModule, part: StateSlice, kind: str, values: torch.Tensor) -> None:
@@ -153,10 +171,13 @@ def write_state(module: TrainModule, part: StateSlice, kind: str, values: torch.
 
     Args:
         kind: One of :func:`state_kinds`.
-        values: fp32, shape (numel,).
+        values: fp32, shape (numel,); all of a state that has not the parameter's shape.
     """
     target = part.flat if kind == MASTER_WEIGHT else module.torch_optimizer.state[part.flat][kind]
     with torch.no_grad():
+        if uncut_numel(module, part, kind) is not None:
+            target.view(-1).copy_(values)
+            return
         if not isinstance(target, Blocks):
             part.view(target).copy_(values)
             return

@@ -26,7 +26,10 @@ from llmtune.engine.distributed import Rank, all_reduce_sum
 from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.engine.phases.gather_time import time_gathers
+from llmtune.engine.phases.phase_clock import REST
 from llmtune.engine.state_slices import list_slices
+from llmtune.engine.whole_optimizer import WholeOptimizer
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.optimizer.param_groups import DEFAULT_GROUP, RATE_FACTOR, GroupOf, plain_name
 from llmtune.plan.memory.parameter_groups import parameter_groups
@@ -163,6 +166,8 @@ class TrainModule:
         if self.zero_stage == 0:
             undo_stage0_dummy_step(self.engine.optimizer)
             step_in_few_kernels(self.engine.optimizer)
+        if self.zero_stage == 3:
+            time_gathers(self.engine.optimizer, rank.phases.clock)
         keep_norm_precision(self.engine.optimizer, self.zero_stage)
         keep_overflow_on_device(self.engine.optimizer)
         grow_loss_scale_behind_step(self.engine.optimizer)
@@ -227,6 +232,7 @@ class TrainModule:
                 self.engine.step()
             else:
                 self._leave_step_out()
+        phases.clock.enter(REST)
 
         # The norm, the mean loss of all ranks, and whether the step was applied.
         reported = self.engine.get_global_grad_norm()
@@ -342,6 +348,8 @@ def make_optimizer(
         return ConvertingOptimizer(groups, optimizer, settings, seed)
     if optimizer.matrix is not None:
         return MatrixOptimizer(groups, optimizer, settings, rank)
+    if optimizer.state_shapes is not None:
+        return WholeOptimizer(groups, optimizer, settings)
     return ElementwiseOptimizer(groups, optimizer, settings)
 
 
@@ -366,9 +374,8 @@ def group_parameters(
     shapes = [
         TensorShape(
             name=name,
-            numel=getattr(p, "ds_numel", p.numel()),
+            shape=tuple(getattr(p, "ds_shape", p.shape)),
             trained=True,
-            vector=len(getattr(p, "ds_shape", p.shape)) <= 1,
             group=own[name].key,
         )
         for name, p in by_name.items()

@@ -16,6 +16,7 @@ from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
+from llmtune.export.merge.stacks import find_stack_deltas
 from llmtune.export.merge.task_head import find_task_head
 from llmtune.export.request import ExportRequest
 from llmtune.export.sources.bitsandbytes_base import open_base
@@ -64,7 +65,11 @@ def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportMod
         # Only adapters on embeddings ask for it; building the model takes tens of megabytes.
         embeds = any(is_embedding(f"{module}.weight") for module in adapter.modules)
         output = _output_embedding(request.base, base_changes) if embeds else None
-        merged = MergedSource(base, adapter, output)
+        stacks = {}
+        if adapter.settings.get("target_parameters"):
+            skeleton = build_skeleton(request.base, base_changes)
+            stacks = find_stack_deltas(skeleton, base.specs, adapter)
+        merged = MergedSource(base, adapter, output, stacks)
         source, changes = merged, base_changes | merged.config_changes
         model_files.append(request.adapter)
 

@@ -32,7 +32,7 @@ class Usage:
     adapter: dict[str, Any]
     """peft's settings."""
     base_rows: int | None
-    """Rows of the embedding that the adapter brings, where they are not as many as the base's."""
+    """Rows of the embedding that the adapter needs, where the published base may have others."""
 
     @property
     def place(self) -> str:

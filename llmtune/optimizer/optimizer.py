@@ -1,9 +1,10 @@
 """The interface of an optimizer, and the registry of optimizers.
 
-ZeRO cuts the flattened parameters anywhere, so that every optimizer here is element-wise: what
-becomes of an element depends on its own gradient and states, and on the step. One kernel serves
-every stage and placement, on the accelerator and on the host, so that falling back to another rung
-changes no digit.
+ZeRO cuts the flattened parameters anywhere, so that an optimizer that works in every stage is
+element-wise: what becomes of an element depends on its own gradient and states, and on the step.
+One kernel serves every stage and placement, on the accelerator and on the host, so that falling
+back to another rung changes no digit. One that looks at whole matrices has a :class:`MatrixRule`,
+or states of other shapes (``state_shapes``) and no stage but 0.
 
 An update rule computes in fp32. Master weights and states may be stored in fewer bytes
 (:mod:`llmtune.optimizer.storage`); the engine converts them, a piece at a time.
@@ -44,6 +45,9 @@ _MATRIX_BYTES = 4 + 4 * 2 + 4
 #: The keys of ``optim`` that say how numbers are stored, and are no settings of an update.
 _OF_STORAGE = ("rounding",)
 
+Shape = tuple[int, ...]
+"""Elements along each dimension of a tensor."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixRule:
@@ -76,7 +80,15 @@ class Optimizer:
     title: str
     """Its name for people, and as ``type`` in DeepSpeed's configuration."""
     states: tuple[str, ...]
-    """Names of its tensors, each of the parameter's shape, in torch's state and in files."""
+    """Names of its tensors in torch's state and in files.
+
+    Each has the parameter's shape, unless ``state_shapes`` says otherwise.
+    """
+    state_shapes: Callable[[Shape], Mapping[str, Shape]] | None = None
+    """Returns the names of a parameter's states with their shapes, given the parameter's.
+
+    With it, ``update`` gets whole parameters, one at a time.
+    """
     storages: Mapping[str, Storage] = field(default_factory=dict)
     """Formats of the states that are not fp32, by name."""
     master: Storage = FP32
@@ -95,10 +107,13 @@ class Optimizer:
     """Make one step; None for an optimizer that DeepSpeed builds by its ``title``."""
     matrix: MatrixRule | None = None
     """The rule for matrices of layers; None where they are updated as all other parameters."""
-    matrix_share: float = 0.0
-    """Share of the trained parameters that are in such matrices, of the model that is planned."""
-    matrix_numel: int = 0
-    """Elements of the largest of them."""
+    states_per_parameter: float | None = None
+    """State elements per trained parameter, of the model that is planned.
+
+    None where every parameter has all ``states``, and before there is a model.
+    """
+    whole_numel: int = 0
+    """Elements of the largest parameter that is updated as a whole, of that model."""
     built_with: Mapping[str, Any] | None = None
     """Further arguments with which DeepSpeed builds it, where it does."""
     kernel_bytes: int | None = None
@@ -123,6 +138,13 @@ class Optimizer:
             raise ValueError(f"{self.name} needs either update or built_with")
         if self.matrix is not None and (self.update is None or self.converts):
             raise ValueError(f"{self.name} needs update and fp32 states beside its matrix rule")
+        if self.state_shapes is not None and (
+            self.update is None or self.converts or self.stages != (0,)
+        ):
+            raise ValueError(
+                f"{self.name} needs update, fp32 states and stages=(0,) beside state_shapes: in the"
+                " other stages parameters have no shape"
+            )
         if self.converts != (self.rounding is not None) or (self.converts and self.update is None):
             raise ValueError(
                 f"{self.name} needs update and rounding where it stores fewer bytes than fp32"
@@ -141,12 +163,16 @@ class Optimizer:
 
     @property
     def state_bytes(self) -> float:
-        """Bytes of its states per trained parameter."""
-        of_others = sum(self.storage(name).element_bytes for name in self.states)
-        if self.matrix is None:
-            return of_others
-        of_matrices = FP32_BYTES * len(self.matrix.states)
-        return self.matrix_share * of_matrices + (1 - self.matrix_share) * of_others
+        """Bytes of its states per trained parameter; at most, before there is a model."""
+        if self.states_per_parameter is not None:
+            return FP32_BYTES * self.states_per_parameter
+        return sum(self.storage(name).element_bytes for name in self.states)
+
+    def shapes_of(self, shape: Shape) -> Mapping[str, Shape]:
+        """Return the states of a parameter that is updated by ``update``, with their shapes."""
+        if self.state_shapes is not None:
+            return self.state_shapes(shape)
+        return dict.fromkeys(self.states, shape)
 
     @property
     def all_states(self) -> tuple[str, ...]:
@@ -166,7 +192,8 @@ class Optimizer:
     def update_bytes(self, accelerator: str) -> int:
         """Bytes of a step's own tensors: numbers converted to fp32, random bits."""
         if not self.converts:
-            return _MATRIX_BYTES * self.matrix_numel
+            per_element = FP32_BYTES if self.matrix is None else _MATRIX_BYTES
+            return per_element * self.whole_numel
         # Weight, gradient, states, their denominator, and one that is being rounded; the bits are
         # 16 of each element, made from words of 64, and widened to 32.
         per_element = FP32_BYTES * (4 + len(self.states)) + 10

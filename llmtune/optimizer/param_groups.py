@@ -19,9 +19,12 @@ _KEYS = {
     "weight_decay": "a number of at least 0",
 }
 
-#: peft's parts of a parameter's name that the model itself does not have.
+#: peft's parts of a parameter's name that the model itself does not have. In the name of an adapter
+#: ``base_layer`` says which of a module's stacks of experts it belongs to.
 _PEFT_PREFIX = "base_model.model."
-_PEFT_INFIXES = (".modules_to_save.default.", ".base_layer.")
+_PEFT_INFIX = re.compile(
+    r"\.modules_to_save\.default(?=\.)|(\.base_layer)+(?=\.(?!lora_|base_layer))"
+)
 
 #: The entry of a torch optimizer's group that multiplies the learning rate of every step.
 RATE_FACTOR = "learning_rate_factor"
@@ -135,10 +138,7 @@ def plain_name(name: str) -> str:
 
     A LoRA matrix is ``model.layers.0.self_attn.q_proj.lora_A.default.weight``.
     """
-    name = name.removeprefix(_PEFT_PREFIX)
-    for infix in _PEFT_INFIXES:
-        name = name.replace(infix, ".")
-    return name
+    return _PEFT_INFIX.sub("", name.removeprefix(_PEFT_PREFIX))
 
 
 def find_entry_problems(optim: OptimConfig) -> Iterator[str]:

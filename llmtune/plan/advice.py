@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.zero import OffloadConfig
 from llmtune.config.schema import Config, Precision
-from llmtune.errors import DoesNotFitError
+from llmtune.errors import ConfigError, DoesNotFitError
 from llmtune.optimizer.optimizer import FP32_BYTES, OPTIMIZERS, Optimizer, find_optimizer
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import element_bytes
+from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.param_groups import fit_optimizer
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count
 
@@ -63,7 +66,7 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
     shape = ladder.shape
     trained = shape.trainable_parameters // (ladder.world_size if placement.zero_stage else 1)
     where = {"none": "accelerator", "cpu": "host", "nvme": "NVMe"}[placement.optimizer]
-    optimizer = find_optimizer(config.optim)
+    optimizer = fit_optimizer(find_optimizer(config.optim), shape)
     master_and_states = int(optimizer.master_and_state_bytes * trained)
     if master_and_states < 10**9:
         return
@@ -76,8 +79,11 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
             override="tuner=lora",
         )
     held = _held_bytes(optimizer, config.precision, placement)
-    for other in OPTIMIZERS.list().values():
+    for other in _list_optimizers(shape):
         saved = held - _held_bytes(other, config.precision, placement)
+        if max(other.stages) < placement.zero_stage:
+            # Its states would no longer be partitioned.
+            continue
         if saved > 0 and not other.find_problems(OptimConfig(), config.precision):
             yield Advice(
                 change=f"{other.title} instead of {optimizer.title}",
@@ -95,6 +101,14 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
             where=where,
             override=None,
         )
+
+
+def _list_optimizers(shape: ModelShape) -> Iterator[Optimizer]:
+    """List all optimizers that can train what is trained, with what they store of it."""
+    for optimizer in OPTIMIZERS.list().values():
+        # One for matrices alone is refused where there are none.
+        with suppress(ConfigError):
+            yield fit_optimizer(optimizer, shape)
 
 
 def _held_bytes(optimizer: Optimizer, precision: Precision, placement: Placement) -> float:
@@ -178,8 +192,7 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
             shorter.data.max_seq_length = shorter_length
             yield f"data.max_seq_length={shorter_length}", shorter, hardware
 
-    optimizer = find_optimizer(config.optim)
-    for other in _smaller_optimizers(optimizer, config):
+    for other in _smaller_optimizers(config, ladder.shape):
         changed = copy.deepcopy(free)
         changed.optim.kind = other.name
         yield f"optim={other.name}", changed, hardware
@@ -193,11 +206,12 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
         yield from _more_hardware(free, ladder)
 
 
-def _smaller_optimizers(optimizer: Optimizer, config: Config) -> list[Optimizer]:
+def _smaller_optimizers(config: Config, shape: ModelShape) -> list[Optimizer]:
     """List optimizers with the same learning rate that store less, the largest first."""
+    optimizer = fit_optimizer(find_optimizer(config.optim), shape)
     smaller = [
         other
-        for other in OPTIMIZERS.list().values()
+        for other in _list_optimizers(shape)
         if other.master_and_state_bytes < optimizer.master_and_state_bytes
         and other.learning_rate_scale == optimizer.learning_rate_scale
         and not other.find_problems(config.optim, config.precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -69,21 +70,38 @@ def groups_of_model(
 
 
 def fit_optimizer(optimizer: Optimizer, shape: ModelShape) -> Optimizer:
-    """Return the optimizer with what a plan needs to know of a model's matrices.
+    """Return the optimizer with what a plan needs to know of the parameters' shapes.
 
     Raises:
         ConfigError: It has a rule for matrices of layers, and none is trained.
     """
+    trained = [tensor for tensor in shape.tensors if tensor.trained]
+    if optimizer.state_shapes is not None:
+        stored = sum(
+            math.prod(state)
+            for tensor in trained
+            for state in optimizer.state_shapes(tensor.shape).values()
+        )
+        return replace(
+            optimizer,
+            states_per_parameter=stored / shape.trainable_parameters,
+            whole_numel=max(tensor.numel for tensor in trained),
+        )
     if optimizer.matrix is None:
         return optimizer
-    numels = [tensor.numel for tensor in shape.tensors if tensor.trained and tensor.layer_matrix]
+    numels = [tensor.numel for tensor in trained if tensor.layer_matrix]
     if not numels:
         raise ConfigError(
             f"optim={optimizer.name}: no matrix of a layer is trained, and everything else has"
             f" {optimizer.title}; take optim=adamw"
         )
     share = sum(numels) / shape.trainable_parameters
-    return replace(optimizer, matrix_share=share, matrix_numel=max(numels))
+    of_matrices, of_others = len(optimizer.matrix.states), len(optimizer.states)
+    return replace(
+        optimizer,
+        states_per_parameter=share * of_matrices + (1 - share) * of_others,
+        whole_numel=max(numels),
+    )
 
 
 def check_groups(optim: OptimConfig, shape: ModelShape) -> None:

@@ -32,6 +32,7 @@ from llmtune.plan.plan import Plan
 from llmtune.plan.search import build_ladder
 from llmtune.task.task import TASKS
 from llmtune.tuner.coverage import Weight, describe_coverage
+from llmtune.tuner.token_rows.settings import TOKEN_ROWS
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes
 
@@ -251,7 +252,7 @@ def describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> lis
         )
     notes += _describe_adapters(config, ladder.shape)
     if TUNERS.find(config.tuner.kind).has_adapter and ladder.shape.tensors:
-        notes.append(describe_coverage(_list_weights(ladder.shape)))
+        notes.append(_describe_coverage(ladder.shape))
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
     return notes
@@ -269,18 +270,30 @@ def _describe_placement(config: Config, ladder: Ladder, candidate: Candidate) ->
     return f"{rung}, ZeRO {stage} (the fastest of {fitting} that fit)"
 
 
+def _describe_coverage(shape: ModelShape) -> str:
+    """Say which share of the model's own matrices is reached, and what names stacked experts."""
+    text = describe_coverage(_list_weights(shape))
+    if not shape.unreached_stacks:
+        return text
+    names = ",".join(shape.unreached_stacks)
+    return f"{text}; tuner.target_parameters=[{names}] adapts the rest of the experts"
+
+
 def _list_weights(shape: ModelShape) -> list[Weight]:
-    """List the model's own matrices, and whether each has an adapter or is trained itself."""
-    adapted = {tensor.name.partition(".lora_")[0] for tensor in shape.tensors if tensor.adapter}
-    return [
-        Weight(
-            tensor.name,
-            tensor.numel,
-            tensor.trained or tensor.name.removesuffix(".weight") in adapted,
-        )
+    """List the model's own matrices, and how much of each is trained, by adapters or itself."""
+    rows = {
+        tensor.name.partition(TOKEN_ROWS)[0]: tensor.numel
         for tensor in shape.tensors
-        if not tensor.adapter and not tensor.vector
-    ]
+        if TOKEN_ROWS in tensor.name
+    }
+    weights = []
+    for tensor in shape.tensors:
+        if tensor.adapter or tensor.vector:
+            continue
+        is_whole = tensor.trained or tensor.adapted
+        reached = tensor.numel if is_whole else rows.get(tensor.name.removesuffix(".weight"), 0)
+        weights.append(Weight(tensor.name, tensor.numel, reached))
+    return weights
 
 
 def _describe_adapters(config: Config, shape: ModelShape) -> list[str]:

@@ -74,7 +74,10 @@ def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> 
     weights = 0.0
     if not shape.adapter_parameters:
         weights = forward * shape.trainable_parameters / shape.parameters
-    return forward + inputs + recomputed + weights + 6.0 * shape.adapter_parameters
+    # Adapters of stacks take theirs from the gradient of the whole stack.
+    weights += 2.0 * shape.adapted_per_token
+    of_layers = shape.adapter_parameters - shape.stack_adapter_parameters
+    return forward + inputs + recomputed + weights + 6.0 * of_layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import describe_own_code, explain_own_code
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.task_folder import read_labels, resolve_task_folder
+from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan.run_record import RunRecord
 from llmtune.run.target import WEIGHTS_SHARE, Target
@@ -218,7 +219,7 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     # Before peft follows its settings.
-    read_adapter_config(adapter)
+    _check_token_rows(model, adapter, read_adapter_config(adapter))
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         # peft leaves out what does not match, and at most warns; once more, for what it says of it.
@@ -237,6 +238,19 @@ def load_peft_adapter(model: Any, adapter: Path) -> Any:
             f" have no place, such as {wrong[0]}"
         )
     return adapted
+
+
+def _check_token_rows(model: Any, adapter: Path, settings: dict[str, Any]) -> None:
+    """Refuse an adapter with rows of tokens that the model does not have."""
+    indices = settings.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    last = max((int(token) for tokens in lists for token in tokens), default=-1)
+    rows = model.get_input_embeddings().num_embeddings
+    if last >= rows:
+        raise CheckpointError(
+            f"adapter {adapter} has rows of tokens up to {last}, and the model has {rows} rows;"
+            " where training added tokens, name the run (run=), whose base has them"
+        )
 
 
 def from_trained(config: Config, folder: Path, run: Path) -> Target:
@@ -264,7 +278,7 @@ def _base_folder(config: Config, run: Path) -> Path:
     noted, cache = record.model_folder, open_cache(config.paths)
     if noted is not None and noted.is_dir() and list(noted.glob("*.safetensors")):
         return noted
-    base = resolve_model_folder(config.model, cache)
+    base = resolve_base_folder(config.model, config.tuner.new_tokens, cache, lambda _: None)
     labels = Labels.from_dict(record.labels)
     tokenizer = load_tokenizer(base, config.model)
     return resolve_task_folder(

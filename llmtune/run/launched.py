@@ -87,7 +87,7 @@ def _train_launched(
     composed: Composed, target: RunTarget, folder: RunFolder, console: Console, watch: RankWatchdog
 ) -> None:
     from llmtune.engine.distributed import broadcast_object, init_ranks
-    from llmtune.engine.heartbeat import PhaseLog
+    from llmtune.engine.phases.heartbeat import PhaseLog
     from llmtune.run.fallback import hold_nvme
     from llmtune.storage.lock import hold_lock
 

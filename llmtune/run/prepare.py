@@ -23,8 +23,8 @@ from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import ProgressCallback, TokenizeProgress
 from llmtune.errors import ConfigError
 from llmtune.export.prerequisites import check_exportable
-from llmtune.model.source import resolve_model_folder
 from llmtune.model.task_folder import resolve_task_folder
+from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.batch_sizes import BatchPlan
@@ -72,7 +72,7 @@ def prepare_run(
 
     # The model, and whether its export will be possible.
     cache = open_cache(config.paths)
-    base = resolve_model_folder(config.model, cache, console.say)
+    base = resolve_base_folder(config.model, config.tuner.new_tokens, cache, console.say)
     needs_head = find_task(config.model.task).needs_labels
     if not needs_head:
         _check_files(config, plan, base, cache, console)

@@ -36,7 +36,7 @@ from llmtune.track.status import Status
 from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
-    from llmtune.engine.heartbeat import PhaseLog
+    from llmtune.engine.phases.heartbeat import PhaseLog
     from llmtune.train.request import RunRequest
 
 
@@ -109,7 +109,7 @@ def import_libraries(tuner: str) -> None:
 
 def _train(request: RunRequest, console: Console) -> None:
     from llmtune.engine.distributed import barrier, init_ranks
-    from llmtune.engine.heartbeat import PhaseLog
+    from llmtune.engine.phases.heartbeat import PhaseLog
     from llmtune.launch.preflight.deepspeed_ops import load_ops
     from llmtune.train.build import run_job
 

@@ -67,9 +67,12 @@ def _find_optimizer_problems(config: Config) -> list[str]:
     problems = list(_find_group_problems(optim, optimizer))
     problems += optimizer.find_problems(optim, config.precision)
     stage, device = config.zero.stage, config.offload.optimizer
+    if stage == "auto":
+        # Every optimizer is on the accelerator in one of its stages; offload needs ZeRO.
+        is_offloaded = device not in (OffloadDevice.auto, OffloadDevice.none)
+        stage = max(optimizer.stages[-1], int(is_offloaded))
     obstacle = optimizer.find_obstacle(
-        optimizer.stages[-1] if stage == "auto" else int(stage),
-        "none" if device is OffloadDevice.auto else device.value,
+        int(stage), "none" if device is OffloadDevice.auto else device.value
     )
     if obstacle is not None:
         problems.append(f"optim={optimizer.name}: {obstacle}")

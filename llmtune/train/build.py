@@ -19,7 +19,7 @@ from llmtune.config.stored import to_plain
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
 from llmtune.data.load.streaming import RowStream, StreamLoader
-from llmtune.data.prepared_data import open_rows, read_samples
+from llmtune.data.prepared_data import open_rows
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.engine.distributed import Rank, gather_rows
 from llmtune.engine.neftune import add_noise
@@ -38,20 +38,19 @@ from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
+from llmtune.track.hints import Hints
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import TrackedRun, open_services
 from llmtune.track.tracker import Outcome, Trackers
 from llmtune.train.adapters.attach import attach_tuner
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
-from llmtune.train.hooks.confusion_plot import ConfusionPlot
+from llmtune.train.hooks.build_hooks import build_hooks
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
-from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.packing_probe import check_module
-from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.line_sums import LineSums
-from llmtune.train.loop import Hook, Job, run
+from llmtune.train.loop import Job, run
 from llmtune.train.model_files import render_model_files, resolve_weight_files
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import describe_environment, fingerprint
@@ -362,35 +361,5 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, first_step
     )
     metrics = MetricsFile(request.run_folder / layout.METRICS)
     progress = ProgressLine(console, request.steps.total_steps)
-    return Trackers([metrics, progress, *open_services(run)], console.say)
-
-
-def build_hooks(
-    request: RunRequest, rank: Rank, console: Console, module: TrainModule, tokenizer: Any
-) -> list[Hook]:
-    """Build the hooks of this run."""
-    config, plan = request.config, request.plan
-    prompts = read_samples(request.data)
-    sharded = plan.placement.zero_stage == 3
-    reason = samples_reason_to_skip(
-        config.train.sample_answers, plan.shape.parameters, sharded, len(prompts)
-    )
-    hooks: list[Hook] = [
-        LossPlot(request.run_folder, request.run_name, rank),
-        ConfusionPlot(request.run_folder, rank),
-    ]
-    if not find_task(config.model.task).generates:
-        return hooks
-    if reason is None:
-        hooks.append(
-            SampleAnswers(
-                module=module,
-                tokenizer=tokenizer,
-                prompts=prompts,
-                run=request.run_folder,
-                console=console,
-            )
-        )
-    else:
-        console.say(f"no sample answers: {reason}")
-    return hooks
+    hints = Hints(console.say)
+    return Trackers([metrics, progress, hints, *open_services(run)], console.say)

@@ -22,6 +22,7 @@ from llmtune.errors import CheckpointError, DivergedError, StoppedError
 from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.steps import Interval, StepsPlan
 from llmtune.storage.manifest import is_complete
+from llmtune.track.phase_seconds import to_record
 from llmtune.track.tracker import Record, Trackers
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import Evaluator
@@ -167,6 +168,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
     started = time.perf_counter()
     step = progress.step + 1
     job.rank.phases.step = step
+    job.rank.phases.enter("data")
     batch = next(batches)
     batch_size = job.batches.rows_at(progress.reached)
     rate = learning_rate_at(
@@ -200,6 +202,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         pause = job.saver.pause_seconds()
         if pause is not None:
             record["save_pause_seconds"] = pause
+        record |= to_record(job.rank.phases.clock.take())
         job.trackers.log(record)
         line = LineSums()
 

@@ -1,19 +1,25 @@
 """Choose the layers that get LoRA adapters.
 
 These are the linear layers that peft adapts, that are called as layers, and that do not choose
-among experts.
+among experts; and the stacks of experts that are named.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ConfigError
 from llmtune.tuner.blocks import find_blocks
 from llmtune.tuner.head import in_modules
+from llmtune.tuner.stacks.stacked_weights import (
+    Stack,
+    choose_stacks,
+    count_experts,
+    find_stacks,
+)
 
 if TYPE_CHECKING:
     from llmtune.config.groups.tuner import TunerConfig
@@ -41,6 +47,8 @@ class AdaptedLayers:
     """Paths of the linear layers that are trained themselves: the head's, and saved modules'."""
     is_exact: bool = False
     """peft must be given whole names, because endings name other layers too."""
+    stacks: dict[str, Stack] = field(default_factory=dict)
+    """Name of a parameter -> stack of experts' matrices that gets an adapter."""
 
     @property
     def endings(self) -> list[str]:
@@ -48,16 +56,30 @@ class AdaptedLayers:
         return _last_parts(self.layers)
 
     @property
+    def all_endings(self) -> list[str]:
+        """Return the last parts of the names of everything that gets adapters."""
+        return _last_parts([*self.layers, *self.stacks])
+
+    @property
     def left_alone_endings(self) -> list[str]:
         """Return the last parts of the names of the layers that are left alone."""
         return _last_parts(self.left_alone)
 
-    def peft_settings(self, targets: Any) -> dict[str, Any]:
-        """Return ``target_modules`` and ``exclude_modules`` of peft's configuration.
+    def peft_settings(self, targets: Any, parameters: Sequence[str]) -> dict[str, Any]:
+        """Return the settings of peft's configuration that name layers and parameters.
 
         Args:
             targets: ``tuner.target_modules``.
+            parameters: ``tuner.target_parameters``.
         """
+        settings = self._module_settings(targets)
+        if self.stacks:
+            # peft does not look at the number of a layer here.
+            names = list(self.stacks) if self.is_exact else list(parameters)
+            settings["target_parameters"] = names
+        return settings
+
+    def _module_settings(self, targets: Any) -> dict[str, Any]:
         if self.is_exact:
             return {"target_modules": list(self.layers)}
         names = [*self.left_alone, *self.head]
@@ -74,7 +96,7 @@ class AdaptedLayers:
 
 
 def choose_layers(model: Any, tuner: TunerConfig, head: Sequence[str] = ()) -> AdaptedLayers:
-    """Choose the linear layers that the tuner adapts.
+    """Choose the linear layers, and the stacks of experts, that the tuner adapts.
 
     Args:
         model: A transformers model, on any device.
@@ -98,16 +120,22 @@ def choose_layers(model: Any, tuner: TunerConfig, head: Sequence[str] = ()) -> A
     else:
         layers = _choose_named(linear, left_alone, tuner.target_modules, bool(of_head), output)
         left_alone = {name: reason for name, reason in left_alone.items() if name not in layers}
+    stacks = choose_stacks(model, tuner, whole)
     kept = _narrow(model, layers, tuner)
+    if not kept and not stacks:
+        raise _nothing_left(tuner)
     patterned = tuner.target_modules == "all-linear" and (
-        bool(left_alone or of_head) or _has_stacked_experts(model)
+        bool(left_alone or of_head) or bool(find_stacks(model))
     )
     return AdaptedLayers(
         layers=kept,
         left_alone=left_alone,
         patterned=patterned,
         head=of_head,
-        is_exact=len(kept) < len(layers) or is_pattern(tuner.target_modules),
+        is_exact=bool(tuner.layers_to_transform)
+        or len(kept) < len(layers)
+        or is_pattern(tuner.target_modules),
+        stacks=stacks,
     )
 
 
@@ -154,7 +182,7 @@ def _narrow(model: Any, layers: dict[str, Any], tuner: TunerConfig) -> dict[str,
     """Leave out what ``exclude_modules`` and ``layers_to_transform`` leave out.
 
     Raises:
-        ConfigError: They match nothing, or leave nothing.
+        ConfigError: They match nothing.
     """
     kept = layers
     if tuner.exclude_modules is not None:
@@ -177,13 +205,15 @@ def _narrow(model: Any, layers: dict[str, Any], tuner: TunerConfig) -> dict[str,
         assert blocks is not None
         paths = [blocks.path(index) for index in tuner.layers_to_transform]
         kept = {name: layer for name, layer in kept.items() if in_modules(name, paths)}
-    if not kept:
-        keys = [key for key in ("exclude_modules", "layers_to_transform") if getattr(tuner, key)]
-        raise ConfigError(
-            f"tuner.{' and tuner.'.join(keys)} leave no layer of those that"
-            f" tuner.target_modules={tuner.target_modules} names"
-        )
     return kept
+
+
+def _nothing_left(tuner: TunerConfig) -> ConfigError:
+    keys = [key for key in ("exclude_modules", "layers_to_transform") if getattr(tuner, key)]
+    return ConfigError(
+        f"tuner.{' and tuner.'.join(keys)} leave no layer of those that"
+        f" tuner.target_modules={tuner.target_modules} names"
+    )
 
 
 def find_saved_modules(model: Any, tuner: TunerConfig) -> list[str]:
@@ -296,34 +326,6 @@ def matrix_sides(linear: Any) -> tuple[int, int]:
     return (columns, rows) if isinstance(linear, nn.Linear) else (rows, columns)
 
 
-def count_experts(architecture: Any) -> int:
-    """Read the number of a layer's experts from a configuration; 0 for a dense model."""
-    text = architecture.get_text_config()
-    for section in (text, getattr(text, "ffn_config", None)):
-        for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-            if experts := getattr(section, key, None):
-                return int(experts)
-    return 0
-
-
-def stacked_parameters(model: Any) -> int:
-    """Count the elements of experts that are stacked in one tensor, which is not a linear layer."""
-    return sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if ".experts." in name and len(_shape(p)) > 2
-    )
-
-
-def _has_stacked_experts(model: Any) -> bool:
-    return any(".experts." in name and len(_shape(p)) > 2 for name, p in model.named_parameters())
-
-
-def _shape(parameter: Any) -> Any:
-    """Return the shape of a parameter, also where ZeRO 3 keeps a slice of it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def _left_alone(model: Any, linear: dict[str, Any]) -> dict[str, str]:
     experts = count_experts(model.config)
     expert_names = _taken_for_experts(model)
@@ -369,7 +371,7 @@ def _taken_for_experts(model: Any) -> set[str]:
     peft maps every layer of that name, dense or shared ones too, in training and whenever such an
     adapter is loaded.
     """
-    if not _has_stacked_experts(model):
+    if not find_stacks(model):
         return set()
     try:
         from peft.utils import transformers_weight_conversion as conversion

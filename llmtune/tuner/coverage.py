@@ -26,8 +26,8 @@ class Weight:
 
     name: str
     numel: int
-    is_reached: bool
-    """It has an adapter, or is trained itself."""
+    reached: int
+    """Elements that are trained: all of one with an adapter, or single rows of a table."""
 
 
 def describe_coverage(weights: Iterable[Weight]) -> str:
@@ -35,7 +35,7 @@ def describe_coverage(weights: Iterable[Weight]) -> str:
     totals: dict[str, list[int]] = {}
     for weight in weights:
         counted = totals.setdefault(_kind(weight.name), [0, 0])
-        counted[0] += weight.numel if weight.is_reached else 0
+        counted[0] += weight.reached
         counted[1] += weight.numel
     reached = sum(counted[0] for counted in totals.values())
     every = sum(counted[1] for counted in totals.values())

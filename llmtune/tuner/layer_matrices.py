@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -9,7 +10,8 @@ def find_layer_matrices(model: Any) -> set[str]:
     """Name the parameters that multiply hidden states: matrices, and stacks of experts' matrices.
 
     Tables of embeddings and the output projection are left out, and so are adapters of tables and
-    trained rows of them.
+    trained rows of them. Adapters of stacked experts are left out too: one parameter holds those of
+    all experts side by side.
     The head of a task is not known here.
 
     Args:
@@ -22,7 +24,11 @@ def find_layer_matrices(model: Any) -> set[str]:
     output = model.get_output_embeddings()
     others = {
         id(parameter)
-        for module in (*tables, *([output] if output is not None else []))
+        for module in (
+            *tables,
+            *([output] if output is not None else []),
+            *_adapters_of_stacks(model),
+        )
         for parameter in module.parameters()
     }
     of_tables = (".lora_embedding_", ".trainable_tokens_")
@@ -34,3 +40,10 @@ def find_layer_matrices(model: Any) -> set[str]:
         if is_matrix and not is_of_table:
             found.add(name)
     return found
+
+
+def _adapters_of_stacks(model: Any) -> Iterator[Any]:
+    """Yield the modules with the matrices of peft's ``ParamWrapper``, which adapts a parameter."""
+    for module in model.modules():
+        if hasattr(module, "parameter_name") and hasattr(module, "lora_A"):
+            yield from (module.lora_A, module.lora_B)

@@ -65,7 +65,9 @@ def find_setting_problems(tuner: TunerConfig) -> list[str]:
     """Find settings of adapters that are impossible by themselves, in words a user can act on."""
     problems = _find_pattern_problems("rank_pattern", tuner.rank_pattern, (int,))
     problems += _find_pattern_problems("alpha_pattern", tuner.alpha_pattern, (int, float))
-    if tuner.target_modules != "all-linear":
+    # Stacks of experts alone may have adapters.
+    is_named = tuner.target_modules != "all-linear"
+    if is_named and not (tuner.target_modules == [] and tuner.target_parameters):
         problems += _find_target_problems("target_modules", tuner.target_modules)
     if tuner.exclude_modules is not None:
         problems += _find_target_problems("exclude_modules", tuner.exclude_modules)
@@ -76,7 +78,7 @@ def find_setting_problems(tuner: TunerConfig) -> list[str]:
         )
     if tuner.bias not in BIASES:
         problems.append(f"tuner.bias={tuner.bias}: {', '.join(BIASES)}")
-    return [*problems, *_find_start_problems(tuner)]
+    return [*problems, *_find_start_problems(tuner), *_find_stack_problems(tuner)]
 
 
 def _find_target_problems(key: str, targets: Any) -> list[str]:
@@ -112,6 +114,31 @@ def _find_start_problems(tuner: TunerConfig) -> Iterator[str]:
     odd = [f"{key}={rank}" for key, rank in ranks.items() if isinstance(rank, int) and rank % 2]
     if start == "orthogonal" and odd:
         yield f"{shown} needs even ranks, and tuner has {odd[0]}"
+
+
+def _find_stack_problems(tuner: TunerConfig) -> Iterator[str]:
+    """Find settings that adapters on stacks of experts do not have; peft refuses them too."""
+    if not tuner.target_parameters:
+        return
+    shown = f"tuner.target_parameters={tuner.target_parameters}"
+    if tuner.use_dora:
+        yield f"{shown} with tuner.use_dora=true: stacks of experts have no DoRA; leave one out"
+    if tuner.lora_dropout:
+        yield (
+            f"{shown} with tuner.lora_dropout={tuner.lora_dropout}: B @ A is added to the experts'"
+            " weights before they meet their inputs, so that there is nothing to drop; take"
+            " tuner.lora_dropout=0"
+        )
+    if tuner.init_lora_weights not in ("default", "gaussian"):
+        yield (
+            f"{shown} with tuner.init_lora_weights={tuner.init_lora_weights}: stacks of experts"
+            " begin as default or gaussian"
+        )
+    if tuner.adapter_path:
+        yield (
+            f"{shown} with tuner.adapter_path={tuner.adapter_path}: an adapter on stacks of experts"
+            " is not trained on from a folder; leave one out"
+        )
 
 
 def changes_base(tuner: TunerConfig) -> bool:

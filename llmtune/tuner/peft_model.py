@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from llmtune.storage.layout import ADAPTER_WEIGHTS
 from llmtune.tuner.adapted_layers import choose_layers, find_own_parameters
 from llmtune.tuner.head import NO_HEAD, Head, in_modules
 from llmtune.tuner.lora_settings import changes_base
+from llmtune.tuner.stacks.stack_adapter import compute_in_place, find_stack_reads
 from llmtune.tuner.start_factors import (
     Factors,
     adapted_layers,
@@ -34,6 +35,9 @@ from llmtune.tuner.stored_adapter import (
     to_file_name,
     with_peft_defaults,
 )
+from llmtune.tuner.token_rows.layers import add_token_rows, find_tied_readers
+from llmtune.tuner.token_rows.settings import TokenTable
+from llmtune.tuner.token_rows.tables import find_token_tables
 from llmtune.tuner.whole_parameters import Gather, Write, copy_whole, keep_whole, whole_shape
 
 
@@ -71,6 +75,7 @@ def _add_lora(
     chosen = choose_layers(model, config, head.modules)
     names = find_own_parameters(model, config, chosen)
     own = [parameter for name, parameter in model.named_parameters() if name in names]
+    tables = find_token_tables(model, config)
     settings = LoraConfig(
         # Of a classifier peft would train a second copy of the head, which it makes of what this
         # rank has of it under ZeRO 3.
@@ -85,7 +90,7 @@ def _add_lora(
         lora_dropout=config.lora_dropout,
         bias=config.bias,  # type: ignore[arg-type]
         init_lora_weights=_peft_start(config),  # type: ignore[arg-type]
-        **chosen.peft_settings(config.target_modules),
+        **chosen.peft_settings(config.target_modules, config.target_parameters),
         base_model_name_or_path=base,
     )
     torch.manual_seed(torch_seed(seed, Draw.adapter))
@@ -94,6 +99,10 @@ def _add_lora(
         wrapped: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
     wrapped.peft_config[_NAME].base_model_name_or_path = base
     wrapped.peft_config[_NAME].inference_mode = True
+    if chosen.stacks:
+        compute_in_place(wrapped)
+        # peft makes a set of them, which would be stored in any order.
+        wrapped.peft_config[_NAME].target_parameters = settings.target_parameters
     # GPT-2's files hold (inputs, outputs), its layers in 4 bits do not, and peft reads the layers.
     # Who merges the adapter needs to know what the files hold.
     if any(getattr(module, "is_stored_transposed", False) for module in model.modules()):
@@ -104,7 +113,17 @@ def _add_lora(
         wrapped.peft_config[_NAME].modules_to_save = list(config.modules_to_save)
     if head.modules:
         _train_head(wrapped, head)
+    if tables:
+        add_token_rows(wrapped.get_base_model(), tables, gather)
+        wrapped.peft_config[_NAME].trainable_token_indices = _as_peft_lists(tables)
     return wrapped
+
+
+def _as_peft_lists(tables: Sequence[TokenTable]) -> list[int] | dict[str, list[int]]:
+    """Return peft's ``trainable_token_indices``; a plain list is for the input embeddings."""
+    if len(tables) == 1 and not tables[0].is_output:
+        return list(tables[0].tokens)
+    return {table.path: list(table.tokens) for table in tables}
 
 
 def _peft_start(config: TunerConfig) -> bool | str:
@@ -134,12 +153,16 @@ def _gathering_for_dora(gather: Gather) -> Iterator[None]:
 
 
 def find_read_elsewhere(wrapped: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield adapter layers that read their base layer's weight themselves, with that weight.
+    """Yield layers that read a parameter of another module in every forward pass, with that.
 
-    DoRA does, in every forward pass (``peft/tuners/lora/dora.py``).
+    DoRA's read their base layer's weight (``peft/tuners/lora/dora.py``), an adapter on a stack of
+    experts all that it adds up, and an output projection the embeddings that it is tied to, where
+    rows of them are trained.
     """
     from peft.tuners.lora.layer import LoraLayer
 
+    yield from find_tied_readers(wrapped)
+    yield from find_stack_reads(wrapped)
     for module in wrapped.modules():
         if isinstance(module, LoraLayer) and module.lora_magnitude_vector:
             base: Any = module.get_base_layer()

@@ -10,10 +10,12 @@ from llmtune.config.groups.tuner import TunerConfig
 from llmtune.registry import Registry
 from llmtune.tuner.head import NO_HEAD, Head, in_modules
 from llmtune.tuner.lora_settings import find_setting_problems
+from llmtune.tuner.token_rows.settings import find_token_problems
 from llmtune.tuner.whole_parameters import Gather, keep_whole
 
 if TYPE_CHECKING:
     from llmtune.tuner.adapted_layers import AdaptedLayers
+    from llmtune.tuner.token_rows.settings import TokenTable
 
 
 #: Keys of ``tuner`` that only adapters read. Those of rank and scale may stand in a shared
@@ -22,9 +24,11 @@ _ADAPTER_KEYS = (
     "use_dora",
     "lora_plus_ratio",
     "init_lora_weights",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "modules_to_save",
+    "trainable_token_indices",
     "bias",
 )
 
@@ -56,11 +60,16 @@ class Tuner:
 
     def find_problems(self, config: TunerConfig) -> list[str]:
         """Find broken rules of ``tuner.*``, in words a user can act on."""
-        problems = find_setting_problems(config)
+        problems = [*find_setting_problems(config), *find_token_problems(config)]
         if config.adapter_path and not self.has_adapter:
             problems.append(
                 f"tuner.adapter_path={config.adapter_path} needs tuner=lora; {self.title} has no"
                 " adapter"
+            )
+        if config.new_tokens and not (self.has_adapter or self.trains_all):
+            problems.append(
+                f"tuner.new_tokens={config.new_tokens} needs tuner=lora or tuner=full;"
+                f" {self.title} trains no single rows of embeddings"
             )
         if not config.bnb_4bit_use_double_quant and not self.is_quantized:
             problems.append(
@@ -115,6 +124,17 @@ class Tuner:
         return {
             name for name, parameter in model.named_parameters() if self.trains(name, parameter)
         }
+
+    def find_token_tables(self, model: Any, config: TunerConfig) -> Sequence[TokenTable]:
+        """Find the tables of which single rows are trained, beside adapters.
+
+        Args:
+            model: A transformers model, on any device, under ZeRO 3 with slices of its parameters.
+
+        Raises:
+            ConfigError: The model has no such row, or trains it otherwise too.
+        """
+        return ()
 
     def find_rate_factor(self, name: str, config: TunerConfig) -> tuple[str, float] | None:
         """Find a factor of the peak learning rate of one trained parameter.

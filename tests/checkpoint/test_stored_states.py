@@ -5,6 +5,7 @@ names the file.
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,16 @@ import torch
 from safetensors.torch import save_file
 
 from llmtune.checkpoint.optimizer_files import check_storages
-from llmtune.checkpoint.stored_states import map_slices, read_stored_states
+from llmtune.checkpoint.stored_states import (
+    StoredParameter,
+    StoredSlice,
+    map_slices,
+    read_stored_states,
+)
 from llmtune.config.groups.optim import OptimConfig
 from llmtune.errors import CheckpointError
 from llmtune.optimizer.block_codes import count_blocks, decode_blocks, encode_blocks
-from llmtune.optimizer.optimizer import find_optimizer
+from llmtune.optimizer.optimizer import OPTIMIZERS, find_optimizer
 from llmtune.optimizer.storage import UNSIGNED_8BIT
 from llmtune.storage import layout
 
@@ -183,3 +189,19 @@ def test_the_state_of_another_optimizer_is_refused_in_words(tmp_path: Path) -> N
         " master in bf16, exp_avg in signed 8-bit blocks, exp_avg_sq in unsigned 8-bit blocks. An"
         " optimizer resumes its own state only"
     )
+
+
+@pytest.mark.parametrize(("wrote", "reads"), permutations(OPTIMIZERS.list(), 2))
+def test_no_optimizer_reads_the_state_of_another_kind(
+    wrote: str, reads: str, tmp_path: Path
+) -> None:
+    optimizers = [find_optimizer(OptimConfig(kind=kind)) for kind in (wrote, reads)]
+    storages, others = (
+        {kind: optimizer.storage(kind).name for kind in ("master", *optimizer.all_states)}
+        for optimizer in optimizers
+    )
+    piece = StoredSlice(file=tmp_path, name="w", start=0, numel=1, storages=storages)
+    module: Any = SimpleNamespace(optimizer=optimizers[1])
+    assert storages != others
+    with pytest.raises(CheckpointError, match="An optimizer resumes its own state only"):
+        check_storages(module, {"w": StoredParameter(1, (piece,))}, tmp_path)

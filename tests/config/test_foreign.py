@@ -9,7 +9,7 @@ import pytest
 from llmtune.cli.arguments import parse
 from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config, config_groups
-from llmtune.config.foreign import MEANINGS
+from llmtune.config.foreign import ABSENT_OPTIONS, MEANINGS
 from llmtune.config.keys import known_keys
 from llmtune.config.overrides import read_override
 from llmtune.errors import ConfigError
@@ -55,6 +55,15 @@ def test_a_foreign_name_is_answered_with_the_key_it_means(override: str, meant: 
 def test_what_there_is_no_key_for_says_so() -> None:
     assert "unknown key 'stage'; llmtune does supervised fine-tuning" in problem("stage=dpo")
     assert "4 bits, NF4; 8 bits are not there" in problem("load_in_8bit=true")
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, one) for group, them in ABSENT_OPTIONS.items() for one in them]
+)
+def test_an_option_that_others_have_is_refused_with_the_reason(group: str, option: str) -> None:
+    assert option not in GROUPS[group]
+    start = f"{group}={option}: there is no such option: {ABSENT_OPTIONS[group][option]}"
+    assert problem(f"{group}={option}").startswith(start)
 
 
 @pytest.mark.parametrize("name", MEANINGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmtune.engine.heartbeat import PhaseLog
+from llmtune.engine.phases.heartbeat import PhaseLog
 from llmtune.storage.rank_files import phase_file, read_phase
 
 

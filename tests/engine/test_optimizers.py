@@ -24,6 +24,7 @@ GROUPS = (
 )
 ADAMW = ["optim.learning_rate=1e-3", "optim.weight_decay=0.1", GROUPS]
 MUON = ["optim=muon", "optim.learning_rate=1e-3", "optim.weight_decay=0.1", GROUPS]
+ADAFACTOR = ["optim=adafactor", "optim.learning_rate=1e-3", "optim.weight_decay=0.1"]
 #: Muon's iteration is in bf16, whatever the precision: another order of the same sums moves digits.
 MUON_TOLERANCE = {"fp32": 5e-3, "bf16": 2e-2}
 #: Rungs of an optimizer that is not on NVMe.
@@ -77,6 +78,37 @@ def test_lion_is_the_same_on_every_rung_and_resumes_to_the_last_digit(
 )
 def test_so_are_groups_of_parameters(places: list[tuple[str, str]], tmp_path: Path) -> None:
     check_rungs(ADAMW, places, TOLERANCE, tmp_path)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "precisions", [["bf16"], pytest.param(["fp32", "bf16"], marks=pytest.mark.slow)], ids=len
+)
+def test_adafactor_resumes_to_the_last_digit(precisions: list[str], tmp_path: Path) -> None:
+    """On two ranks, of which each wrote a half of the master weights, and on one from theirs."""
+    folders = [f"{tmp_path}/{precision}/checkpoint-{FIRST}" for precision in precisions]
+    places = [("0", "none")] * len(precisions)
+    saving = [
+        {**task, "save": folder}
+        for task, folder in zip(
+            tasks(ADAFACTOR, places, tmp_path, precisions, first=0, save_at=FIRST, background=True),
+            folders,
+            strict=True,
+        )
+    ]
+    whole = [result["losses"] for result in train_engines(saving, 2, tmp_path)]
+    loading = [
+        {**task, "load": folder}
+        for task, folder in zip(
+            tasks(ADAFACTOR, places, tmp_path, precisions, first=FIRST), folders, strict=True
+        )
+    ]
+    resumed = [result["losses"] for result in train_engines(loading, 2, tmp_path)]
+    elsewhere = [result["losses"] for result in train_engines(loading, 1, tmp_path)]
+    for precision, losses, rest, moved in zip(precisions, whole, resumed, elsewhere, strict=True):
+        assert losses[-1] < losses[0] - 0.3, "the model must learn"
+        assert rest == losses[FIRST:]
+        assert largest_difference(moved, losses[FIRST:]) < TOLERANCE[precision]
 
 
 @pytest.mark.process

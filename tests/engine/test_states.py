@@ -100,7 +100,7 @@ def test_so_are_those_of_low_precision_states(
 @pytest.mark.parametrize(
     "places",
     [
-        [(0, "none"), (3, "none"), (2, "optimizer_cpu")],
+        [(3, "none")],
         pytest.param([place for place in PLACES if "nvme" not in place[1]], marks=pytest.mark.slow),
     ],
     ids=len,
@@ -113,6 +113,28 @@ def test_so_are_those_of_an_optimizer_with_a_rule_for_matrices(
         for index, place in enumerate(places)
     ]
     wrong = find_wrong(cells, tmp_path, "optim=muon")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [((0, "none"), "full", "bf16", 1)],
+        pytest.param(
+            [
+                ((0, "none"), tuner, precision, ranks)
+                for tuner in TUNERS
+                for precision in PRECISIONS
+                for ranks in RANKS
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=len,
+)
+def test_so_are_those_of_rows_and_columns(cells: list[Any], tmp_path: Path) -> None:
+    wrong = find_wrong(cells, tmp_path, "optim=adafactor")
     assert not wrong, "\n".join(map(str, wrong))
 
 

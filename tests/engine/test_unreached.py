@@ -72,3 +72,18 @@ def test_it_is_looked_for_once_when_both_matrices_can_have_moved(
     (text,) = said
     assert "gradient of 5 trained tensors was exactly zero" in text
     assert "a, b, c, d ..." in text
+
+
+def test_rows_of_tokens_that_do_not_occur_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no fault of the model."""
+    said: list[str] = []
+    rows = "model.embed_tokens.token_adapter.trainable_tokens_delta.default"
+    monkeypatch.setattr(gradient_check, "find_unreached", lambda _: ["a", rows])
+    module: Any = object()
+    check = GradientCheck(module, said.append)
+    for _ in range(3):
+        check.after_step(1e-3, applied=True)
+    of_rows, of_others = said
+    assert f"no row of the first steps holds a token of {rows}" in of_rows
+    assert "gradient of 1 trained tensors was exactly zero" in of_others
+    assert rows not in of_others

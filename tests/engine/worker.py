@@ -30,7 +30,7 @@ from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule
 from llmtune.engine.unreached import find_unreached
 from llmtune.launch.preflight.deepspeed_ops import load_ops
-from llmtune.model.source import resolve_model_folder
+from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import resolve
 from llmtune.plan.length.batch_schedule import ScheduledBatch
@@ -128,10 +128,11 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
 def resolve_on_first(config: Config, rank: Rank) -> Path:
     """The model's folder, made by rank 0: transformers writes nothing on the others."""
+    model, tokens, cache = config.model, config.tuner.new_tokens, open_cache(config.paths)
     if rank.is_first:
-        resolve_model_folder(config.model, open_cache(config.paths))
+        resolve_base_folder(model, tokens, cache, print)
     barrier(rank)
-    return resolve_model_folder(config.model, open_cache(config.paths))
+    return resolve_base_folder(model, tokens, cache, print)
 
 
 def not_a_number(logits: torch.Tensor, targets: Targets) -> torch.Tensor:

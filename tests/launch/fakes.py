@@ -20,7 +20,7 @@ from tests.support import ROOT
 PRELUDE = """
 import json, os, signal, sys, time
 from pathlib import Path
-from llmtune.engine.heartbeat import PhaseLog
+from llmtune.engine.phases.heartbeat import PhaseLog
 from llmtune.errors import DataError, LlmtuneError, StoppedError
 from llmtune.launch.launchers.environment import FAILURE_DIR
 from llmtune.launch.processes.parent_death import die_with_supervisor

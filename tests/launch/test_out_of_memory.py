@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.engine.heartbeat import PhaseLog
+from llmtune.engine.phases.heartbeat import PhaseLog
 from llmtune.errors import CheckpointError
 from llmtune.launch.supervise import out_of_memory
 from llmtune.launch.supervise.out_of_memory import count_kills, find_event, memory_pool

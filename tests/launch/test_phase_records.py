@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmtune.engine.heartbeat import PhaseLog
+from llmtune.engine.phases.heartbeat import PhaseLog
 from llmtune.launch.supervise import phase_records
 from llmtune.launch.supervise.phase_records import HangDetector, finished_step
 from llmtune.storage.rank_files import phase_file

@@ -17,7 +17,7 @@ from tests.support import ROOT
 _PRELUDE = """
 import sys, threading, time
 from pathlib import Path
-from llmtune.engine.heartbeat import PhaseLog
+from llmtune.engine.phases.heartbeat import PhaseLog
 from llmtune.launch.supervise.rank_watchdog import RankWatchdog
 run = Path(sys.argv[1])
 watch = RankWatchdog(3, run, lambda text: print(text, flush=True))

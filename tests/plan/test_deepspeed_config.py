@@ -49,10 +49,10 @@ def test_adapters_stay_on_every_rank() -> None:
 
 def test_matrices_off_the_sectors_have_a_group_of_their_own_on_nvme() -> None:
     tensors = [
-        TensorShape(name="even", numel=1024 * 1024, trained=True, vector=False),
-        TensorShape(name="odd", numel=1001 * 1001, trained=True, vector=False),
-        TensorShape(name="odd too", numel=999 * 1001, trained=True, vector=False),
-        TensorShape(name="norm", numel=1001, trained=True, vector=True),
+        TensorShape(name="even", shape=(1024, 1024), trained=True),
+        TensorShape(name="odd", shape=(1001, 1001), trained=True),
+        TensorShape(name="odd too", shape=(999, 1001), trained=True),
+        TensorShape(name="norm", shape=(1001,), trained=True),
     ]
     grouped = parameter_groups(tensors, Placement(3, "nvme"), 2)
     assert [[tensor.name for tensor in group] for group in grouped] == [

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llmtune.engine.heartbeat import PhaseLog
+from llmtune.engine.phases.heartbeat import PhaseLog
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 

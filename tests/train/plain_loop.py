@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.optimization import Adafactor
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,13 @@ def of_weight(name: str, weight: Tensor, recipe: Recipe) -> dict[str, Any]:
 
 
 def make_optimizers(kind: str, groups: list[dict[str, Any]]) -> list[Any]:
-    """Torch's own where it has them; with Muon two, of which each has its parameters."""
+    """Torch's or transformers' own; with Muon two, of which each has its parameters."""
     adamw: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
     if kind == "lion":
         return [Lion(groups, {"lr": 0.0, "betas": (0.9, 0.99)})]
+    if kind == "adafactor":
+        # Torch's has no fixed learning rate.
+        return [Adafactor(groups, lr=0.0, relative_step=False, scale_parameter=False)]
     if kind == "adamw":
         return [torch.optim.AdamW(groups, **adamw)]
     is_matrix = [g["params"][0].ndim == 2 and not g["is_table"] for g in groups]

@@ -45,5 +45,5 @@ def test_each_kind_of_module_is_said() -> None:
 )
 def test_a_share_is_rounded_to_all_or_nothing_only_where_it_is(reached: int, text: str) -> None:
     rest = 1_000 - reached if reached < 1_000 else 1
-    weights = [Weight("a.mlp.x", reached, True), Weight("b.mlp.y", rest, False)]
+    weights = [Weight("a.mlp.x", reached, reached), Weight("b.mlp.y", rest, 0)]
     assert describe_coverage(weights) == f"adapters reach {text} of the weights: MLP {text}"

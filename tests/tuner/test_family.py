@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llmtune.data.load.loader import StepBatch, TrainLoader
 from llmtune.data.prepare import prepare_data
 from llmtune.data.prepared_data import open_rows
 from llmtune.draws import Draw, torch_seed
-from llmtune.model.source import resolve_model_folder
+from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan.length.batch_schedule import ScheduledBatch
 from llmtune.plan.resolve import resolve_plan
@@ -31,6 +32,20 @@ BASE = [
     *("precision=fp32", "tuner.lora_r=4", "tuner.lora_alpha=8"),
 ]
 RATE, SEED, HALF, STEPS = 2e-3, 42, 5, 10
+#: Of which rows are trained: two frequent ones, and one that does not occur.
+TOKENS = [11, 40, 3]
+
+#: Stacked experts, whose matrices are (out, in) in the one and (in, out) in the other.
+MIXTURE = ("hidden_size=32", "intermediate_size=48", "head_dim=8", "num_experts_per_tok=2")
+NUMBERS = {
+    "experts": ("model_type=qwen3_moe", "num_experts=4", "moe_intermediate_size=16", *MIXTURE),
+    "transposed experts": ("model_type=gpt_oss", "num_local_experts=4", *MIXTURE),
+}
+MODELS = {
+    kind: [f"model.config.{number}" for number in numbers] for kind, numbers in NUMBERS.items()
+}
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TARGETS = f"tuner.target_parameters=[{','.join(STACKS)}]"
 
 #: Overrides of a kind, and what peft calls it.
 KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -43,19 +58,58 @@ KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
         ["tuner=dora", "tuner.use_rslora=true", "tuner.init_lora_weights=olora"],
         {"use_dora": True, "use_rslora": True, "init_lora_weights": "olora"},
     ),
+    "token rows, tied": (
+        ["tuner=lora", f"tuner.trainable_token_indices={TOKENS}"],
+        {"trainable_token_indices": TOKENS},
+    ),
+    "token rows of both": (
+        [
+            *("tuner=dora", "model.config.tie_word_embeddings=false"),
+            f"tuner.trainable_token_indices={{embed_tokens: {TOKENS}, lm_head: [7]}}",
+        ],
+        {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [7]}, "use_dora": True},
+    ),
+    # Words of the rows, which become the first tokens behind the tokenizer's 512.
+    "new tokens": (
+        ["tuner=lora", "tuner.new_tokens=[return,string]"],
+        {"trainable_token_indices": [512, 513]},
+    ),
+    "experts": (
+        [*MODELS["experts"], "tuner=lora", TARGETS],
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": STACKS},
+    ),
+    "transposed experts": (
+        [
+            *MODELS["transposed experts"],
+            *("tuner=lora_plus", "tuner.target_modules=[]", TARGETS),
+            "train.gradient_checkpointing=true",
+        ],
+        {"target_modules": [], "target_parameters": STACKS},
+    ),
 }
+#: Those whose matrices B have a learning rate of their own.
+WITH_RATIO = ("lora_plus", "transposed experts")
 PLACES = [(stage, ranks) for stage in (0, 2, 3) for ranks in (1, 2)]
-#: One place for each kind in the ordinary suite: together they are all places.
-CHOSEN = list(zip(KINDS, [PLACES[at] for at in (0, 5, 2, 4, 3, 1)], strict=True))
+#: One place for each of some kinds in the ordinary suite: together they are all places.
+CHOSEN = [
+    ("lora", (0, 1)),
+    ("dora", (3, 2)),
+    ("pissa", (3, 1)),
+    ("token rows, tied", (0, 2)),
+    ("new tokens", (2, 1)),
+    ("experts", (2, 2)),
+    ("transposed experts", (3, 1)),
+]
 CELLS = [(kind, place) for kind in KINDS for place in PLACES]
 
 
-def batches() -> tuple[Path, list[StepBatch]]:
+@functools.cache
+def batches(kind: str) -> tuple[Path, list[StepBatch]]:
     """The model's folder, and the batches of the steps on one rank."""
-    config = compose_config(BASE).config
+    config = compose_config([*BASE, *KINDS[kind][0]]).config
     cache = Path(config.paths.cache_dir)
     plan = resolve_plan(config, 1)
-    folder = resolve_model_folder(config.model, cache)
+    folder = resolve_base_folder(config.model, config.tuner.new_tokens, cache, print)
     tokenizer = load_tokenizer(folder, config.model)
     data = prepare_data(config.data, tokenizer, config.seed, cache)
     scheduled = ScheduledBatch.from_config(config.train, plan.batch)
@@ -78,14 +132,22 @@ def summed_loss(model: Any, batch: StepBatch) -> torch.Tensor:
     return torch.stack(sums).sum() / batch.loss_weight
 
 
-def train_plainly(kind: str, folder: Path, steps: list[StepBatch]) -> list[float]:
+@functools.cache
+def train_plainly(kind: str) -> list[float]:
     """Train with peft on one process: the loss before each step."""
+    folder, steps = batches(kind)
     torch.manual_seed(torch_seed(SEED, Draw.adapter))
     settings = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **KINDS[kind][1]
+        **{
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+            **KINDS[kind][1],
+        }
     )
     model: Any = get_peft_model(base_model(folder), settings)
-    ratio = 16 if kind == "lora_plus" else 1
+    ratio = 16 if kind in WITH_RATIO else 1
     # Groups of peft's own, where there is more than one rate.
     optimizer: Any = torch.optim.AdamW(
         [one for one in model.parameters() if one.requires_grad], lr=RATE, weight_decay=0.0
@@ -105,13 +167,6 @@ def train_plainly(kind: str, folder: Path, steps: list[StepBatch]) -> list[float
     return losses
 
 
-@pytest.fixture(scope="module")
-def plain() -> dict[str, list[float]]:
-    """The losses of every kind with peft on one process."""
-    folder, steps = batches()
-    return {kind: train_plainly(kind, folder, steps) for kind in KINDS}
-
-
 @pytest.mark.process
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
@@ -124,10 +179,8 @@ def plain() -> dict[str, list[float]]:
 def test_every_kind_is_pefts_in_every_place(
     cells: list[tuple[str, tuple[int, int]]],
     ranks: int,
-    plain: dict[str, list[float]],
     tmp_path: Path,
 ) -> None:
-    folder, steps = batches()
     here = [cell for cell in cells if cell[1][1] == ranks]
     tasks: list[dict[str, Any]] = [
         {"overrides": [*BASE, *KINDS[kind][0], f"zero={stage}"], "first": 0, "last": STEPS}
@@ -139,15 +192,18 @@ def test_every_kind_is_pefts_in_every_place(
     loading = [{**task, "first": HALF, "load": place} for task, place in pairs]
     found = train_engines([*saving, *loading], ranks, tmp_path, timeout=900)
     for at, (kind, place) in enumerate(here):
+        folder, steps = batches(kind)
         losses, resumed = found[at]["losses"], found[len(here) + at]["losses"]
-        assert largest_difference(losses, plain[kind]) < 1e-5, (kind, place)
+        assert largest_difference(losses, train_plainly(kind)) < 1e-5, (kind, place)
         assert resumed == losses[HALF:], (kind, place)
         assert found[at]["unreached"] == [], (kind, place)
         # What is stored is an adapter of the unchanged base.
+        folder, steps = batches(kind)
         stored = PeftModel.from_pretrained(base_model(folder), str(folders[at]))
         with torch.no_grad():
             assert abs(float(summed_loss(stored, steps[HALF])) - losses[HALF]) < 1e-5, kind
             merged = stored.merge_and_unload()
             assert abs(float(summed_loss(merged, steps[HALF])) - losses[HALF]) < 1e-4, kind
-    kinds = {tuple(losses) for losses in plain.values()}
-    assert len(kinds) == len(KINDS), "every kind trains in its own way"
+    names = {kind for kind, _ in here}
+    curves = {tuple(train_plainly(kind)) for kind in names}
+    assert len(curves) == len(names), "every kind trains in its own way"

@@ -23,12 +23,13 @@ class OptimConfig:
     """The optimizer and its settings."""
 
     kind: str = "adamw"
-    """The optimizer: ``adamw``, ``adamw_bf16``, ``adamw_8bit``, ``lion`` or ``muon``.
+    """The optimizer: ``adamw``, ``adamw_bf16``, ``adamw_8bit``, ``adafactor``, ``lion``, ``muon``.
 
     ``adamw_bf16`` is AdamW with bf16 master weights and moments, ``adamw_8bit`` with bf16 master
     weights and moments in 8 bits. ``lion`` takes the sign of a momentum: one state per parameter
-    instead of two. ``muon`` makes a momentum orthogonal for matrices of layers, and is AdamW for
-    all others.
+    instead of two. ``adafactor`` keeps means of rows and columns of squared gradients, under
+    ZeRO 0 alone. ``muon`` makes a momentum orthogonal for matrices of layers, and is AdamW for all
+    others.
     """
     learning_rate: int | float | str = "auto"
     """Peak learning rate; ``auto`` follows tuner and model size."""

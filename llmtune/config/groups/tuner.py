@@ -58,12 +58,28 @@ class TunerConfig:
 
     A text with a sign such as ``*`` is a regular expression for whole names.
     """
+    target_parameters: list[str] = field(default_factory=list)
+    """Experts that are stacked in one parameter, by names or endings: ``mlp.experts.down_proj``.
+
+    They get adapters beside the layers of ``target_modules``, which may then be ``[]``.
+    """
     exclude_modules: Any = None
     """Layers that get no adapters although ``target_modules`` names them, in the same forms."""
     layers_to_transform: list[int] = field(default_factory=list)
     """Numbers of the model's layers in which adapters are put, from 0; empty for all."""
     modules_to_save: list[str] = field(default_factory=list)
     """Ends of the names of modules that are trained whole, and stored with the adapter."""
+    trainable_token_indices: Any = None
+    """Numbers of tokens whose rows of the input embeddings are trained, as in peft.
+
+    A tied output projection has the same rows. Of one with a weight of its own, rows are trained
+    where a mapping names it: ``{embed_tokens: [5,6], lm_head: [5,6]}``.
+    """
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens that are added to the tokenizer and to the model, and whose rows are trained.
+
+    They begin with the mean of the other tokens' rows.
+    """
     bias: str = "none"
     """Biases that are trained: ``none``, ``all``, or ``lora_only`` for those of adapted layers."""
     bnb_4bit_use_double_quant: bool = True

@@ -75,7 +75,9 @@ def write_model_card(
     base_license = find_license(_base_folders(request, facts))
     copy_license_files(base_license.files, folder)
     has_curves = draw_curves(facts.metrics, folder / CURVES)
-    usage = _find_usage(folder, request, config, name)
+    usage = _find_usage(
+        folder, request, config, name, adds_tokens=bool(facts.get("tuner.new_tokens"))
+    )
     kind = find_format(config.format)
     is_retyped = config.dtype is not ExportDtype.auto and kind.tells_dtype
     body = render(
@@ -175,7 +177,15 @@ def _list_versions(facts: Facts) -> dict[str, Any]:
     return {"head": ("", "exported with"), "rows": [(package, now) for package, _, now in rows]}
 
 
-def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name: str) -> Usage:
+def _find_usage(
+    folder: Path, request: ExportRequest, config: ExportConfig, name: str, *, adds_tokens: bool
+) -> Usage:
+    """Collect what the commands in the card need to know.
+
+    Args:
+        adds_tokens: The run added tokens to its base; ``request.base`` has them, and what its
+            authors published does not.
+    """
     base_config = read_json(request.base / "config.json")
     settings = read_json(folder / "config.json") or base_config
     adapter: dict[str, Any] = {}
@@ -183,6 +193,8 @@ def _find_usage(folder: Path, request: ExportRequest, config: ExportConfig, name
     if request.adapter is not None:
         adapter = read_json(request.adapter / ADAPTER_CONFIG)
         base_rows = _find_resized_rows(request.adapter, base_config)
+        if adds_tokens:
+            base_rows = base_config.get("vocab_size")
     base = request.base_name
     if not is_hub_id(base):
         # On one line, as it goes into a command.

@@ -120,3 +120,62 @@ class TokenRows:
             return rows.to(finer).index_copy(0, indices[inside] - first, new[inside].to(finer))
 
         return put
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackDelta:
+    """``W + scale * B @ A`` for each expert, with peft's layout of ``ParamWrapper``."""
+
+    a: str
+    """Shape (experts * r, in): the rows of each expert stand together."""
+    b: str
+    """Shape (out, r * experts): column ``j * experts + e`` is column ``j`` of expert ``e``."""
+    scale: float
+    experts: int
+    is_transposed: bool
+    """Each expert's matrix is stored as (in, out)."""
+    needs_all_rows = False
+
+    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Add the products of some experts, which are rows of the stack."""
+        a, b = read(self.a), read(self.b)
+        a, b = a.reshape(self.experts, -1, a.shape[1]), b.reshape(len(b), -1, self.experts)
+        product = "ore,eri->eio" if self.is_transposed else "ore,eri->eoi"
+
+        def add(rows: torch.Tensor, first: int) -> torch.Tensor:
+            last = first + len(rows)
+            delta = torch.einsum(product, b[..., first:last].float(), a[first:last].float())
+            return (delta * self.scale).add_(rows)
+
+        return add
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertDelta:
+    """The same for a stored tensor that is a matrix of one expert, or some rows of it."""
+
+    a: str
+    b: str
+    scale: float
+    experts: int
+    expert: int
+    first_row: int
+    """The tensor's first row in the expert's matrix, which is stored as (out, in)."""
+    needs_all_rows = False
+
+    def bind(self, read: Read) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Add the rows of the expert's product."""
+        a, b = read(self.a), read(self.b)
+        rank = len(a) // self.experts
+        own_a = a[self.expert * rank : (self.expert + 1) * rank].float()
+        own_b = b[self.first_row :, self.expert :: self.experts].float()
+
+        def add(rows: torch.Tensor, first: int) -> torch.Tensor:
+            delta = own_b[first : first + len(rows)] @ own_a
+            return delta.mul_(self.scale).add_(rows)
+
+        return add
+
+
+StackPart = StackDelta | ExpertDelta
+"""The change of a stored tensor that has all experts of a stack, or one."""

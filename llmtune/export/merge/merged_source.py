@@ -5,15 +5,16 @@ layers that store their outputs as columns (embeddings, GPT-2's Conv1D) takes on
 tensor of the adapter that matches nothing in the base is an error.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import Adapter, ModuleTensors, is_module_to_save
-from llmtune.export.merge.deltas import Delta, LoraBias, LowRank, Replacement, TokenRows
+from llmtune.export.merge.deltas import Delta, LoraBias, LowRank, Replacement, StackPart, TokenRows
 from llmtune.export.sources.tensor_source import (
     TensorSource,
     find_name,
@@ -40,12 +41,19 @@ class Edit:
 class MergedSource:
     """A base with an adapter merged into it."""
 
-    def __init__(self, base: TensorSource, adapter: Adapter, output: str | None) -> None:
+    def __init__(
+        self,
+        base: TensorSource,
+        adapter: Adapter,
+        output: str | None,
+        stacks: Mapping[str, StackPart] = MappingProxyType({}),
+    ) -> None:
         """Match every tensor of the adapter to one of the base.
 
         Args:
             output: The model's name of the matrix of its logits, stored or tied to the input
                 embedding; None if it has none.
+            stacks: The base's tensors of stacked experts -> what the adapter does to them.
 
         Raises:
             ExportError: A tensor does not match; all of them are named.
@@ -53,7 +61,10 @@ class MergedSource:
         self._base = base
         self._adapter = adapter
         self._output = output
-        self._edits = _Matcher(base, adapter, output).match()
+        keys = {delta.a for delta in stacks.values()}
+        self._edits = _Matcher(base, adapter, output, keys).match()
+        for name, delta in stacks.items():
+            self._edits[name] = Edit(name, base.specs[name], (delta,))
         self.specs = dict(base.specs) | {name: edit.spec for name, edit in self._edits.items()}
 
     @property
@@ -103,9 +114,12 @@ class MergedSource:
 class _Matcher:
     """Finds the base's tensor for each tensor of the adapter, and collects all problems."""
 
-    def __init__(self, base: TensorSource, adapter: Adapter, output: str | None) -> None:
+    def __init__(
+        self, base: TensorSource, adapter: Adapter, output: str | None, of_stacks: Collection[str]
+    ) -> None:
         self._base = base
         self._adapter = adapter
+        self._of_stacks = of_stacks
         self._problems: list[str] = []
         self._output = output
         stored = output is not None and find_name(output, base.specs) is not None
@@ -123,6 +137,8 @@ class _Matcher:
 
         # One edit per weight and bias that the adapter changes.
         for parts in self._adapter.modules.values():
+            if parts.keys.get("a") in self._of_stacks:
+                continue
             for kind, deltas in (
                 ("weight", self._weight_deltas(parts)),
                 ("bias", self._bias_deltas(parts)),
@@ -139,7 +155,7 @@ class _Matcher:
                 f" {len(self._problems)} of {len(self._adapter.modules)} modules do not match:"
                 f" {some(self._problems)}; nothing was written"
             )
-        if not edits:
+        if not edits and not self._of_stacks:
             raise ExportError(
                 f"{self._adapter.folder}: no tensor of the base would change; nothing was written"
             )
@@ -253,7 +269,8 @@ class _Matcher:
                 if rows[1:] != shape[1:] or max(delta.indices, default=0) >= shape[0]:
                     return (
                         f"{parameter} is {shape} in the base, its trained rows are {rows} up"
-                        f" to {max(delta.indices)}"
+                        f" to {max(delta.indices)}; where training added tokens, name the run"
+                        " (run=), whose base has them"
                     )
                 continue
             delta_shape = self._shape_of(delta)

@@ -59,6 +59,7 @@ _HARMLESS = frozenset(
         "lora_alpha",
         "lora_dropout",
         "target_modules",
+        "target_parameters",
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",

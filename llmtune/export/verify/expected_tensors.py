@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,9 +19,22 @@ from llmtune.export.verify.unit import Unit
 from llmtune.model.skeleton import is_hollow
 
 #: Relative error of one rounding to fp32, in which merges are computed.
-_FP32 = 2.0**-24
+FP32 = 2.0**-24
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+
+
+class Delta(Protocol):
+    """The change that an adapter makes to the rows of a tensor."""
+
+    def measure(self, rows: Iterator[torch.Tensor]) -> None:
+        """Compute what depends on all rows, in one pass over them."""
+
+    def exact(self, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute rows as :meth:`ExpectedTensor.exact` does."""
+
+    def quick(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """Compute rows as :meth:`ExpectedTensor.quick` does."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +45,7 @@ class ExpectedTensor:
     """Its name in the model that ``config.json`` describes."""
     start: torch.Tensor | None = None
     """The tensor that the adapter brings; None for the base's."""
-    delta: ExpectedDelta | None = None
+    delta: Delta | None = None
     added: torch.Tensor | None = None
     """A vector in fp64 that is added to a bias."""
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -61,7 +74,7 @@ class ExpectedTensor:
             value, slack = self.delta.exact(value, first)
         if self.added is not None:
             more = self.added[first : first + len(base)]
-            slack = 3 * _FP32 * (value.abs() + more.abs())
+            slack = 3 * FP32 * (value.abs() + more.abs())
             value = value + more
         self._replace_rows(value, first, slack)
         return value, slack
@@ -133,7 +146,7 @@ class ExpectedDelta:
             off = slack.norm(dim=1, keepdim=True) / norm + _norm_error(value.shape[1])
             factor = self.lengths[first : first + len(rows)].double().view(-1, 1) / norm
         value = value * factor
-        return value, slack * factor.abs() + value.abs() * (off + 4 * _FP32)
+        return value, slack * factor.abs() + value.abs() * (off + 4 * FP32)
 
     def quick(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """Compute rows as :meth:`ExpectedTensor.quick` does."""
@@ -158,8 +171,8 @@ class ExpectedDelta:
             row_norms, column_norms = self.b[first:last].norm(dim=1), self.a.norm(dim=0)
         slack = (
             torch.outer(row_norms.double(), column_norms.double())
-            .mul_((len(self.a) + 4) * _FP32 * abs(self.scale))
-            .add_(rows.abs(), alpha=2 * _FP32)
+            .mul_((len(self.a) + 4) * FP32 * abs(self.scale))
+            .add_(rows.abs(), alpha=2 * FP32)
         )
         return self._product(rows, first, torch.float64).mul_(self.scale).add_(rows), slack
 
@@ -176,7 +189,7 @@ def _norm_error(count: int) -> float:
     The roundings of a sum of squares add up as a random walk; this is four times the expected error
     of one running sum.
     """
-    return _FP32 * (2 * math.sqrt(count) + 4)
+    return FP32 * (2 * math.sqrt(count) + 4)
 
 
 @dataclass(slots=True)
@@ -207,7 +220,7 @@ def find_expected(units: Iterable[Unit], aliases: Mapping[str, Sequence[str]]) -
         changed = {name: tensor for name, tensor in tensors.items() if tensor.adapted}
         if changed:
             expectations.tensors |= changed
-            expectations.modules[unit.name.removeprefix(_PEFT_PREFIX)] = list(changed)
+            expectations.modules[unit.name.removeprefix(PEFT_PREFIX)] = list(changed)
 
     # What is tied to an adapted parameter keeps the base's numbers, unless it is adapted too.
     for name in list(expectations.tensors):
@@ -278,7 +291,7 @@ def _expect_saved_module(
 ) -> dict[str, ExpectedTensor]:
     """Add the parameters of a module that was trained as a whole."""
     ((_, copy),) = unit.outer.modules_to_save.items()
-    stem = unit.name.removeprefix(_PEFT_PREFIX)
+    stem = unit.name.removeprefix(PEFT_PREFIX)
     for key, parameter in copy.named_parameters():
         name = f"{stem}.{key}"
         tensors[name] = ExpectedTensor(name=name, start=parameter.detach())

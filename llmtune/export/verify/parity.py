@@ -20,6 +20,7 @@ import torch
 from llmtune.errors import ExportError
 from llmtune.export.merge.adapter import Adapter
 from llmtune.export.sources.tensor_source import TensorSource
+from llmtune.export.verify.expected_stacks import expect_stacks
 from llmtune.export.verify.expected_tensors import find_expected
 from llmtune.export.verify.module_outputs import (
     OutputComparison,
@@ -214,6 +215,7 @@ def _recompute(
         ExportError: A number is wrong.
     """
     expectations = find_expected(reference.units, reference.aliases)
+    expect_stacks(expectations, reference.model, models.base.specs)
     merged_aliases = tied_aliases(build_skeleton(models.merged_folder))
     agreement = Recomputation(models.base, models.merged, reference.aliases, merged_aliases).run(
         expectations

@@ -45,7 +45,8 @@ class ActivationModel:
     def __call__(self, settings: TraceSettings) -> ActivationBytes:
         """Return the bytes of a micro-batch; one row is traced, because rows scale.
 
-        Of encoders a second row is traced too: rows share a mask, or DeBERTa's relative positions.
+        A second row is traced too where rows share something: encoders have a mask, or DeBERTa's
+        relative positions, and adapters on stacked experts make a sum once for all rows.
         """
         tuner = TUNERS.find(self.tuner.kind)
         # What is trained keeps its input in any case.
@@ -58,7 +59,7 @@ class ActivationModel:
             masked=settings.masked and settings.attn_implementation in ("sdpa", "eager"),
         )
         first = further = self._remembered(one)
-        if settings.bidirectional:
+        if settings.bidirectional or self.tuner.target_parameters:
             two = self._remembered(replace(one, rows=2))
             further = ActivationBytes(
                 saved=two.saved - first.saved,
@@ -146,8 +147,15 @@ def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> Activat
     size = configured_dtype(settings.precision.value).itemsize
     layer = (10 * shape.hidden_size + 5 * shape.intermediate_size) * size * tokens
     inputs = shape.hidden_size * size * tokens * shape.layers
+    # Experts with adapters: a layer's adapted weights, and their gradient, whatever the tokens.
+    stacks = shape.adapted_stacks * size
+    of_layer = stacks // shape.layers
     if settings.gradient_checkpointing:
-        return ActivationBytes(saved=inputs, working=layer, logits=logits, origin="estimated")
+        working = layer + 2 * of_layer
+        return ActivationBytes(saved=inputs, working=working, logits=logits, origin="estimated")
     return ActivationBytes(
-        saved=layer * shape.layers, working=layer // 2, logits=logits, origin="estimated"
+        saved=layer * shape.layers + stacks,
+        working=layer // 2 + of_layer,
+        logits=logits,
+        origin="estimated",
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
+from llmtune.plan.memory.fake_stacks import adapt_stacks
 from llmtune.process import hold_interruptions
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.tuner.adapted_layers import linear_layers, matrix_sides
@@ -331,6 +332,7 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any, trained: Sequence
         if any(layer.endswith(f".{_unnumbered(name)}") for layer in adapted):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Adapted(module, lora_rank(tuner, name)))
+    adapt_stacks(model, tuner, dtype)
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
 from llmtune.plan.architecture.rope_scaling import check_scaled, is_scalable
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.tensor_shapes import (
+    AdapterSizes,
+    active_share,
     adapter_sizes,
     head_parameters,
     is_tied,
@@ -27,8 +29,8 @@ from llmtune.plan.memory.tensor_shapes import (
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.task.task import find_task
-from llmtune.tuner.adapted_layers import stacked_parameters
 from llmtune.tuner.blocks import count_frozen_layers
+from llmtune.tuner.stacks.stacked_weights import Stack, find_stacks, name_in_layers
 from llmtune.tuner.tuner import TUNERS, find_trained
 
 
@@ -50,7 +52,11 @@ def resolve_shape(
     key = repr((identity, config.rope_scaling, config.task, tuner))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
-        tensors = tuple(TensorShape(**values) for values in stored.pop("tensors"))
+        tensors = tuple(
+            # JSON has no tuples.
+            TensorShape(**{**values, "shape": tuple(values["shape"])})
+            for values in stored.pop("tensors")
+        )
         return replace(ModelShape.from_dict(stored), tensors=tensors)
     shape = _count(config, tuner)
     values = asdict(shape)
@@ -88,7 +94,9 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
     trained = find_trained(kind, model, tuner, head)
     packed = packed_sizes(model, tuner, head)
-    tensors = list_tensors(model, adapters, trained, packed, head)
+    stacks = adapted.stacks if adapted else {}
+    tables = kind.find_token_tables(model, tuner)
+    tensors = list_tensors(model, adapters, trained, packed, head, stacks, tables)
     _check_trained(tensors, tuner, config.name_or_path)
 
     # Sizes, under the names that architectures give them.
@@ -107,9 +115,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         head_parameters=head_parameters(model, head),
         matrix_parameters=matrix_parameters(model, text, head if task.judges_rows else ()),
         largest_tensor=max(tensor.numel for tensor in base),
-        largest_adapter_tensor=max(
-            (tensor.numel for tensor in tensors if tensor.adapter), default=0
-        ),
+        largest_adapter_tensor=max((one.numel for one in tensors if one.adapter), default=0),
         layer_parameters=layer_parameters,
         layer_quantized=layer_quantized,
         hidden_size=hidden,
@@ -127,12 +133,29 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         max_positions=max_positions(model, architecture),
         scalable=is_scalable(text),
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
-        adapted=tuple(adapted.endings) if adapted else (),
+        adapted=tuple(adapted.all_endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
-        stacked_parameters=stacked_parameters(model),
+        **_count_stacks(model, adapters, stacks),
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
+
+
+def _count_stacks(
+    model: Any, adapters: Mapping[str, AdapterSizes], stacks: Mapping[str, Stack]
+) -> dict[str, Any]:
+    """Count what a shape has of stacked experts, with adapters and without."""
+    unreached = {name: one for name, one in find_stacks(model).items() if name not in stacks}
+    adapted = sum(stack.numel for stack in stacks.values())
+    return {
+        "stacked_parameters": sum(parameter.numel() for parameter in unreached.values()),
+        "unreached_stacks": tuple(name_in_layers(model, unreached)),
+        "stack_adapter_parameters": sum(
+            sizes.total for sizes in adapters.values() if sizes.is_of_stack
+        ),
+        "adapted_stacks": adapted,
+        "adapted_per_token": round(adapted * active_share(model.config.get_text_config())),
+    }
 
 
 def _check_trained(tensors: Sequence[TensorShape], tuner: TunerConfig, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +12,31 @@ class TensorShape:
     """One parameter, in the order in which the model names them."""
 
     name: str
-    numel: int
+    shape: tuple[int, ...]
+    """Elements along each dimension; of a partitioned parameter, before it is cut."""
     trained: bool
-    vector: bool
-    """One-dimensional, as norms and biases, which have a parameter group of their own."""
     adapter: bool = False
     packed_bytes: int = 0
     """Bytes of its 4-bit numbers and of their scales, where it is kept in NF4."""
     layer_matrix: bool = False
     """A matrix of a layer, or a stack of experts' (:mod:`llmtune.tuner.layer_matrices`)."""
+    adapted: bool = False
+    """An adapter is on it."""
     group: str = ""
     """Key of its settings (:class:`llmtune.optimizer.param_groups.ParamGroup`)."""
+
+    @property
+    def numel(self) -> int:
+        """Return its number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def vector(self) -> bool:
+        """Tell whether it is one-dimensional.
+
+        Norms and biases are, and have a parameter group of their own.
+        """
+        return len(self.shape) <= 1
 
     @property
     def is_quantized(self) -> bool:
@@ -94,7 +109,15 @@ class ModelShape:
     See :mod:`llmtune.tuner.adapted_layers`.
     """
     stacked_parameters: int = 0
-    """Elements of experts that are stacked in one tensor, which takes no adapter."""
+    """Elements of stacked experts without an adapter."""
+    unreached_stacks: tuple[str, ...] = ()
+    """Their names within a layer, as ``tuner.target_parameters`` takes them."""
+    stack_adapter_parameters: int = 0
+    """Elements of the adapters on stacked experts."""
+    adapted_stacks: int = 0
+    """Elements of the stacked experts with an adapter."""
+    adapted_per_token: int = 0
+    """Those of them that a token is multiplied with."""
     kind: str = ""
     """The architecture's ``model_type``."""
     tensors: tuple[TensorShape, ...] = field(default=(), repr=False)

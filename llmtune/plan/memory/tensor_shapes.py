@@ -16,24 +16,28 @@ from llmtune.tuner.layer_matrices import find_layer_matrices
 from llmtune.tuner.lora_settings import changes_base, check_patterns, lora_rank
 from llmtune.tuner.nf4_layout import Nf4Layout
 from llmtune.tuner.quantized_layers import find_quantized_layers
+from llmtune.tuner.stacks.stacked_weights import Stack
+from llmtune.tuner.token_rows.settings import TokenTable
 from llmtune.tuner.tuner import TUNERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSizes:
-    """The elements of a layer's adapter."""
+    """The sizes of an adapter on a layer, or on a stack of experts."""
 
-    a: int
-    """``r x in``."""
-    b: int
-    """``out x r``."""
+    rank: int
+    """The sum of all experts' ranks, for a stack."""
+    inputs: int
+    outputs: int
     lengths: int = 0
     """DoRA's, one for each output; 0 without DoRA."""
+    is_of_stack: bool = False
+    """It is that of all experts of a stack, and no pair of matrices by itself."""
 
     @property
     def total(self) -> int:
         """Return the elements of the whole adapter."""
-        return self.a + self.b + self.lengths
+        return self.rank * (self.inputs + self.outputs) + self.lengths
 
 
 def list_tensors(
@@ -42,33 +46,45 @@ def list_tensors(
     trained: Collection[str],
     packed: Mapping[str, int],
     head: Sequence[str] = (),
+    stacks: Mapping[str, Stack] | None = None,
+    token_tables: Sequence[TokenTable] = (),
 ) -> list[TensorShape]:
     """List the parameters in the order of peft's model.
 
-    An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths.
+    An adapted layer's own weight comes first, then ``lora_A``, ``lora_B`` and DoRA's lengths. Rows
+    of single tokens come behind the weight of their table, and the adapters of a module's stacks
+    behind all of its parameters.
 
     Args:
-        adapters: Elements of the adapter of each adapted layer.
+        adapters: Sizes of the adapter of each adapted layer and stack.
         trained: Names of the model's own parameters that are trained.
         packed: Name of a weight that is kept in 4 bits -> its bytes.
         head: Names of the modules that are the task's head.
+        stacks: The stacks of experts with adapters, by name.
+        token_tables: Tables of which single rows are trained.
     """
     tensors: list[TensorShape] = []
+    tables = {table.path: table for table in token_tables}
     matrices = find_layer_matrices(model)
+    stacks = stacks or {}
+    behind = _adapters_behind(model, stacks)
     for name, parameter in model.named_parameters():
+        owner = name.removesuffix(".weight")
+        is_layer = name.endswith(".weight") and owner in adapters and name not in stacks
         tensors.append(
             TensorShape(
                 name=name,
-                numel=parameter.numel(),
+                shape=tuple(parameter.shape),
                 trained=name in trained,
-                vector=parameter.dim() <= 1,
                 packed_bytes=packed.get(name, 0),
                 layer_matrix=name in matrices and not in_modules(name, head),
+                adapted=is_layer or name in stacks,
             )
         )
-        owner = name.removesuffix(".weight")
-        if name.endswith(".weight") and owner in adapters:
-            tensors += _matrices(owner, adapters[owner])
+        for path in [owner] if is_layer else behind.get(name, []):
+            tensors += _matrices(path, adapters[path])
+        if name.endswith(".weight") and owner in tables:
+            tensors.append(_token_rows(tables[owner]))
     # A tied head, whose weight has the name of the embedding.
     seen = {tensor.name.partition(".lora_")[0] for tensor in tensors if tensor.adapter}
     for owner in adapters.keys() - seen:
@@ -76,30 +92,44 @@ def list_tensors(
     return tensors
 
 
+def _adapters_behind(model: Any, stacks: Mapping[str, Stack]) -> dict[str, list[str]]:
+    """Map the last parameter of each module with stacks to its adapters, the innermost first."""
+    of_module: dict[str, list[str]] = {}
+    for stack in stacks.values():
+        of_module.setdefault(stack.owner, []).append(stack.adapter)
+    return {
+        f"{owner}.{list(model.get_submodule(owner).named_parameters())[-1][0]}": adapters
+        for owner, adapters in of_module.items()
+    }
+
+
 def _matrices(owner: str, sizes: AdapterSizes) -> list[TensorShape]:
-    parts = [("A", sizes.a), ("B", sizes.b)]
+    parts = [("A", (sizes.rank, sizes.inputs)), ("B", (sizes.outputs, sizes.rank))]
     tensors = [
         TensorShape(
             name=f"{owner}.lora_{matrix}.default.weight",
-            numel=numel,
+            shape=shape,
             trained=True,
-            vector=False,
             adapter=True,
-            layer_matrix=True,
+            layer_matrix=not sizes.is_of_stack,
         )
-        for matrix, numel in parts
+        for matrix, shape in parts
     ]
     if sizes.lengths:
         tensors.append(
             TensorShape(
                 name=f"{owner}.lora_magnitude_vector.default.weight",
-                numel=sizes.lengths,
+                shape=(sizes.lengths,),
                 trained=True,
-                vector=True,
                 adapter=True,
             )
         )
     return tensors
+
+
+def _token_rows(table: TokenTable) -> TensorShape:
+    shape = (len(table.tokens), table.width)
+    return TensorShape(name=table.parameter, shape=shape, trained=True, adapter=True)
 
 
 def is_tied(model: Any) -> bool:
@@ -132,12 +162,7 @@ def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    experts = int(
-        getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
-    )
-    share = 1.0
-    if experts:
-        share = int(getattr(text, "num_experts_per_tok", None) or experts) / experts
+    share = active_share(text)
     total = 0.0
     output = model.get_output_embeddings()
     if output is not None and id(output.weight) in embeddings:
@@ -150,6 +175,20 @@ def matrix_parameters(model: Any, text: Any, of_rows: Sequence[str] = ()) -> int
         ):
             total += parameter.numel() * (share if ".experts." in name else 1.0)
     return round(total)
+
+
+def active_share(text: Any) -> float:
+    """Return the share of the experts that a token is sent to; 1 for a dense model.
+
+    Args:
+        text: The model's text configuration.
+    """
+    experts = int(
+        getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+    )
+    if not experts:
+        return 1.0
+    return int(getattr(text, "num_experts_per_tok", None) or experts) / experts
 
 
 def largest_layer(
@@ -190,9 +229,14 @@ def packed_sizes(model: Any, tuner: TunerConfig, head: Sequence[str]) -> dict[st
 
 
 def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, AdapterSizes]:
-    """Map each adapted layer to the elements of its adapter."""
-    check_patterns(tuner, adapted.layers)
+    """Map the path of each adapter to its sizes."""
+    check_patterns(tuner, [*adapted.layers, *adapted.stacks])
     found = {}
+    for name, stack in adapted.stacks.items():
+        rank = stack.experts * lora_rank(tuner, name)
+        found[stack.adapter] = AdapterSizes(
+            rank=rank, inputs=stack.inputs, outputs=stack.outputs, is_of_stack=True
+        )
     for name, layer in adapted.layers.items():
         inputs, outputs = matrix_sides(layer)
         rank = lora_rank(tuner, name)
@@ -203,5 +247,5 @@ def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, Adapt
                 " of its own with tuner.rank_pattern"
             )
         lengths = outputs if tuner.use_dora else 0
-        found[name] = AdapterSizes(a=rank * inputs, b=rank * outputs, lengths=lengths)
+        found[name] = AdapterSizes(rank=rank, inputs=inputs, outputs=outputs, lengths=lengths)
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmtune.engine.distributed import Rank
 from llmtune.engine.partitions import gather
+from llmtune.model.token_folder import find_token_ids
 from llmtune.model.weights.partition_edit import write_own
 from llmtune.train.adapters.start import begin_from_base, take_from_base
 from llmtune.train.request import RunRequest
@@ -15,6 +16,7 @@ from llmtune.tuner.head import Head
 from llmtune.tuner.lora_settings import changes_base
 from llmtune.tuner.peft_model import load_adapter
 from llmtune.tuner.start_factors import set_start
+from llmtune.tuner.token_rows.tables import with_new_tokens
 from llmtune.tuner.tuner import TUNERS
 
 
@@ -28,7 +30,9 @@ def attach_tuner(model: Any, request: RunRequest, rank: Rank, head: Head) -> Any
     """
     config = request.config
     tuner = TUNERS.find(config.tuner.kind)
-    model = tuner.attach(model, config.tuner, request.base_name, config.seed, head, gather)
+    tokens = find_token_ids(request.model_folder, config.tuner.new_tokens)
+    settings = with_new_tokens(model, config.tuner, tokens)
+    model = tuner.attach(model, settings, request.base_name, config.seed, head, gather)
     if not tuner.has_adapter:
         return model
     has_start = changes_base(config.tuner)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llmtune.engine.train_module import TrainModule
 from llmtune.engine.unreached import find_unreached
+from llmtune.tuner.token_rows.settings import TOKEN_ROWS
 
 #: Names in the warning.
 _SHOWN = 4
@@ -32,10 +33,20 @@ class GradientCheck:
             self._has_moved = learning_rate > 0
             return
         self._is_done = True
-        if names := find_unreached(self._module):
-            shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
+        unreached = find_unreached(self._module)
+        if rows := [name for name in unreached if TOKEN_ROWS in name]:
+            self._say(
+                f"warning: no row of the first steps holds a token of {_list(rows)}; embeddings of"
+                " tokens that do not occur learn nothing"
+            )
+        if names := [name for name in unreached if TOKEN_ROWS not in name]:
             self._say(
                 f"warning: the gradient of {len(names)} trained tensors was exactly zero on all"
-                f" ranks in every step so far, so that they learn nothing: {shown}. The model does"
-                " not use them for these rows; leave them out of what tuner.* trains, or report it"
+                f" ranks in every step so far, so that they learn nothing: {_list(names)}. The"
+                " model does not use them for these rows; leave them out of what tuner.* trains,"
+                " or report it"
             )
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.tuner.adapted_layers import AdaptedLayers, choose_layers, find_own_parameters
 from llmtune.tuner.head import NO_HEAD, Head
+from llmtune.tuner.token_rows.settings import TokenTable
+from llmtune.tuner.token_rows.tables import find_token_tables
 from llmtune.tuner.tuner import TUNERS, Tuner
 from llmtune.tuner.whole_parameters import Gather, keep_whole
 
@@ -34,6 +36,10 @@ class LoraTuner(Tuner):
             return ()
         return find_own_parameters(model, config, choose_layers(model, config))
 
+    def find_token_tables(self, model: Any, config: TunerConfig) -> Sequence[TokenTable]:
+        """Find the tables of ``tuner.trainable_token_indices`` and ``tuner.new_tokens``."""
+        return find_token_tables(model, config)
+
     def find_rate_factor(self, name: str, config: TunerConfig) -> tuple[str, float] | None:
         """Give the matrices B a learning rate of their own: LoRA+.
 
@@ -58,7 +64,7 @@ class LoraTuner(Tuner):
         return add_lora(model, config, base, seed, head, gather)
 
     def find_read_elsewhere(self, model: Any) -> Iterable[tuple[Any, Any]]:
-        """Find the layers of DoRA, which read the base's weight to take its lengths."""
+        """Find the layers of DoRA, which take the base's lengths, and those of tied token rows."""
         from llmtune.tuner.peft_model import find_read_elsewhere
 
         return find_read_elsewhere(model)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmtune.engine.phases.phase_clock import PhaseClock
 from llmtune.storage.phase_record import PhaseRecord
 
 #: From this share of its limit on, a rank's end is taken for a lack of memory.
@@ -31,8 +32,8 @@ _DEVICE_SECONDS = 0.5
 class PhaseLog:
     """The phase, step and peak memory of one rank.
 
-    Phases are ``start load answer forward backward step evaluate save``. The supervisor detects a
-    hang by a record that no longer changes; therefore every write increments ``beats``.
+    Phases are ``start load answer data forward backward step evaluate save``. The supervisor
+    detects a hang by a record that no longer changes; therefore every write increments ``beats``.
     """
 
     def __init__(self, path: Path | None = None):
@@ -40,6 +41,8 @@ class PhaseLog:
         """The current optimizer step, from 1; 0 before the first."""
         self.device_peak: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """Returns the peak bytes allocated on the GPU, and their limit."""
+        self.clock = PhaseClock()
+        """Adds up the seconds of the phases."""
         self._device_peak = (0, 0)
         self._device_peak_at = 0.0
         self._phase = "start"
@@ -59,7 +62,8 @@ class PhaseLog:
             self.enter(before)
 
     def enter(self, phase: str) -> None:
-        """Record the phase, with one system call."""
+        """Record the phase, with one system call. Called from the main thread."""
+        self.clock.enter(phase)
         with self._lock:
             self._phase = phase
             if self._first_step is None and phase == "forward":

@@ -1,0 +1,1 @@
+"""The phases of a rank: the record that its supervisor reads, and the seconds of each."""

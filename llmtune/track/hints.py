@@ -1,0 +1,220 @@
+"""Hints while training: what slows a run down or spoils it, the number that shows it, a remedy.
+
+Each is said once. Rules look at the records of the last steps, and at the machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+
+from llmtune.track.tracker import Outcome, Record
+from llmtune.units import format_bytes
+
+#: Steps that a rule about speed looks at, and the first steps of a start, which no rule sees.
+WINDOW, WARM_UP = 20, 3
+
+#: Limits of the rules.
+_MOST_DATA = 0.1
+_MOST_GATHER = 0.4
+_LEAST_GPU = 0.6
+_NORM_FACTOR, _NORM_TIMES = 10, 3
+_LOSS_STEPS = 100
+_SHM_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Readings of the machine; None where it does not know one."""
+
+    gpu_utilization: float | None = None
+    """Share of the time in which a kernel ran on this rank's GPU."""
+    throttled: str | None = None
+    """Reason for which this rank's GPU lowers its clock, in words."""
+    shm_used: float | None = None
+    """Share of ``/dev/shm`` that is in use."""
+    shm_free_bytes: int = 0
+
+
+def read_shm(path: str = "/dev/shm") -> Machine:
+    """Read the room in shared memory, through which workers and NCCL exchange data."""
+    try:
+        usage = psutil.disk_usage(path)
+    except OSError:
+        return Machine()
+    return Machine(shm_used=usage.percent / 100, shm_free_bytes=usage.free)
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """The records of this start that rules look at."""
+
+    steps: deque[Record] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    """The newest steps, without the first of this start."""
+    losses: list[float] = field(default_factory=list)
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=5 * WINDOW))
+    utilization: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    machine: Machine = Machine()
+    seen: int = 0
+
+    def add(self, record: Record, machine: Machine) -> None:
+        """Take the record of a step."""
+        self.seen += 1
+        self.machine = machine
+        self.losses.append(record["loss"])
+        self.norms.append(record["grad_norm"])
+        if self.seen > WARM_UP:
+            self.steps.append(record)
+            if machine.gpu_utilization is not None:
+                self.utilization.append(machine.gpu_utilization)
+
+    def mean(self, key: str) -> float:
+        """Return the mean of a key over the newest steps; 0 for those without it."""
+        return statistics.fmean(record.get(key, 0.0) for record in self.steps)
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether there are enough steps for a rule about speed."""
+        return len(self.steps) == WINDOW
+
+
+def find_data_wait(history: History) -> str | None:
+    """Find that steps wait for their rows."""
+    if not history.is_full:
+        return None
+    wait, seconds = history.mean("data_seconds"), history.mean("seconds")
+    if wait <= _MOST_DATA * seconds:
+        return None
+    return (
+        f"waiting for data takes {100 * wait / seconds:.0f} % of a step ({wait:.3f} of"
+        f" {seconds:.3f} s): take a larger data.dataloader_num_workers"
+    )
+
+
+def find_gathers(history: History) -> str | None:
+    """Find that layers wait for weights more than they compute."""
+    if not history.is_full:
+        return None
+    gather = history.mean("gather_seconds")
+    passes = history.mean("forward_seconds") + history.mean("backward_seconds")
+    if gather <= _MOST_GATHER * passes:
+        return None
+    return (
+        f"layers wait {100 * gather / passes:.0f} % of the forward and backward pass for weights"
+        " that ZeRO 3 gathers: take a larger train.per_device_train_batch_size, or zero=2 where"
+        " llmtune plan says that it fits"
+    )
+
+
+def find_idle_gpu(history: History) -> str | None:
+    """Find a GPU that has too little to do."""
+    if len(history.utilization) < WINDOW:
+        return None
+    share = statistics.fmean(history.utilization)
+    if share >= _LEAST_GPU:
+        return None
+    return (
+        f"the GPU is busy {100 * share:.0f} % of the time: take a larger"
+        " train.per_device_train_batch_size, data.packing=true for short rows, and no"
+        " train.gradient_checkpointing where llmtune plan says that it fits"
+    )
+
+
+def find_throttling(history: History) -> str | None:
+    """Find a GPU that lowers its clock."""
+    reason = history.machine.throttled
+    if reason is None:
+        return None
+    return f"the GPU lowers its clock ({reason}): look at its cooling and its power limit"
+
+
+def find_full_shm(history: History) -> str | None:
+    """Find that shared memory runs out, which ends workers with a bus error."""
+    machine = history.machine
+    if machine.shm_used is None or machine.shm_used < _SHM_SHARE:
+        return None
+    return (
+        f"/dev/shm is {100 * machine.shm_used:.0f} % full ({format_bytes(machine.shm_free_bytes)}"
+        " free), and workers end with a bus error when it is full: start the container with a"
+        " larger --shm-size, or take data.dataloader_num_workers=0"
+    )
+
+
+def find_flat_loss(history: History) -> str | None:
+    """Find that the loss is no lower than at the beginning."""
+    if len(history.losses) < _LOSS_STEPS:
+        return None
+    first = statistics.fmean(history.losses[:WINDOW])
+    last = statistics.fmean(history.losses[-WINDOW:])
+    if last < first:
+        return None
+    return (
+        f"the loss does not fall: {first:.4f} in the first {WINDOW} steps, {last:.4f} in the last"
+        f" {WINDOW} of {len(history.losses)}: try another optim.learning_rate, and look at what is"
+        " trained with llmtune data"
+    )
+
+
+def find_exploding_norm(history: History) -> str | None:
+    """Find gradients that are many times as large as before."""
+    norms = list(history.norms)
+    if len(norms) < 2 * WINDOW:
+        return None
+    usual = statistics.median(norms[:-WINDOW])
+    high = [norm for norm in norms[-WINDOW:] if norm > _NORM_FACTOR * usual]
+    if len(high) < _NORM_TIMES or usual <= 0:
+        return None
+    return (
+        f"the gradient's norm was {max(high):.3g} in {len(high)} of the last {WINDOW} steps, and"
+        f" {usual:.3g} before: take a smaller optim.learning_rate or train.max_grad_norm"
+    )
+
+
+Rule = Callable[[History], str | None]
+
+RULES: Sequence[Rule] = (
+    find_data_wait,
+    find_gathers,
+    find_idle_gpu,
+    find_throttling,
+    find_full_shm,
+    find_flat_loss,
+    find_exploding_norm,
+)
+
+
+class Hints:
+    """A tracker that looks at every step's record, and says each hint once."""
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        read_machine: Callable[[], Machine] = read_shm,
+        rules: Sequence[Rule] = RULES,
+    ):
+        """
+        Args:
+            say: Shows a line to the user.
+            read_machine: Called once for each record.
+        """
+        self._say = say
+        self._read_machine = read_machine
+        self._rules = list(rules)
+        self._history = History()
+
+    def log(self, record: Record) -> None:
+        """Look at the record of a step."""
+        if record.get("grad_norm") is None or record.get("skipped"):
+            return
+        self._history.add(record, self._read_machine())
+        for rule in list(self._rules):
+            if (hint := rule(self._history)) is not None:
+                self._say(f"hint: {hint}")
+                self._rules.remove(rule)
+
+    def finish(self, outcome: Outcome) -> None:
+        """Do nothing: there is nothing to close."""

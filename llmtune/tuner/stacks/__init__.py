@@ -1,0 +1,1 @@
+"""Adapters on experts whose matrices are stacked in one parameter."""

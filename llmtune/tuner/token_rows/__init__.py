@@ -1,0 +1,1 @@
+"""Single rows of embeddings that are trained beside adapters."""
