@@ -39,6 +39,7 @@ from llmtune.run.task import prepare_rows, resolve_labels
 from llmtune.storage.signature import read_signer
 from llmtune.task.task import find_task
 from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
+from llmtune.track.service import check_packages
 from llmtune.train.mirror_owner import resolve_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
@@ -57,9 +58,9 @@ def prepare_run(
     Raises:
         LlmtuneError: Of every kind but export, before any rank has begun.
     """
-    # The folder and the checkpoint first: they are refused before anything that takes long.
-    # Rank 0 reads the signing key again when it has built the model.
+    # First what is refused quickly. Rank 0 reads the signing key again when it has the model.
     read_signer(composed.config.checkpoint.sign)
+    check_packages(composed.config.tracker)
     step_rows = plan.batch.global_batch_size
     config = replace(
         composed.config, train=replace(composed.config.train, global_batch_size=step_rows)

@@ -17,7 +17,7 @@ from llmtune.optimizer.optimizer import Optimizer, find_optimizer
 from llmtune.optimizer.param_groups import entry_key, find_entry_problems
 from llmtune.plan.architecture.rope_scaling import find_rope_problems
 from llmtune.registry import NONE
-from llmtune.track.service import SERVICES
+from llmtune.track.service import find_service_problems
 from llmtune.train.schedule import SCHEDULES
 from llmtune.tuner.pattern_limits import pattern_problem
 from llmtune.tuner.tuner import TUNERS
@@ -29,6 +29,7 @@ def find_problems(config: Config) -> list[str]:
     No file of data is opened.
     """
     found = list(find_rope_problems(config.model.rope_scaling))
+    found += find_service_problems(config.tracker)
     for check in _CHECKS:
         try:
             check(config)
@@ -125,11 +126,6 @@ def _check_export(config: Config) -> None:
         raise ConfigError(problem)
 
 
-def _check_tracker(config: Config) -> None:
-    if config.tracker.kind != NONE:
-        SERVICES.find(config.tracker.kind)
-
-
 def _check_upload(config: Config) -> None:
     from llmtune.export.prerequisites import check_address
 
@@ -148,7 +144,6 @@ _CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_data,
     _check_launch,
     _check_export,
-    _check_tracker,
     _check_upload,
     _check_mirror,
 )

@@ -23,6 +23,7 @@ LOCK = ".lock"
 RESTARTS = "restarts.jsonl"
 SAVE_REQUEST = "SAVE"
 TRACKER_RUN_ID = "wandb/run_id"
+TENSORBOARD = "tensorboard"
 SKIPPED_STEPS = "skipped_steps.json"
 
 MANIFEST = "manifest.json"

@@ -12,7 +12,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from llmtune.security.terminal import to_terminal
-from llmtune.track.tracker import Record
+from llmtune.track.tracker import Outcome, Record
 from llmtune.units import format_bytes, format_seconds
 
 #: Seconds between progress lines where the output is no terminal.
@@ -183,7 +183,7 @@ class ProgressLine:
             return "-"
         return format_seconds((now - began) / max(step - first, 1) * (self._total - step))
 
-    def finish(self) -> None:
+    def finish(self, _outcome: Outcome) -> None:
         """Do nothing: there is nothing to close."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from llmtune.track.tracker import Record
+from llmtune.track.tracker import Outcome, Record
 from llmtune.units import format_bytes
 
 #: Steps that a rule about speed looks at, and the first steps of a start, which no rule sees.
@@ -216,5 +216,5 @@ class Hints:
                 self._say(f"hint: {hint}")
                 self._rules.remove(rule)
 
-    def finish(self) -> None:
+    def finish(self, outcome: Outcome) -> None:
         """Do nothing: there is nothing to close."""

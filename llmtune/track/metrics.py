@@ -8,7 +8,7 @@ from typing import Any
 from llmtune.errors import CheckpointError
 from llmtune.storage.atomic import write_atomically
 from llmtune.storage.plain_json import parse_lines
-from llmtune.track.tracker import Record
+from llmtune.track.tracker import Outcome, Record
 
 
 class MetricsFile:
@@ -36,7 +36,7 @@ class MetricsFile:
                 f"{self._file.name} cannot be written: {error.strerror}"
             ) from error
 
-    def finish(self) -> None:
+    def finish(self, _outcome: Outcome) -> None:
         """Close the file."""
         self._file.close()
 

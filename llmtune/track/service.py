@@ -2,27 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmtune.config.groups.tracker import TrackerConfig
+from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.registry import NONE, Registry
+from llmtune.security.redaction import redact, redact_values
+from llmtune.storage import layout
+from llmtune.storage.atomic import write_atomically
+from llmtune.track.background import BackgroundTracker
 from llmtune.track.tracker import Tracker, check_tracker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """A run, as a tracker is told about it."""
+    """A run, as a tracker is told about it: without the secrets of this environment."""
 
     config: TrackerConfig
     folder: Path
     name: str
     settings: dict[str, Any]
-    """The resolved configuration as plain values; a tracker must redact secrets."""
+    """The resolved configuration as plain values."""
     say: Callable[[str], None]
-    """Shows a line to the user."""
+    """Shows a line to the user; may be called from any thread."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """The plan as plain values: those of :meth:`llmtune.plan.plan.Plan.to_dict`."""
+    first_step: int = 0
+    """The step that this start resumes at; 0 for a new run."""
+
+    def __post_init__(self) -> None:
+        """Redact every text, however the run is described."""
+        entity = self.config.entity
+        config = replace(
+            self.config,
+            project=redact(self.config.project),
+            entity=redact(entity) if entity is not None else None,
+        )
+        clean = {
+            "config": config,
+            "name": redact(self.name),
+            "settings": redact_values(self.settings),
+            "plan": redact_values(self.plan),
+        }
+        for name, value in clean.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def run_id(self) -> str:
+        """Return the sweep agent's id, or one kept in the run folder, so that a run is resumed."""
+        if agents_id := os.environ.get("WANDB_RUN_ID"):
+            return agents_id
+        path = self.folder / layout.TRACKER_RUN_ID
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, secrets.token_hex(4))
+        return path.read_text().strip()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +75,16 @@ class Service:
     title: str
     """Its name for people."""
     open: Callable[[TrackedRun], Tracker]
-    """Called once, on rank 0; where it raises, the run continues without the tracker."""
+    """Called once, on rank 0, in a thread of the tracker's own.
+
+    Where it raises, the run continues without the tracker.
+    """
+    package: str | None = None
+    """The module that it imports; None where it comes with llmtune's own requirements."""
+    extra: str | None = None
+    """The extra of llmtune that installs the module."""
+    own_keys: tuple[str, ...] = ()
+    """Keys of ``tracker`` that no other service reads."""
 
     def __post_init__(self) -> None:
         if isinstance(self.open, type):
@@ -46,15 +96,55 @@ SERVICES: Registry[Service] = Registry(
 )
 
 
-def open_service(run: TrackedRun) -> Tracker | None:
-    """Open the chosen service; None if that fails, which must not stop the run."""
-    service = SERVICES.find(run.config.kind)
+def resolve_services(config: TrackerConfig) -> list[Service]:
+    """Return the services of ``tracker.kind`` and ``tracker.kinds``, each once.
+
+    Raises:
+        ConfigError: One is not known.
+    """
+    named = config.kinds if config.kind == NONE else [config.kind, *config.kinds]
+    return [SERVICES.find(name) for name in dict.fromkeys(named)]
+
+
+def find_service_problems(config: TrackerConfig) -> Iterator[str]:
+    """Find trackers that are not known, and keys that no chosen tracker reads."""
+    if NONE in config.kinds:
+        yield f"tracker.kinds={config.kinds}: {NONE} is no tracker; leave the list empty"
+        return
     try:
-        tracker = service.open(run)
-        check_tracker(tracker)
-    except Exception as error:
-        run.say(
-            f"{service.title} cannot be opened and is left out ({type(error).__name__}: {error})"
+        chosen = resolve_services(config)
+    except ConfigError as error:
+        yield str(error)
+        return
+    defaults = TrackerConfig()
+    for service in SERVICES.list().values():
+        for key in service.own_keys if service not in chosen else ():
+            if (value := getattr(config, key)) != getattr(defaults, key):
+                yield (
+                    f"tracker.{key}={value} is only read by {service.title}: take"
+                    f" tracker={service.name}, or add {service.name} to tracker.kinds"
+                )
+
+
+def check_packages(config: TrackerConfig) -> None:
+    """Check that the packages of the chosen trackers are installed, without importing them.
+
+    Raises:
+        MissingPrerequisiteError: One is not.
+    """
+    for service in resolve_services(config):
+        if service.package is None or importlib.util.find_spec(service.package) is not None:
+            continue
+        wanted = f"llmtune[{service.extra}]" if service.extra else service.package
+        raise MissingPrerequisiteError(
+            f"tracker={service.name}: {service.title} needs the package {service.package}: pip"
+            f" install '{wanted}', or leave {service.name} out"
         )
-        return None
-    return tracker
+
+
+def open_services(run: TrackedRun) -> list[BackgroundTracker]:
+    """Begin to open the chosen services, each in a thread of its own."""
+    return [
+        BackgroundTracker(service.title, partial(service.open, run), run.say)
+        for service in resolve_services(run.config)
+    ]

@@ -3,9 +3,12 @@
 A tracker never stops a run: one that raises is logged and dropped.
 """
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import Any, Protocol, runtime_checkable
 
 from llmtune.errors import LlmtuneError
 
@@ -15,21 +18,43 @@ Record = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
+class Outcome(Enum):
+    """The way in which a start of a run ended."""
+
+    finished = "finished"
+    stopped = "stopped"
+    """A signal came and the state was saved: the same command resumes."""
+    failed = "failed"
+
+
 class Tracker(Protocol):
     """Receives every record of rank 0, in order."""
 
-    def log(self, record: Record) -> None:
+    def log(self, record: Record, /) -> None:
         """Take a record."""
 
-    def finish(self) -> None:
-        """Close; called when the run has ended, successfully or not."""
+    def finish(self, outcome: Outcome, /) -> None:
+        """Close; called once, however the run has ended."""
 
 
-class SummaryTracker(Tracker, Protocol):
+@runtime_checkable
+class SummaryTracker(Protocol):
     """A tracker that also keeps values of the whole run, which is optional."""
 
-    def summarize(self, values: Record) -> None:
+    def summarize(self, values: Record, /) -> None:
         """Take values of the finished run, such as ``best_step`` and ``best_eval_loss``."""
+
+
+@runtime_checkable
+class WaitingTracker(Protocol):
+    """A tracker that has more to do after ``finish`` has returned."""
+
+    def wait(self, beat: Callable[[], None], /) -> None:
+        """Wait until it is done, or its time is over.
+
+        Args:
+            beat: Called at least every second, to show that the process makes progress.
+        """
 
 
 def check_tracker(tracker: object) -> None:
@@ -42,6 +67,13 @@ def check_tracker(tracker: object) -> None:
     for method in ("log", "finish"):
         if not callable(getattr(tracker, method, None)):
             raise TypeError(f"the tracker {name} has no method {method}")
+
+
+def numbers_of(record: Record) -> Iterator[tuple[str, float]]:
+    """Yield keys and numbers of a record, whatever keys it has; without its step."""
+    for key, value in record.items():
+        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, float(value)
 
 
 class Trackers:
@@ -72,21 +104,28 @@ class Trackers:
     def summarize(self, values: Record) -> None:
         """Pass values of the finished run to each tracker that takes some."""
         for tracker in list(self._trackers):
-            summarize = getattr(tracker, "summarize", None)
-            if summarize is None:
+            if not isinstance(tracker, SummaryTracker):
                 continue
             try:
-                summarize(values)
+                tracker.summarize(values)
             except Exception as error:
                 self._drop(tracker, error)
 
-    def finish(self) -> None:
-        """Close each tracker."""
+    def finish(self, outcome: Outcome, beat: Callable[[], None] = lambda: None) -> None:
+        """Close each tracker, and wait for those that have more to do.
+
+        Args:
+            beat: Called at least every second, to show that the process makes progress.
+        """
         for tracker in list(self._trackers):
             try:
-                tracker.finish()
+                tracker.finish(outcome)
             except Exception as error:
                 self._drop(tracker, error)
+        # All of them use the time at once.
+        for tracker in self._trackers:
+            if isinstance(tracker, WaitingTracker):
+                tracker.wait(beat)
 
     def _drop(self, tracker: Tracker, error: Exception) -> None:
         log.exception("%s failed; the run continues without it", type(tracker).__name__)

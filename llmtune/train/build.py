@@ -33,7 +33,6 @@ from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
 from llmtune.plan.param_groups import groups_of_model
 from llmtune.plan.steps import evaluation_interval, save_interval
-from llmtune.registry import NONE
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
@@ -41,8 +40,8 @@ from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.hints import Hints
 from llmtune.track.metrics import MetricsFile
-from llmtune.track.service import TrackedRun, open_service
-from llmtune.track.tracker import Tracker, Trackers
+from llmtune.track.service import TrackedRun, open_services
+from llmtune.track.tracker import Outcome, Trackers
 from llmtune.train.adapters.attach import attach_tuner
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
@@ -79,14 +78,17 @@ def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
         # through them, which takes a tenth of a second.
         gc.collect()
         gc.freeze()
+        outcome = Outcome.failed
         try:
             run(job)
             job.saver.close(MIRROR_SECONDS)
+            outcome = Outcome.finished
         except StoppedError:
+            outcome = Outcome.stopped
             job.saver.close(MIRROR_SECONDS_AFTER_STOP)
             raise
         finally:
-            job.trackers.finish()
+            job.trackers.finish(outcome, rank.phases.beat)
     except Exception:
         # Record the memory in use now, in case it has run out.
         rank.phases.beat()
@@ -143,7 +145,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
             run=request.run_folder,
             say=console.say,
         ),
-        trackers=build_trackers(request, rank, console),
+        trackers=build_trackers(request, rank, console, start.step),
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
@@ -344,24 +346,20 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     return module
 
 
-def build_trackers(request: RunRequest, rank: Rank, console: Console) -> Trackers:
-    """Build what receives the records: on rank 0 a file, the console and the chosen service."""
+def build_trackers(request: RunRequest, rank: Rank, console: Console, first_step: int) -> Trackers:
+    """Build what receives the records: on rank 0 a file, the console and the chosen services."""
     if not rank.is_first:
         return Trackers([])
-    config = request.config
-    trackers: list[Tracker] = [
-        MetricsFile(request.run_folder / layout.METRICS),
-        ProgressLine(console, request.steps.total_steps),
-        Hints(console.say),
-    ]
-    if config.tracker.kind != NONE:
-        run = TrackedRun(
-            config=config.tracker,
-            folder=request.run_folder,
-            name=request.run_name,
-            settings=to_plain(config),
-            say=console.say,
-        )
-        if (service := open_service(run)) is not None:
-            trackers.append(service)
-    return Trackers(trackers, console.say)
+    run = TrackedRun(
+        config=request.config.tracker,
+        folder=request.run_folder,
+        name=request.run_name,
+        settings=to_plain(request.config),
+        plan=request.plan.to_dict(),
+        first_step=first_step,
+        say=console.say,
+    )
+    metrics = MetricsFile(request.run_folder / layout.METRICS)
+    progress = ProgressLine(console, request.steps.total_steps)
+    hints = Hints(console.say)
+    return Trackers([metrics, progress, hints, *open_services(run)], console.say)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmtune.track.service import SERVICES, Service, TrackedRun
-from llmtune.track.tracker import Record
+from llmtune.track.tracker import Outcome, Record
 
 
 class Notebook:
@@ -22,9 +22,9 @@ class Notebook:
         """A line per record."""
         self._write(f"step {record['step']}: {', '.join(sorted(record))}")
 
-    def finish(self) -> None:
+    def finish(self, outcome: Outcome) -> None:
         """The last line."""
-        self._write("ends")
+        self._write(f"ends: {outcome.value}")
 
     def _write(self, text: str) -> None:
         with self._file.open("a") as file:

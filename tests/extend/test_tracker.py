@@ -29,7 +29,7 @@ def test_a_run_is_written_down(tmp_path: Path) -> None:
     assert lines[0] == "begins first of project mine, seed 42"
     assert any(line.startswith("step 1: ") and "loss" in line for line in lines)
     assert any("eval_loss" in line for line in lines)
-    assert lines[-1] == "ends"
+    assert lines[-1] == "ends: finished"
 
 
 def test_one_that_is_not_there_is_refused_before_anything_begins(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from llmtune.run.describe import describe_checkpoints, describe_evaluations
 from llmtune.run.finish import describe_end, finished_message
 from llmtune.run.prepare import check_evaluations
 from llmtune.storage.rank_files import FinishedRecord
-from llmtune.track.tracker import Record, Trackers
+from llmtune.track.tracker import Outcome, Record, Trackers
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import RunFolder
 from tests.checkpoint.test_retention import make
@@ -221,7 +221,7 @@ def test_trackers_that_keep_a_summary_get_the_best_value() -> None:
     class Plain:
         def log(self, record: Record) -> None: ...
 
-        def finish(self) -> None: ...
+        def finish(self, outcome: Outcome) -> None: ...
 
     class Summary(Plain):
         values: Record | None = None

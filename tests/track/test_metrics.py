@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llmtune.track.metrics import MetricsFile, cut_metrics, read_metrics
+from llmtune.track.tracker import Outcome
 from tests.track.records import record
 
 
@@ -19,7 +20,7 @@ def test_lines_beyond_the_checkpoint_and_half_lines_are_cut(tmp_path: Path) -> N
     file.log({"step": 0, "eval_loss": 4.0})
     for step in range(1, 8):
         file.log(record(step))
-    file.finish()
+    file.finish(Outcome.finished)
     path.write_text(path.read_text() + '{"step": 8, "lo')
     cut_metrics(path, 5)
     assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 3, 4, 5]
@@ -30,7 +31,7 @@ def test_lines_beyond_the_checkpoint_and_half_lines_are_cut(tmp_path: Path) -> N
 def test_numbers_are_not_rounded(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.jsonl")
     file.log({"step": 1, "loss": 0.1 + 0.2})
-    file.finish()
+    file.finish(Outcome.finished)
     assert json.loads((tmp_path / "m.jsonl").read_text())["loss"] == 0.1 + 0.2
 
 

@@ -1,8 +1,8 @@
-"""The keys of ``tracker``: an experiment tracker beside the files of the run folder."""
+"""The keys of ``tracker``: experiment trackers beside the files of the run folder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -15,13 +15,15 @@ class TrackerMode(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class TrackerConfig:
-    """An experiment tracker beside the run folder's own files."""
+    """Experiment trackers beside the run folder's own files."""
 
     kind: str = "none"
-    """``none`` or ``wandb``; the key comes from WANDB_API_KEY or ``.env``."""
+    """``none``, ``wandb`` (its key comes from WANDB_API_KEY or ``.env``) or ``tensorboard``."""
+    kinds: list[str] = field(default_factory=list)
+    """Several trackers at once, beside that of ``kind``: ``[wandb,tensorboard]``."""
     mode: TrackerMode = TrackerMode.online
-    """``offline`` writes below the run folder for ``wandb sync``."""
+    """``offline`` sends nothing: W&B writes below the run folder, for ``wandb sync``."""
     project: str = "llmtune"
-    """Project the run belongs to."""
+    """Project the run belongs to; MLflow calls it an experiment."""
     entity: str | None = None
-    """User or team."""
+    """User or team at W&B."""

@@ -2,21 +2,22 @@
 
 import os
 import re
-import secrets
 from pathlib import Path
 
 from llmtune.config.groups.tracker import TrackerMode
-from llmtune.errors import MissingPrerequisiteError
-from llmtune.security.redaction import redact, redact_values
+from llmtune.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, MissingPrerequisiteError
 from llmtune.security.trust import require_own
-from llmtune.storage import layout
-from llmtune.storage.atomic import write_atomically
 from llmtune.track.service import SERVICES, Service, TrackedRun
-from llmtune.track.tracker import Record
+from llmtune.track.tracker import Outcome, Record
 
 _SETTING = re.compile(r"^\s*([^\s=:#;\[][^\s=:]*)\s*[=:]", re.MULTILINE)
 #: Settings that ``wandb init`` and ``wandb offline`` write about a project.
 _HARMLESS = {"project", "entity", "mode", "disabled"}
+_EXIT_CODES = {
+    Outcome.finished: EXIT_DONE,
+    Outcome.stopped: EXIT_STOPPED,
+    Outcome.failed: EXIT_UNEXPECTED,
+}
 
 
 class WandbTracker:
@@ -38,14 +39,14 @@ class WandbTracker:
                 "W&B: no WANDB_API_KEY in the environment or .env, so this run is tracked offline"
             )
         self._run = wandb.init(
-            project=redact(config.project),
-            entity=redact(config.entity) if config.entity else None,
-            name=redact(run.name),
-            id=_run_id(run.folder),
+            project=config.project,
+            entity=config.entity,
+            name=run.name,
+            id=run.run_id,
             resume="allow",
             dir=str(run.folder),
             mode="offline" if mode is TrackerMode.offline else "online",
-            config=redact_values(run.settings),
+            config={**run.settings, "plan": run.plan},
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -66,9 +67,9 @@ class WandbTracker:
         """Set values of the run's summary."""
         self._run.summary.update(values)
 
-    def finish(self) -> None:
-        """Upload the rest, and close the run."""
-        self._run.finish()
+    def finish(self, outcome: Outcome) -> None:
+        """Upload the rest, and close the run; W&B shows one that did not finish as failed."""
+        self._run.finish(exit_code=_EXIT_CODES[outcome])
 
 
 def check_working_folder() -> None:
@@ -100,15 +101,4 @@ def _has_key() -> bool:
     return netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
 
 
-def _run_id(run_folder: Path) -> str:
-    """Return the sweep agent's id, or one kept in the run folder, so that a run is resumed."""
-    if agents_id := os.environ.get("WANDB_RUN_ID"):
-        return agents_id
-    path = run_folder / layout.TRACKER_RUN_ID
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, secrets.token_hex(4))
-    return path.read_text().strip()
-
-
-SERVICES.register(Service(name="wandb", title="W&B", open=WandbTracker))
+SERVICES.register(Service(name="wandb", title="W&B", open=WandbTracker, package="wandb"))

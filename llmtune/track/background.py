@@ -1,0 +1,119 @@
+"""A tracker that works in a thread of its own, so that training never waits for it.
+
+Libraries of trackers write to disks and networks within ``log``, or hand over to a process that may
+be gone. Here a record costs the training thread a place in a queue, whatever the library does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from llmtune.track.tracker import Outcome, Record, SummaryTracker, Tracker, check_tracker
+
+#: Records that may wait for a tracker. The next ones are lost to it, not to ``metrics.jsonl``.
+CAPACITY = 10_000
+#: Seconds that a tracker has at the end, by how the run ended; a user or a scheduler waits for a
+#: run that stops.
+FINISH_SECONDS = {Outcome.finished: 300.0, Outcome.stopped: 20.0, Outcome.failed: 20.0}
+_POLL_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundTracker:
+    """Opens a tracker and hands everything on to it, in order, from another thread.
+
+    One that cannot be opened, fails or hangs is left out, and the user is told what it lacks.
+    """
+
+    def __init__(self, title: str, open_tracker: Callable[[], Tracker], say: Callable[[str], None]):
+        """
+        Args:
+            title: The tracker's name for people.
+            open_tracker: Opens it; called in the other thread.
+            say: Shows a line to the user; called from both threads.
+        """
+        self._title = title
+        self._open = open_tracker
+        self._say = say
+        self._calls: SimpleQueue[Callable[[Tracker], None]] = SimpleQueue()
+        self._lost = 0
+        self._step: int | None = None
+        self._has_ended = self._is_closing = False
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._work, name=f"track {title}", daemon=True)
+        self._thread.start()
+
+    def log(self, record: Record) -> None:
+        """Queue a record."""
+        if self._has_ended:
+            return
+        if self._calls.qsize() >= CAPACITY:
+            self._lost += 1
+            return
+        self._calls.put(lambda tracker: self._log(tracker, record))
+
+    def summarize(self, values: Record) -> None:
+        """Queue values of the finished run."""
+        self._calls.put(lambda tracker: _summarize(tracker, values))
+
+    def finish(self, outcome: Outcome) -> None:
+        """Queue the end; :meth:`wait` waits for it."""
+        self._deadline = time.monotonic() + FINISH_SECONDS[outcome]
+        self._calls.put(lambda tracker: self._close(tracker, outcome))
+
+    def wait(self, beat: Callable[[], None]) -> None:
+        """Wait until the tracker has closed, or its time is over, and tell what it lacks."""
+        while self._thread.is_alive() and (left := self._deadline - time.monotonic()) > 0:
+            self._thread.join(min(_POLL_SECONDS, left))
+            beat()
+        if self._thread.is_alive():
+            waiting = self._calls.qsize()
+            self._say(
+                f"{self._title} did not close in time and is left alone after"
+                f" {self._describe_step()}; {waiting} more calls wait for it. metrics.jsonl has"
+                " all records"
+            )
+        elif self._lost:
+            self._say(
+                f"{self._title} took no records for a while and lacks {self._lost} of them;"
+                " metrics.jsonl has all"
+            )
+
+    def _work(self) -> None:
+        what = "cannot be opened"
+        try:
+            tracker = self._open()
+            check_tracker(tracker)
+            while not self._is_closing:
+                what = f"failed after {self._describe_step()}"
+                self._calls.get()(tracker)
+        except BaseException as error:
+            # Nobody but the user is there to catch it, be it a library's SystemExit.
+            log.exception("%s %s", self._title, what)
+            self._say(
+                f"{self._title} {what} and is left out ({type(error).__name__}: {error});"
+                " metrics.jsonl has all records, train.log the traceback"
+            )
+        finally:
+            self._has_ended = True
+
+    def _log(self, tracker: Tracker, record: Record) -> None:
+        tracker.log(record)
+        self._step = record["step"]
+
+    def _close(self, tracker: Tracker, outcome: Outcome) -> None:
+        self._is_closing = True
+        tracker.finish(outcome)
+
+    def _describe_step(self) -> str:
+        return "no record" if self._step is None else f"step {self._step}"
+
+
+def _summarize(tracker: Tracker, values: Record) -> None:
+    if isinstance(tracker, SummaryTracker):
+        tracker.summarize(values)
