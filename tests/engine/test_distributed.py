@@ -23,7 +23,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         set_device=lambda index: None,
         max_memory_allocated=lambda index=0: {3: 70}.get(index, 0),
         total_memory=lambda index=0: {3: 100}.get(index, 80),
-        Event=lambda enable_timing: SimpleNamespace(record=lambda: None),  # noqa: ARG005
+        Event=lambda enable_timing: SimpleNamespace(record=lambda: None),
     )
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
