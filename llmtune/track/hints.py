@@ -21,7 +21,6 @@ WINDOW, WARM_UP = 20, 3
 #: Limits of the rules.
 _MOST_DATA = 0.1
 _MOST_GATHER = 0.4
-_LEAST_GPU = 0.6
 _NORM_FACTOR, _NORM_TIMES = 10, 3
 _LOSS_STEPS = 100
 _SHM_SHARE = 0.9
@@ -31,10 +30,6 @@ _SHM_SHARE = 0.9
 class Machine:
     """Readings of the machine; None where it does not know one."""
 
-    gpu_utilization: float | None = None
-    """Share of the time in which a kernel ran on this rank's GPU."""
-    throttled: str | None = None
-    """Reason for which this rank's GPU lowers its clock, in words."""
     shm_used: float | None = None
     """Share of ``/dev/shm`` that is in use."""
     shm_free_bytes: int = 0
@@ -57,7 +52,6 @@ class History:
     """The newest steps, without the first of this start."""
     losses: list[float] = field(default_factory=list)
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=5 * WINDOW))
-    utilization: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     machine: Machine = Machine()
     seen: int = 0
 
@@ -69,8 +63,6 @@ class History:
         self.norms.append(record["grad_norm"])
         if self.seen > WARM_UP:
             self.steps.append(record)
-            if machine.gpu_utilization is not None:
-                self.utilization.append(machine.gpu_utilization)
 
     def mean(self, key: str) -> float:
         """Return the mean of a key over the newest steps; 0 for those without it."""
@@ -108,28 +100,6 @@ def find_gathers(history: History) -> str | None:
         " that ZeRO 3 gathers: take a larger train.per_device_train_batch_size, or zero=2 where"
         " llmtune plan says that it fits"
     )
-
-
-def find_idle_gpu(history: History) -> str | None:
-    """Find a GPU that has too little to do."""
-    if len(history.utilization) < WINDOW:
-        return None
-    share = statistics.fmean(history.utilization)
-    if share >= _LEAST_GPU:
-        return None
-    return (
-        f"the GPU is busy {100 * share:.0f} % of the time: take a larger"
-        " train.per_device_train_batch_size, data.packing=true for short rows, and no"
-        " train.gradient_checkpointing where llmtune plan says that it fits"
-    )
-
-
-def find_throttling(history: History) -> str | None:
-    """Find a GPU that lowers its clock."""
-    reason = history.machine.throttled
-    if reason is None:
-        return None
-    return f"the GPU lowers its clock ({reason}): look at its cooling and its power limit"
 
 
 def find_full_shm(history: History) -> str | None:
@@ -179,8 +149,6 @@ Rule = Callable[[History], str | None]
 RULES: Sequence[Rule] = (
     find_data_wait,
     find_gathers,
-    find_idle_gpu,
-    find_throttling,
     find_full_shm,
     find_flat_loss,
     find_exploding_norm,
