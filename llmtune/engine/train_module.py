@@ -239,6 +239,8 @@ class TrainModule:
         if norm is None:
             norm = 0.0 if reported is None else float(reported)
         (summed,) = all_reduce_sum([float(total)], self.rank)
+        # The loss is known, and so are the times of what led to it.
+        phases.clock.read()
         applied = bool(self.engine.was_step_applied()) and math.isfinite(norm)
         return StepResult(summed / (loss_weight or 1), norm, applied)
 

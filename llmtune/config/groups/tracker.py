@@ -24,6 +24,6 @@ class TrackerConfig:
     mode: TrackerMode = TrackerMode.online
     """``offline`` sends nothing: W&B writes below the run folder, for ``wandb sync``."""
     project: str = "llmtune"
-    """Project the run belongs to; MLflow calls it an experiment."""
+    """Project the run belongs to."""
     entity: str | None = None
     """User or team at W&B."""

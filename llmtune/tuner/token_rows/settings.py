@@ -32,11 +32,6 @@ class TokenTable:
         """Return the name of the parameter with the rows, of shape (tokens, width)."""
         return f"{self.path}{TOKEN_ROWS}default"
 
-    @property
-    def numel(self) -> int:
-        """Return the number of trained elements."""
-        return len(self.tokens) * self.width
-
 
 def find_token_problems(tuner: TunerConfig) -> Iterator[str]:
     """Find impossible tokens, in words a user can act on."""
