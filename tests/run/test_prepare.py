@@ -24,7 +24,7 @@ ONCE = (
     "llmtune.config.compose.compose_config",
     "llmtune.run.prepare.RunFolder.find_changes",
     "llmtune.run.prepare.resume_point",
-    "llmtune.run.prepare.resolve_model_folder",
+    "llmtune.run.prepare.resolve_base_folder",
     "llmtune.run.prepare.check_exportable",
     "llmtune.run.prepare.load_tokenizer",
     "llmtune.run.prepare.prepare_rows",
