@@ -45,14 +45,18 @@ class Factors:
         return Factors(self.a.to(device), self.b.to(device))
 
 
-def decompose(weight: torch.Tensor, rank: int, scale: float, start: str) -> Factors:
-    """Compute the first values of an adapter, in fp32, and round them to the weight's dtype.
+def decompose(
+    weight: torch.Tensor, rank: int, scale: float, start: str, dtype: torch.dtype | None = None
+) -> Factors:
+    """Compute the first values of an adapter in fp32.
 
     Args:
         weight: Shape (out, in), whole.
         scale: The factor of ``B @ A``.
         start: ``tuner.init_lora_weights``.
+        dtype: Of the values; the weight's where none is given.
     """
+    dtype = dtype or weight.dtype
     values = weight.detach().float()
     if start == "olora":
         q, r = torch.linalg.qr(values)
@@ -67,7 +71,7 @@ def decompose(weight: torch.Tensor, rank: int, scale: float, start: str) -> Fact
             right = columns.T
         root = torch.diag(torch.sqrt(singular / scale))
         a, b = root @ right, left @ root
-    return Factors(a.to(weight.dtype).contiguous(), b.to(weight.dtype).contiguous())
+    return Factors(a.to(dtype).contiguous(), b.to(dtype).contiguous())
 
 
 def taken_pieces(

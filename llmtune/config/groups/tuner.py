@@ -51,7 +51,8 @@ class TunerConfig:
 
     ``default``, ``gaussian`` and ``orthogonal`` change nothing at the start. ``pissa``,
     ``pissa_niter_N`` (with N iterations in place of a full decomposition) and ``olora`` take the
-    largest part of the base's weights out of the base, and train it.
+    largest part of the base's weights out of the base, and train it. ``loftq`` (``tuner=qlora``)
+    begins with what the quantization took from the base.
     """
     target_modules: Any = "all-linear"
     """The layers with adapters: ``all-linear`` (all but the head), a list of names or endings.

@@ -13,7 +13,7 @@ from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
 from llmtune.tuner.blocks import count_elements, find_blocks
 from llmtune.tuner.head import in_modules
 from llmtune.tuner.layer_matrices import find_layer_matrices
-from llmtune.tuner.lora_settings import changes_base, check_patterns, lora_rank
+from llmtune.tuner.lora_settings import begins_from_base, check_patterns, lora_rank
 from llmtune.tuner.nf4_layout import Nf4Layout
 from llmtune.tuner.quantized_layers import find_quantized_layers
 from llmtune.tuner.stacks.stacked_weights import Stack
@@ -240,7 +240,7 @@ def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, Adapt
     for name, layer in adapted.layers.items():
         inputs, outputs = matrix_sides(layer)
         rank = lora_rank(tuner, name)
-        if changes_base(tuner) and rank > min(inputs, outputs):
+        if begins_from_base(tuner) and rank > min(inputs, outputs):
             raise ConfigError(
                 f"tuner.init_lora_weights={tuner.init_lora_weights} takes {rank} directions of"
                 f" {name}, which has {min(inputs, outputs)}; lower tuner.lora_r, or give it a rank"

@@ -13,7 +13,7 @@ from llmtune.model.weights.partition_edit import write_own
 from llmtune.train.adapters.start import begin_from_base, take_from_base
 from llmtune.train.request import RunRequest
 from llmtune.tuner.head import Head
-from llmtune.tuner.lora_settings import changes_base
+from llmtune.tuner.lora_settings import begins_from_base, changes_base
 from llmtune.tuner.peft_model import load_adapter
 from llmtune.tuner.start_factors import set_start
 from llmtune.tuner.token_rows.tables import with_new_tokens
@@ -41,9 +41,9 @@ def attach_tuner(model: Any, request: RunRequest, rank: Rank, head: Head) -> Any
         write = partial(write_own, rank=rank.rank)
         start = load_adapter(model, Path(adapter).expanduser(), has_start, write)
         take_from_base(model, start, rank)
-    elif has_start:
+    elif begins_from_base(config.tuner):
         start = begin_from_base(model, config.tuner.init_lora_weights, config.seed, rank)
-    else:
+    if not has_start:
         return model
     # Only the rank that writes the adapter needs the values again.
     place = "cpu" if rank.is_first else "meta"
