@@ -14,7 +14,7 @@ from tests.support import TINY, run_cli
 def test_its_loss_is_that_of_the_training_wherever_it_is_taken(tmp_path: Path) -> None:
     run = tmp_path / "run"
     start = ["tuner=qlora", "tuner.init_lora_weights=loftq"]
-    export = ["export=safetensors", "export.merge_onto=nf4"]
+    export = ["export=safetensors", "export.merge_onto=nf4", "export.dtype=fp32"]
     done = run_cli(
         *("train", *TINY, *start, *export, "precision=fp32", "train.max_steps=6"),
         f"output_dir={run}",

@@ -122,7 +122,7 @@ class _Product(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Nf4Origin:
-    """What a layer in NF4 was made of."""
+    """The source of a layer in NF4: the unquantized weight, and how it is packed."""
 
     read_weight: ReadAgain
     """Reads the unquantized weight from the model's files. Shape (outputs, inputs), on the host."""

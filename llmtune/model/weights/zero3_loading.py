@@ -34,7 +34,7 @@ Read = Callable[[int, int], torch.Tensor]
 ReadAgain = Callable[[], torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedWeight:
     """A parameter that does not hold a weight as the files do."""
 
