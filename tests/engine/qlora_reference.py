@@ -3,84 +3,133 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from llmtune.config.compose import compose_config
+from llmtune.config.schema import Config
 from llmtune.data.load.collate import Collator
-from llmtune.data.load.loader import TrainLoader
-from llmtune.data.prepare import prepare_data
+from llmtune.data.load.loader import StepBatch, TrainLoader
 from llmtune.data.prepared_data import open_rows
 from llmtune.draws import Draw, torch_seed
-from llmtune.model.source import resolve_model_folder
+from llmtune.model.build import sees_padding
+from llmtune.model.task_folder import resolve_task_folder
+from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan.length.batch_schedule import ScheduledBatch
 from llmtune.plan.resolve import resolve_plan
+from llmtune.run.task import adopt_task, prepare_rows, resolve_labels
+from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.task.task import find_task
 
 
-def load_plainly(folder: Path, double_quant: bool) -> Any:
-    """The model in 4 bits as transformers loads it, computing in fp32."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+class PlainQlora:
+    """A model with adapters, and the steps that the same run on one rank trains it with.
 
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=settings, attn_implementation="eager"
-    )
-
-
-def train_plainly(overrides: list[str], steps: int, cache: Path, folder: Path) -> list[float]:
-    """The losses of the first steps, with the batches, adapters and rate of the same run.
-
-    Which rows a step has, and what the adapters begin with, only the run can say; nothing else
-    comes from llmtune.
-
-    Args:
-        folder: Where the tokenized rows go.
+    Which rows a step has, what adapters and a head begin with, and the rate, only the run can say;
+    nothing else comes from llmtune.
     """
-    from peft import LoraConfig, get_peft_model
 
-    config = compose_config(overrides).config
-    plan = resolve_plan(config, 1)
-    base = resolve_model_folder(config.model, cache)
-    tokenizer = load_tokenizer(base, config.model)
-    data = prepare_data(config.data, tokenizer, config.seed, folder)
-    batch = ScheduledBatch.from_config(config.train, plan.batch)
-    collator = Collator(pad_token_id=int(tokenizer.pad_token_id))
-    loader = TrainLoader(open_rows(data, "train"), batch, 0, config.seed, collator)
+    def __init__(self, overrides: list[str], steps: int, cache: Path, **settings: Any):
+        """Args:
+        settings: Of peft's ``LoraConfig``, beside the rank, the scale and the task.
+        """
+        self.config = config = adopt_task(compose_config(overrides)).config
+        task = find_task(config.model.task)
+        self.model_class = task.model_class
+        self.rate = resolve_plan(config, 1).learning_rate
+        self.weight_decay, self.max_norm = config.optim.weight_decay, config.train.max_grad_norm
+        base = resolve_base_folder(config.model, config.tuner.new_tokens, cache, print)
+        tokenizer = load_tokenizer(base, config.model)
+        data = prepare_rows(config, tokenizer, cache)
+        labels = resolve_labels(config, data, base)
+        self.folder = resolve_task_folder(
+            base, config.model, labels, tokenizer, config.seed, cache, print
+        )
+        model = load_plainly(self.folder, self.model_class, config)
+        self.model = adapt_plainly(model, task.peft_type, config, settings)
+        collator = Collator(
+            pad_token_id=int(tokenizer.pad_token_id),
+            masked=sees_padding(model),
+            token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
+            find_targets=partial(task.make_targets, labels=labels),
+            find_weights=partial(task.row_weights, of=labels),
+        )
+        batch = ScheduledBatch.from_config(config.train, resolve_plan(config, 1).batch)
+        loader = TrainLoader(open_rows(data, "train"), batch, 0, config.seed, collator)
+        starts = itertools.islice(loader.step_starts(), steps)
+        self.steps = [loader.step_at(*start) for start in starts]
 
-    model = load_plainly(base, config.tuner.bnb_4bit_use_double_quant)
-    torch.manual_seed(torch_seed(config.seed, Draw.adapter))
-    settings = LoraConfig(
-        r=config.tuner.lora_r,
-        lora_alpha=int(config.tuner.lora_alpha),
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, settings).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=plan.learning_rate, weight_decay=config.optim.weight_decay
-    )
-    losses = []
-    for start in itertools.islice(loader.step_starts(), steps):
-        step, total = loader.step_at(*start), 0.0
+    def train(self) -> list[float]:
+        """Train, with master weights in fp32 as in mixed precision; the loss before each step."""
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        masters = [one.detach().float().requires_grad_() for one in trained]
+        optimizer = torch.optim.AdamW(masters, lr=self.rate, weight_decay=self.weight_decay)
+        losses = []
+        for step in self.steps:
+            loss = self.loss_of(step)
+            for master, gradient in zip(masters, torch.autograd.grad(loss, trained), strict=True):
+                master.grad = gradient.float()
+            torch.nn.utils.clip_grad_norm_(masters, self.max_norm)
+            optimizer.step()
+            with torch.no_grad():
+                for parameter, master in zip(trained, masters, strict=True):
+                    parameter.copy_(master)
+            losses.append(float(loss))
+        return losses
+
+    def loss_of(self, step: StepBatch) -> torch.Tensor:
+        """The mean cross entropy of a step's targets: tokens, or the classes of rows."""
+        total = torch.zeros((), dtype=torch.float64)
         for rows in step.micro_batches:
-            logits = model(**rows.inputs).logits
+            logits = self.model(**rows.inputs).logits
             judged = logits.reshape(-1, logits.shape[-1])[rows.targets.positions].double()
             likelihoods = torch.log_softmax(judged, dim=-1)
-            picked = likelihoods.gather(1, rows.targets.values[:, None])
-            loss = -picked.sum() / step.loss_weight
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
+            total = total - likelihoods.gather(1, rows.targets.values[:, None]).sum()
+        return total / step.loss_weight
+
+
+def load_plainly(folder: Path, model_class: str, config: Config) -> Any:
+    """The model in 4 bits as transformers loads it, computing in the run's dtype."""
+    dtype = configured_dtype(config.precision.value)
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=config.tuner.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        # By itself transformers quantizes a head that has a bias, which peft cannot train then.
+        llm_int8_skip_modules=None if model_class.endswith("LM") else ["classifier", "score"],
+    )
+    return getattr(transformers, model_class).from_pretrained(
+        folder, dtype=dtype, quantization_config=settings, attn_implementation="eager"
+    )
+
+
+def adapt_plainly(model: Any, task: str, config: Config, settings: dict[str, Any]) -> Any:
+    """peft's adapters, and its copy of a head, in the run's dtype."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(torch_seed(config.seed, Draw.adapter))
+    lora = LoraConfig(
+        **{
+            "r": config.tuner.lora_r,
+            "lora_alpha": int(config.tuner.lora_alpha),
+            "target_modules": "all-linear",
+            "task_type": task,
+            **settings,
+        }
+    )
+    adapted = get_peft_model(model, lora).train()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(configured_dtype(config.precision.value))
+    return adapted
+
+
+def train_plainly(overrides: list[str], steps: int, cache: Path, **settings: Any) -> list[float]:
+    """The losses of the first steps."""
+    return PlainQlora(overrides, steps, cache, **settings).train()
