@@ -8,6 +8,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,15 +23,14 @@ from llmtune.checkpoint.writer import Buffers
 from llmtune.config.cache_folder import open_cache
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config, Precision
-from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import TrainLoader
-from llmtune.data.prepare import prepare_data
 from llmtune.data.prepared_data import open_rows
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule
 from llmtune.engine.unreached import find_unreached
 from llmtune.launch.preflight.deepspeed_ops import load_ops
+from llmtune.model.task_folder import resolve_task_folder
 from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.plan import resolve
@@ -37,11 +38,11 @@ from llmtune.plan.length.batch_schedule import ScheduledBatch
 from llmtune.plan.length.resolve_steps import resolve_steps
 from llmtune.plan.plan import Plan, with_nvme
 from llmtune.plan.resolve import resolve_plan
+from llmtune.run.task import adopt_task, prepare_rows, resolve_labels
 from llmtune.storage.plain_fields import from_plain
-from llmtune.task.labels import Labels
 from llmtune.task.losses import sum_cross_entropy
 from llmtune.task.targets import Targets
-from llmtune.train.build import build_module
+from llmtune.train.build import build_collator, build_module
 from llmtune.train.model_files import render_model_files, resolve_weight_files
 from llmtune.train.request import RunRequest
 from tests.joined import join_ranks
@@ -51,7 +52,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """Train steps ``[first, last)`` and return losses, gradient norms and a digest of the
     weights.
     """
-    config = compose_config(task["overrides"]).config
+    config = adopt_task(compose_config(task["overrides"])).config
     if config.precision is Precision.fp16:
         pretend_fp16()
     cache = open_cache(config.paths)
@@ -62,9 +63,11 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         # A folder a task: engines of one process would find each other's swap files.
         swap = tempfile.mkdtemp(dir=config.offload.nvme_path) if rank.is_first else None
         plan = with_nvme(plan, broadcast_object(swap, rank))
-    model_folder = resolve_on_first(config, rank)
-    tokenizer = load_tokenizer(model_folder, config.model)
-    data = prepare_data(config.data, tokenizer, config.seed, cache)
+    base = resolve_on_first(config, rank)
+    tokenizer = load_tokenizer(base, config.model)
+    data = prepare_rows(config, tokenizer, cache)
+    labels = resolve_labels(config, data, base)
+    add_head = partial(resolve_task_folder, base, config.model, labels, tokenizer, config.seed)
     steps = resolve_steps(
         config.train, config.schedule, data.train.rows, plan.batch.global_batch_size
     )
@@ -74,10 +77,10 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         plan=plan,
         steps=steps,
         data=data,
-        labels=Labels(),
+        labels=labels,
         run_folder=Path(tempfile.gettempdir()),
         run_name="test",
-        model_folder=model_folder,
+        model_folder=on_first(partial(add_head, cache, print), rank),
         resume_from=load,
         run_id="",
     )
@@ -91,7 +94,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     for name, parameter in module.model.named_parameters():
         if task.get("without_gradient") and task["without_gradient"] in name:
             parameter.register_hook(torch.zeros_like)
-    collator = Collator(pad_token_id=int(tokenizer.pad_token_id))
+    loss_function = module.loss_function
+    collator = build_collator(request, module.model, tokenizer)
     batch_plan = ScheduledBatch.from_config(config.train, plan.batch)
     loader = TrainLoader(open_rows(data, "train"), batch_plan, rank.rank, config.seed, collator)
     starts = list(itertools.islice(loader.step_starts(), task["last"]))
@@ -100,7 +104,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     for step in range(task["first"], task["last"]):
         if step == task.get("leave_out"):
             continue
-        module.loss_function = not_a_number if step == task.get("poison") else sum_cross_entropy
+        module.loss_function = not_a_number if step == task.get("poison") else loss_function
         torch.manual_seed(step)
         batch = loader.step_at(*starts[step])
         result = module.train_step(batch.micro_batches, batch.loss_weight, plan.learning_rate)
@@ -128,11 +132,18 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
 def resolve_on_first(config: Config, rank: Rank) -> Path:
     """The model's folder, made by rank 0: transformers writes nothing on the others."""
-    model, tokens, cache = config.model, config.tuner.new_tokens, open_cache(config.paths)
+    cache = open_cache(config.paths)
+    return on_first(
+        partial(resolve_base_folder, config.model, config.tuner.new_tokens, cache, print), rank
+    )
+
+
+def on_first(resolve: Callable[[], Path], rank: Rank) -> Path:
+    """A folder that rank 0 makes, and the others find."""
     if rank.is_first:
-        resolve_base_folder(model, tokens, cache, print)
+        resolve()
     barrier(rank)
-    return resolve_base_folder(model, tokens, cache, print)
+    return resolve()
 
 
 def not_a_number(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
