@@ -790,7 +790,7 @@ SUBJECTS = {
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},
-    "predict": {"labels", "output", "resume", "runs", "text"},
+    "predict": {"adapters", "labels", "output", "resume", "runs", "text"},
     "run": {"adapter_path", "best_model", "restarts"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),
