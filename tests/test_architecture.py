@@ -790,8 +790,8 @@ SUBJECTS = {
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},
-    "predict": {"labels", "output", "resume", "runs", "text"},
     "run": {"adapter_path", "best_model", "loftq_run", "restarts"},
+    "predict": {"adapters", "labels", "output", "resume", "runs", "text"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),
         *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),
