@@ -20,6 +20,7 @@ from llmtune.plan.memory.tensor_shapes import (
     AdapterSizes,
     active_share,
     adapter_sizes,
+    count_start,
     head_parameters,
     is_tied,
     largest_layer,
@@ -136,6 +137,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         adapted=tuple(adapted.all_endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
         **_count_stacks(model, adapters, stacks),
+        **count_start(adapters, tuner),
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
