@@ -20,6 +20,7 @@ from llmtune.engine.distributed import Rank, barrier, broadcast_object
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.build import WeightsTo, build_model
+from llmtune.model.token_folder import find_token_ids
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed, with_nvme_path
@@ -31,6 +32,7 @@ from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.param_groups import fit_optimizer, groups_of_model, groups_of_shape
 from llmtune.task.losses import sum_cross_entropy
+from llmtune.tuner.token_rows.tables import with_new_tokens
 from llmtune.tuner.tuner import TUNERS
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
@@ -87,7 +89,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     partitioned = (lambda: zero_init(deepspeed)) if placement.zero_stage == 3 else None
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
-    model = tuner.attach(model, config.tuner, "base", 0)
+    numbers = find_token_ids(model_folder, config.tuner.new_tokens)
+    model = tuner.attach(model, with_new_tokens(model, config.tuner, numbers), "base", 0)
     group_of = groups_of_model(config.optim, config.tuner, model, ())
     module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer, group_of=group_of)
     del model

@@ -79,6 +79,7 @@ class ModelShape:
     intermediate_size: int
     layers: int
     vocab_size: int
+    """Rows of its tables of tokens, before ``tuner.new_tokens`` are added."""
     attention_width: int
     """Heads times head size, which is attention's cost per pair of positions."""
     task: str = "causal_lm"
