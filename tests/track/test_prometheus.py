@@ -153,6 +153,7 @@ def test_a_number_that_is_no_port_is_refused(port: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
 def test_prometheus_answers_questions_about_the_run(tmp_path: Path) -> None:
     port, own = free_port(), free_port()

@@ -20,7 +20,8 @@ class TrackerConfig:
     kind: str = "none"
     """``none``, ``wandb`` (its key comes from WANDB_API_KEY or ``.env``), or another service.
 
-    The others are ``tensorboard`` and ``prometheus``.
+    The others are ``tensorboard``, ``prometheus``, ``trackio``, and ``mlflow`` (at the address of
+    MLFLOW_TRACKING_URI, or in the run folder).
     """
     kinds: list[str] = field(default_factory=list)
     """Several trackers at once, beside that of ``kind``: ``[wandb,tensorboard]``."""
