@@ -785,13 +785,13 @@ SUBJECTS = {
     "data": {"growing_batch", "huge_rows", "malformed", "spellings"},
     "engine": {
         *("bad_gradients", "growing_batch", "optimizers", "parity", "placements"),
-        *("qlora", "qlora_models", "states"),
+        *("qlora", "qlora_family", "qlora_models", "states"),
     },
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},
+    "run": {"adapter_path", "best_model", "loftq_run", "restarts"},
     "predict": {"adapters", "labels", "output", "resume", "runs", "text"},
-    "run": {"adapter_path", "best_model", "restarts"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),
         *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),

@@ -9,7 +9,7 @@ import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
 from llmtune.config.stored import load_config
-from llmtune.errors import ExportError
+from llmtune.errors import ConfigError, ExportError
 from llmtune.export.architecture import find_architecture, read_config, task_of
 from llmtune.export.card.license import check_licenses
 from llmtune.export.export_model import ExportModel, find_dtype
@@ -43,6 +43,7 @@ from llmtune.model.skeleton import build_skeleton
 from llmtune.model.weights.names import match_names
 from llmtune.storage import layout
 from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.tuner.tuner import TUNERS
 
 
 def open_export_model(request: ExportRequest, config: ExportConfig) -> ExportModel:
@@ -127,6 +128,19 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
     if not left_out:
         return base
     return RenamedSource(base, {name: name for name in base.specs if name not in left_out})
+
+
+def check_merge(run: Path | None, onto: MergeOnto) -> None:
+    """Refuse to merge an adapter onto another base than the one that its training began for.
+
+    Raises:
+        ConfigError: With the base to take; or the run has no readable configuration.
+    """
+    if run is None:
+        return
+    tuner = load_config(run / layout.CONFIG).tuner
+    if problem := TUNERS.find(tuner.kind).find_merge_problem(tuner, onto):
+        raise ConfigError(problem)
 
 
 def _how_quantized(run: Path | None) -> tuple[bool, torch.dtype | None]:

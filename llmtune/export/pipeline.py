@@ -9,7 +9,7 @@ from llmtune.export.card.card import write_model_card
 from llmtune.export.export_model import ExportModel, find_dtype
 from llmtune.export.formats.format import find_format
 from llmtune.export.identity import describe_job, describe_options, identify
-from llmtune.export.open_model import check_links, check_places, open_export_model
+from llmtune.export.open_model import check_links, check_merge, check_places, open_export_model
 from llmtune.export.publish.folder import (
     check_replaceable,
     check_room,
@@ -47,6 +47,8 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     # Refuse what cannot work before the model is opened.
     if (problem := kind.find_problems(config)) is not None:
         raise ExportError(problem)
+    if kind.is_merged:
+        check_merge(request.run, config.merge_onto)
     check_places(request)
     check_links(request)
     restore_export(request.output)

@@ -37,6 +37,8 @@ from llmtune.tuner.tuner import TUNERS
 if TYPE_CHECKING:
     import torch
 
+    from llmtune.model.nf4.nf4_model import In4Bits
+
 
 def resolve_target(composed: Composed) -> Target:
     """Find what the command line names, and what it was trained to do.
@@ -175,8 +177,25 @@ def _load_weights(target: Target) -> Any:
         if accelerator == "cuda"
         else WeightsTo()
     )
+    if target.adapter is not None and TUNERS.find(config.tuner.kind).needs_4_bits(config.tuner):
+        places = WeightsTo(in_4_bits=_in_4_bits(config))
     return build_model(
         target.model_folder, config.model, config.precision, False, attention, places
+    )
+
+
+def _in_4_bits(config: Config) -> In4Bits:
+    """Keep the layers in 4 bits that a training kept so, on the first GPU or on the host."""
+    import torch
+
+    from llmtune.model.nf4.nf4_model import In4Bits
+    from llmtune.plan.devices.probe import resolve_accelerator
+
+    accelerator = resolve_accelerator(config.hardware.accelerator)
+    return In4Bits(
+        double_quant=config.tuner.bnb_4bit_use_double_quant,
+        device=torch.device(accelerator, 0) if accelerator != "cpu" else torch.device("cpu"),
+        gather=lambda scales: scales,
     )
 
 

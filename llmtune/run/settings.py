@@ -107,6 +107,9 @@ def _find_tuner_problems(config: Config) -> list[str]:
         problems.append(
             f"export.merge_onto=nf4: {tuner.title} has no adapter to merge; the key is for QLoRA"
         )
+    if config.export.format != NONE and find_format(config.export.format).is_merged:
+        problem = tuner.find_merge_problem(config.tuner, config.export.merge_onto)
+        problems += [problem] if problem else []
     return problems
 
 

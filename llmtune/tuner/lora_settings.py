@@ -15,8 +15,14 @@ from llmtune.tuner.pattern_limits import pattern_problem
 BIASES = ("none", "all", "lora_only")
 
 #: Values of ``tuner.init_lora_weights`` beside ``pissa_niter_N``.
-_STARTS = ("default", "gaussian", "orthogonal", "olora", "pissa")
+_STARTS = ("default", "gaussian", "orthogonal", "olora", "pissa", "loftq")
+#: The start of adapters that make up for what a quantization to 4 bits takes from the base.
+LOFTQ = "loftq"
 _NITER = re.compile(r"pissa_niter_([1-9]\d{0,2})")
+
+#: Rows of a weight out of which an adapter's start is taken at once. They are always the same
+#: blocks, so that a rank that needs a few rows gets the same digits as one that needs them all.
+TAKEN_ROWS = 1024
 
 #: Signs of regular expressions that no module's name has.
 _PATTERN_SIGNS = frozenset("*+?^$()[]{}|\\")
@@ -98,14 +104,9 @@ def _find_start_problems(tuner: TunerConfig) -> Iterator[str]:
     """Find a start that peft does not have, or that this adapter cannot have."""
     start = tuner.init_lora_weights
     shown = f"tuner.init_lora_weights={start}"
-    if start == "loftq":
-        yield (
-            f"{shown} makes up for the error of a base in 4 bits that is quantized together with"
-            " the adapter, which is not done here; take pissa, or default"
-        )
-    elif start not in _STARTS and not _NITER.fullmatch(start):
+    if start not in _STARTS and not _NITER.fullmatch(start):
         yield f"{shown}: {', '.join(_STARTS)}, or pissa_niter_N with a number N of iterations"
-    if changes_base(tuner) and tuner.adapter_path:
+    if begins_from_base(tuner) and tuner.adapter_path:
         yield (
             f"{shown} with tuner.adapter_path={tuner.adapter_path}: the adapter has its values;"
             " leave tuner.init_lora_weights out"
@@ -144,6 +145,11 @@ def _find_stack_problems(tuner: TunerConfig) -> Iterator[str]:
 def changes_base(tuner: TunerConfig) -> bool:
     """Tell whether the adapter begins with a part of the base's weights, which the base loses."""
     return tuner.init_lora_weights.startswith(("pissa", "olora"))
+
+
+def begins_from_base(tuner: TunerConfig) -> bool:
+    """Tell whether the adapter's first values are computed from the base's weights."""
+    return changes_base(tuner) or tuner.init_lora_weights == LOFTQ
 
 
 def iterations(start: str) -> int | None:

@@ -18,7 +18,7 @@ from llmtune.process import no_collection
 from llmtune.storage.layout import ADAPTER_WEIGHTS
 from llmtune.tuner.adapted_layers import choose_layers, find_own_parameters
 from llmtune.tuner.head import NO_HEAD, Head, in_modules
-from llmtune.tuner.lora_settings import changes_base
+from llmtune.tuner.lora_settings import begins_from_base
 from llmtune.tuner.stacks.stack_adapter import compute_in_place, find_stack_reads
 from llmtune.tuner.start_factors import (
     Factors,
@@ -129,10 +129,10 @@ def _as_peft_lists(tables: Sequence[TokenTable]) -> list[int] | dict[str, list[i
 def _peft_start(config: TunerConfig) -> bool | str:
     """Return peft's ``init_lora_weights``.
 
-    What changes the base is computed by :mod:`llmtune.tuner.start_factors`, which does not need the
-    whole model.
+    What begins from the base's weights is computed by :mod:`llmtune.tuner.start_factors`, which
+    does not need the whole model.
     """
-    is_plain = config.init_lora_weights == "default" or changes_base(config)
+    is_plain = config.init_lora_weights == "default" or begins_from_base(config)
     return True if is_plain else config.init_lora_weights
 
 

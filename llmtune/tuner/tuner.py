@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmtune.config.groups.export import MergeOnto
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.registry import Registry
 from llmtune.tuner.head import NO_HEAD, Head, in_modules
@@ -90,6 +91,14 @@ class Tuner:
                 if value is not None
             ]
         return problems
+
+    def needs_4_bits(self, config: TunerConfig) -> bool:
+        """Tell whether the adapter fits the base in 4 bits, and not the unquantized one."""
+        return False
+
+    def find_merge_problem(self, config: TunerConfig, onto: MergeOnto) -> str | None:
+        """Find why an adapter of this tuner does not fit the base that it would be merged onto."""
+        return None
 
     def choose_layers(
         self, model: Any, config: TunerConfig, head: Sequence[str] = ()

@@ -26,6 +26,7 @@ from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.build import WeightsTo, build_model
 from llmtune.model.nf4.nf4_linear import Nf4Linear
 from llmtune.model.nf4.nf4_model import In4Bits
+from llmtune.model.token_folder import find_token_ids
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed, with_nvme_path
@@ -38,6 +39,7 @@ from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.param_groups import fit_optimizer, groups_of_model, groups_of_shape
 from llmtune.task.losses import sum_cross_entropy
+from llmtune.tuner.token_rows.tables import with_new_tokens
 from llmtune.tuner.tuner import TUNERS
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
@@ -98,7 +100,9 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         in_4_bits = In4Bits(double_quant, rank.device, partial(gather_rows, rank=rank))
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank, in_4_bits=in_4_bits)
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
-    model = tuner.attach(model, config.tuner, "base", 0, gather=gather)
+    numbers = find_token_ids(model_folder, config.tuner.new_tokens)
+    tuner_config = with_new_tokens(model, config.tuner, numbers)
+    model = tuner.attach(model, tuner_config, "base", 0, gather=gather)
     group_of = groups_of_model(config.optim, config.tuner, model, ())
     module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer, group_of=group_of)
     gather_for_readers(tuner.find_read_elsewhere(model))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ class PlainQlora:
             base, config.model, labels, tokenizer, config.seed, cache, print
         )
         model = load_plainly(self.folder, self.model_class, config)
-        self.model = adapt_plainly(model, task.peft_type, config, settings)
+        self.model = begin_plainly(adapt_plainly(model, task.peft_type, config, settings), self)
         collator = Collator(
             pad_token_id=int(tokenizer.pad_token_id),
             masked=sees_padding(model),
@@ -66,9 +68,15 @@ class PlainQlora:
 
     def train(self) -> list[float]:
         """Train, with master weights in fp32 as in mixed precision; the loss before each step."""
-        trained = [one for one in self.model.parameters() if one.requires_grad]
+        named = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        trained = list(named.values())
         masters = [one.detach().float().requires_grad_() for one in trained]
-        optimizer = torch.optim.AdamW(masters, lr=self.rate, weight_decay=self.weight_decay)
+        ratio = self.config.tuner.lora_plus_ratio or 1.0
+        rates = [self.rate * (ratio if ".lora_B." in name else 1.0) for name in named]
+        groups = [
+            {"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
         losses = []
         for step in self.steps:
             loss = self.loss_of(step)
@@ -120,6 +128,8 @@ def adapt_plainly(model: Any, task: str, config: Config, settings: dict[str, Any
             "lora_alpha": int(config.tuner.lora_alpha),
             "target_modules": "all-linear",
             "task_type": task,
+            "use_dora": config.tuner.use_dora,
+            "use_rslora": config.tuner.use_rslora,
             **settings,
         }
     )
@@ -128,6 +138,80 @@ def adapt_plainly(model: Any, task: str, config: Config, settings: dict[str, Any
         if parameter.requires_grad:
             parameter.data = parameter.data.to(configured_dtype(config.precision.value))
     return adapted
+
+
+def begin_plainly(adapted: Any, plain: PlainQlora) -> Any:
+    """Begin adapters as the run does: with a part of the base, or with what NF4 takes from it."""
+    start = plain.config.tuner.init_lora_weights
+    if start == "default":
+        return adapted
+    if start == "loftq":
+        begin_with_losses(adapted, plain)
+        return adapted
+    return leave_rest(adapted, plain)
+
+
+def begin_with_losses(adapted: Any, plain: PlainQlora) -> None:
+    """Give each adapter the best approximation of what the quantization took from its layer.
+
+    ``peft.replace_lora_weights_loftq`` does it on CUDA only, and for a scale of 1.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    originals = dict(load_whole(plain).named_modules())
+    for name, layer in adapted.get_base_model().named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        stored, rank = layer.get_base_layer().weight, layer.r["default"]
+        lost = originals[name].weight - dequantize_4bit(stored.data, stored.quant_state)
+        left, values, right = torch.linalg.svd(lost.detach(), full_matrices=False)
+        root = torch.sqrt(values[:rank] / layer.scaling["default"])
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(root[:, None] * right[:rank])
+            layer.lora_B["default"].weight.copy_(left[:, :rank] * root)
+
+
+def leave_rest(adapted: Any, plain: PlainQlora) -> Any:
+    """Quantize what PiSSA or OLoRA leave of the model, which peft computes in fp32.
+
+    Returns:
+        The adapted model of the rest.
+    """
+    from peft import get_peft_model
+
+    settings = adapted.peft_config["default"]
+    asked = replace(settings, init_lora_weights=plain.config.tuner.init_lora_weights)
+    whole = get_peft_model(load_whole(plain), asked)
+    begun = {
+        name: tensor
+        for name, tensor in whole.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+    with TemporaryDirectory() as folder:
+        whole.unload().save_pretrained(folder)
+        rest = load_plainly(Path(folder), plain.model_class, plain.config)
+    model = get_peft_model(rest, settings).train()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name in begun:
+                tensor.copy_(begun[name])
+    for layer in model.modules():
+        if getattr(layer, "lora_magnitude_vector", None):
+            # peft measures the lengths of a 4-bit base and its adapter together.
+            layer.lora_magnitude_vector["default"].update_layer(
+                base_layer=layer.get_base_layer(),
+                lora_A=layer.lora_A["default"].weight,
+                lora_B=layer.lora_B["default"].weight,
+                scaling=layer.scaling["default"],
+            )
+    return model
+
+
+def load_whole(plain: PlainQlora) -> Any:
+    """The model of the run in fp32."""
+    return getattr(transformers, plain.model_class).from_pretrained(
+        plain.folder, dtype=torch.float32
+    )
 
 
 def train_plainly(overrides: list[str], steps: int, cache: Path, **settings: Any) -> list[float]:

@@ -151,6 +151,19 @@ def test_so_are_those_of_groups_with_settings_of_their_own(tmp_path: Path) -> No
 
 
 @pytest.mark.process
+def test_so_are_those_of_a_model_whose_tables_have_grown(tmp_path: Path) -> None:
+    """By so many rows that the plan of the model without them is more than one percent off.
+
+    The tokenizer of the model has 512 tokens.
+    """
+    cells = [((3, "none"), "full", "bf16", 2), ((2, "none"), "lora", "bf16", 2)]
+    tokens = ",".join(f"'<|{number}|>'" for number in range(200))
+    grown = ["model.config.vocab_size=512", f"tuner.new_tokens=[{tokens}]"]
+    wrong = find_wrong(cells, tmp_path, *grown)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_so_are_those_of_a_model_of_which_a_part_is_frozen(part: int, tmp_path: Path) -> None:
     """Embeddings and head are frozen; two ranks share the layers without cutting a matrix."""

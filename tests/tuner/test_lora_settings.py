@@ -79,7 +79,7 @@ def test_the_scale_of_rank_stabilised_adapters() -> None:
         ("tuner.alpha_pattern={q_proj: nan}", "numbers above 0 by module"),
         ("tuner.alpha_pattern={q_proj: inf}", "numbers above 0 by module"),
         ("tuner.alpha_pattern={q_proj: a}", "numbers above 0 by module"),
-        ("tuner.init_lora_weights=loftq", "quantized together with the adapter"),
+        ("tuner.init_lora_weights=loftq", "loftq needs tuner=qlora"),
         ("tuner.init_lora_weights=pissa_niter_0", "pissa_niter_N with a number N"),
         ("tuner.init_lora_weights=eva", "default, gaussian, orthogonal, olora, pissa"),
         ("tuner.lora_plus_ratio=0", "must be above 0"),
@@ -99,8 +99,15 @@ def test_a_setting_that_cannot_be_is_refused(override: str, part: str) -> None:
     [
         (["tuner=full", "tuner.use_dora=true"], "tuner.use_dora=True needs tuner=lora"),
         (["tuner=full", "tuner.bias=all"], "tuner.bias=all needs tuner=lora"),
-        (["tuner=qlora", "tuner.use_dora=true"], "DoRA takes the lengths of whole weights"),
-        (["tuner=qlora", "tuner.init_lora_weights=pissa"], "changes the base"),
+        (["tuner=qlora", "tuner.init_lora_weights=loftq"], "take export.merge_onto=nf4"),
+        (
+            ["tuner=pissa", "tuner.kind=qlora", "export.merge_onto=nf4"],
+            "take export.merge_onto=original",
+        ),
+        (
+            ["tuner=qlora", "tuner.init_lora_weights=loftq", "tuner.adapter_path=/x"],
+            "the adapter has its values",
+        ),
         (["tuner=pissa", "tuner.adapter_path=/x"], "the adapter has its values"),
         (
             ["tuner.init_lora_weights=orthogonal", "tuner.lora_r=5"],
@@ -111,3 +118,17 @@ def test_a_setting_that_cannot_be_is_refused(override: str, part: str) -> None:
 def test_settings_that_do_not_go_together_are_refused(overrides: list[str], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         compose_config(["model=tiny", *overrides], more_rules=find_problems)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tuner=qlora", "tuner.use_dora=true"],
+        ["tuner=pissa", "tuner.kind=qlora"],
+        ["tuner=qlora", "tuner.init_lora_weights=loftq", "export.merge_onto=nf4"],
+        ["tuner=qlora", "tuner.init_lora_weights=loftq", "export=adapter"],
+        ["tuner=qlora", "tuner.init_lora_weights=loftq", "export=none"],
+    ],
+)
+def test_kinds_on_a_base_in_4_bits_are_taken(overrides: list[str]) -> None:
+    compose_config(["model=tiny", *overrides], more_rules=find_problems)

@@ -51,7 +51,8 @@ class TunerConfig:
 
     ``default``, ``gaussian`` and ``orthogonal`` change nothing at the start. ``pissa``,
     ``pissa_niter_N`` (with N iterations in place of a full decomposition) and ``olora`` take the
-    largest part of the base's weights out of the base, and train it.
+    largest part of the base's weights out of the base, and train it. ``loftq`` (``tuner=qlora``)
+    begins with what the quantization took from the base.
     """
     target_modules: Any = "all-linear"
     """The layers with adapters: ``all-linear`` (all but the head), a list of names or endings.
@@ -70,8 +71,9 @@ class TunerConfig:
     modules_to_save: list[str] = field(default_factory=list)
     """Ends of the names of modules that are trained whole, and stored with the adapter."""
     trainable_token_indices: Any = None
-    """Numbers of tokens whose rows of the input embeddings are trained, as in peft.
+    """Tokens whose rows of the input embeddings are trained, as in peft: numbers, or texts.
 
+    A text is one that the tokenizer encodes as exactly one token: ``["<think>",128002]``.
     A tied output projection has the same rows. Of one with a weight of its own, rows are trained
     where a mapping names it: ``{embed_tokens: [5,6], lm_head: [5,6]}``.
     """

@@ -8,14 +8,16 @@ which ZeRO 3 has gathered a second time by then. The arithmetic is that of bitsa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from llmtune.model.nf4.nf4_slices import load_bitsandbytes
+from llmtune.model.weights.zero3_loading import Read, ReadAgain, load_slice, read_flat
 from llmtune.tuner.nf4_layout import BLOCK_SIZE, NESTED_BLOCK_SIZE, Nf4Layout
 
 
@@ -118,8 +120,23 @@ class _Product(torch.autograd.Function):
         return of_values, None, of_bias, None
 
 
+@dataclass(frozen=True, slots=True)
+class Nf4Origin:
+    """The source of a layer in NF4: the unquantized weight, and how it is packed."""
+
+    read_weight: ReadAgain
+    """Reads the unquantized weight from the model's files. Shape (outputs, inputs), on the host."""
+    pack: Callable[[Read], Read]
+    """Turns a function that reads a weight into one that reads it as the parameter holds it.
+
+    The latter is called on every rank.
+    """
+
+
 class Nf4Linear(nn.Linear):
     """A linear layer with its weight in NF4, which is frozen."""
+
+    origin: Nf4Origin
 
     def __init__(
         self,
@@ -148,6 +165,30 @@ class Nf4Linear(nn.Linear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
         )
+
+    @property
+    def W_q(self) -> torch.Tensor:  # noqa: N802
+        """Return the packed weight.
+
+        By this name peft knows a layer whose weight it gets from :meth:`dequantize`
+        (``dequantize_module_weight`` of ``peft/utils/integrations.py``).
+        """
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weight that the layer multiplies by. Shape (outputs, inputs)."""
+        return self.matrix.dequantize(self.weight)
+
+    def quantize(self, weight: torch.Tensor, rank: int) -> None:
+        """Hold another weight in NF4: this rank's slice of it, or all without ZeRO 3. Collective.
+
+        Args:
+            weight: Shape (outputs, inputs), whole on every rank, on the host.
+            rank: This rank's number.
+        """
+        read = self.origin.pack(partial(read_flat, weight.reshape(-1)))
+        with torch.no_grad():
+            load_slice(self.weight, read, rank)
 
     @property
     def stored_shape(self) -> tuple[int, int]:

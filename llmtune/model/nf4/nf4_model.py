@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmtune.model.nf4.nf4_linear import Nf4Linear
+from llmtune.model.nf4.nf4_linear import Nf4Linear, Nf4Origin
 from llmtune.model.nf4.nf4_slices import Nf4Weight
 from llmtune.model.weights.partition_edit import is_partitioned
-from llmtune.model.weights.zero3_loading import PackedWeight, Read
+from llmtune.model.weights.zero3_loading import PackedWeight, Read, ReadAgain
 from llmtune.tuner.adapted_layers import matrix_sides
 from llmtune.tuner.quantized_layers import find_quantized_layers
 
@@ -116,10 +116,16 @@ def packed_weights(
             gather=settings.gather if is_partitioned(layer.weight) else None,
         ).read_stored
 
+    def remember(layer: Nf4Linear, read_again: ReadAgain) -> None:
+        layer.origin = Nf4Origin(read_again, partial(pack, layer))
+
     packed = {}
     for path in layers:
         layer = model.get_submodule(path)
         packed[f"{path}.weight"] = PackedWeight(
-            layer.stored_shape, layer.is_stored_transposed, partial(pack, layer)
+            stored_shape=layer.stored_shape,
+            transposed=layer.is_stored_transposed,
+            pack=partial(pack, layer),
+            remember=partial(remember, layer),
         )
     return packed

@@ -30,8 +30,11 @@ from llmtune.model.weights.partition_edit import is_partitioned, open_slice
 #: Reads elements of a flattened tensor, by the first index and the count.
 Read = Callable[[int, int], torch.Tensor]
 
+#: Reads a whole weight from the model's files again, in the shape that the model's layer has.
+ReadAgain = Callable[[], torch.Tensor]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedWeight:
     """A parameter that does not hold a weight as the files do."""
 
@@ -44,6 +47,8 @@ class PackedWeight:
 
     The latter is called on every rank, also for no element.
     """
+    remember: Callable[[ReadAgain], None]
+    """Is given the function that reads the weight another time."""
 
 
 def load_partitions(
@@ -73,9 +78,13 @@ def load_partitions(
             buffers[name].data.copy_(read_tensor(entry))
         elif id(parameter) not in done:
             read: Read = partial(read_slice, entry)
-            if name in packed and packed[name].transposed:
-                read = partial(_read_flat, read_tensor(entry).T.reshape(-1))
-            _load_slice(parameter, packed[name].pack(read) if name in packed else read, rank)
+            if name in packed:
+                again = partial(_read_again, partial(read_tensor, entry), packed[name].transposed)
+                packed[name].remember(again)
+                if packed[name].transposed:
+                    read = partial(read_flat, again().reshape(-1))
+                read = packed[name].pack(read)
+            load_slice(parameter, read, rank)
             done.add(id(parameter))
     stored = set(matching.direct)
     for conversion in matching.conversions:
@@ -102,7 +111,11 @@ def _load_converted(
     packed: Mapping[str, PackedWeight],
 ) -> set[str]:
     """Compute parameters as transformers does, and keep this rank's slices; return their names."""
-    made = conversion.run(model, lambda name: read_tensor(entries[name]))
+
+    def convert() -> dict[str, torch.Tensor]:
+        return conversion.run(model, lambda name: read_tensor(entries[name]))
+
+    made = convert()
     for name, tensor in made.items():
         parameter = model.get_parameter(name)
         shape = _shape_in_files(name, parameter, packed)
@@ -111,16 +124,30 @@ def _load_converted(
                 f"{name} is {tuple(tensor.shape)} as the files have it and {shape} in the model"
             )
         weight = tensor.T if name in packed and packed[name].transposed else tensor
-        read: Read = partial(_read_flat, weight.reshape(-1))
-        _load_slice(parameter, packed[name].pack(read) if name in packed else read, rank)
+        read: Read = partial(read_flat, weight.reshape(-1))
+        if name in packed:
+            once_more = partial(_take_from, convert, name)
+            packed[name].remember(partial(_read_again, once_more, packed[name].transposed))
+            read = packed[name].pack(read)
+        load_slice(parameter, read, rank)
     return set(made)
 
 
-def _read_flat(flat: torch.Tensor, start: int, count: int) -> torch.Tensor:
+def _take_from(convert: Callable[[], dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    return convert()[name]
+
+
+def _read_again(read: Callable[[], torch.Tensor], transposed: bool) -> torch.Tensor:
+    """Read a weight as the layer has it, of which the files may hold the transposed."""
+    return read().T if transposed else read()
+
+
+def read_flat(flat: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Return elements of a flattened tensor. Shape (count,)."""
     return flat[start : start + count]
 
 
-def _load_slice(parameter: Any, read: Read, rank: int) -> None:
+def load_slice(parameter: Any, read: Read, rank: int) -> None:
     """Fill this rank's slice of a parameter; all of it, where ZeRO has not partitioned it."""
     if not is_partitioned(parameter):
         parameter.data.view(-1).copy_(read(0, parameter.numel()))

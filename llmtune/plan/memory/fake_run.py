@@ -286,6 +286,8 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any, trained: Sequence
     import torch
     from torch import nn
 
+    is_quantized = TUNERS.find(tuner.kind).is_quantized
+
     class Adapted(nn.Module):
         """``base(x) + B(A(dropout(x))) * scale``."""
 
@@ -314,6 +316,8 @@ def _with_adapters(model: Any, tuner: TunerConfig, dtype: Any, trained: Sequence
             eye = torch.eye(self.down.weight.shape[1], dtype=dtype)
             product = self.up(self.down(eye)).T.detach()
             weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
+            # A weight in 4 bits is dequantized once more.
+            weight = weight.clone() if is_quantized else weight
             norms = torch.linalg.norm(weight.detach() + product * 2.0, dim=1).to(dtype)
             factor = (self.lengths / norms).view(1, -1)
             plain = result

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.tuner.adapted_layers import AdaptedLayers, choose_layers, find_own_parameters
 from llmtune.tuner.head import NO_HEAD, Head
+from llmtune.tuner.lora_settings import LOFTQ
 from llmtune.tuner.token_rows.settings import TokenTable
 from llmtune.tuner.token_rows.tables import find_token_tables
 from llmtune.tuner.tuner import TUNERS, Tuner
@@ -23,6 +24,16 @@ class LoraTuner(Tuner):
     #: Published recipes use the larger two. The first was tried on SmolLM2-135M: held-out loss
     #: after 56 steps is 2.84 at 5e-4 and 2.78 at 1e-3.
     learning_rates: ClassVar = [(1e9, 1e-3), (20e9, 2e-4), (float("inf"), 1e-4)]
+
+    def find_problems(self, config: TunerConfig) -> list[str]:
+        """Find broken rules of ``tuner.*``, and a start that only a base in 4 bits has."""
+        problems = super().find_problems(config)
+        if config.init_lora_weights == LOFTQ and not self.is_quantized:
+            problems.append(
+                f"tuner.init_lora_weights={LOFTQ} needs tuner=qlora: it begins with what the"
+                " quantization to 4 bits takes from the base"
+            )
+        return problems
 
     def choose_layers(
         self, model: Any, config: TunerConfig, head: Sequence[str] = ()

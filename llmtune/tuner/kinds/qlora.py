@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from llmtune.config.groups.export import MergeOnto
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.tuner.kinds.lora import LoraTuner
-from llmtune.tuner.lora_settings import changes_base
+from llmtune.tuner.lora_settings import LOFTQ, changes_base
 from llmtune.tuner.tuner import TUNERS
 
 
@@ -15,20 +16,25 @@ class QloraTuner(LoraTuner):
     title = "QLoRA"
     is_quantized = True
 
-    def find_problems(self, config: TunerConfig) -> list[str]:
-        """Find what reads or changes whole weights, which a base in 4 bits does not have."""
-        problems = super().find_problems(config)
-        if config.use_dora:
-            problems.append(
-                "tuner.use_dora=true with tuner=qlora: DoRA takes the lengths of whole weights in"
-                " every forward pass; take tuner=dora, or leave it out"
+    def needs_4_bits(self, config: TunerConfig) -> bool:
+        """Tell whether the adapter holds what the quantization took from the base (LoftQ)."""
+        return config.init_lora_weights == LOFTQ
+
+    def find_merge_problem(self, config: TunerConfig, onto: MergeOnto) -> str | None:
+        """Find that an adapter was begun for the other of the two bases."""
+        start = f"tuner.init_lora_weights={config.init_lora_weights}"
+        if self.needs_4_bits(config) and onto is MergeOnto.original:
+            return (
+                f"export.merge_onto=original with {start}: the adapter makes up for what the"
+                " quantization took from the base, and the unquantized one still has it; take"
+                " export.merge_onto=nf4, or export=adapter"
             )
-        if changes_base(config):
-            problems.append(
-                f"tuner.init_lora_weights={config.init_lora_weights} with tuner=qlora changes the"
-                " base, which is quantized before; take tuner=lora, or leave it out"
+        if changes_base(config) and onto is MergeOnto.nf4:
+            return (
+                f"export.merge_onto=nf4 with {start}: the training quantized what the adapter left"
+                " of the base, and not the base; take export.merge_onto=original"
             )
-        return problems
+        return None
 
 
 TUNERS.register(QloraTuner())
