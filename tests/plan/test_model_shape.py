@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.model import ModelConfig
+from llmtune.errors import ConfigError
 from llmtune.model.source import resolve_model_folder
 from llmtune.model.token_folder import find_token_ids, resolve_base_folder
 from llmtune.optimizer.param_groups import plain_name
@@ -92,3 +93,24 @@ def test_the_shape_is_counted_again_where_the_tokenizer_has_changed(tmp_path: Pa
     own.unlink()
     own.write_bytes(tokenizer)
     assert resolve_shape(config, settings, tmp_path).outputs == 643
+
+
+@pytest.mark.parametrize(
+    ("name", "is_packed"),
+    [("down_proj", True), ("mlp", True), ("q_proj", True), ("norm", False), ("lm_head", False)],
+)
+def test_a_weight_in_4_bits_is_not_trained_whole(name: str, is_packed: bool) -> None:
+    keys = ["model.config.tie_word_embeddings=false", f"tuner.modules_to_save=[{name}]"]
+    for kind in ("lora", "qlora"):
+        config = compose_config(["model=tiny", f"tuner={kind}", *keys]).config
+        if is_packed and kind == "qlora":
+            with pytest.raises(ConfigError, match=f"{name}.*is kept in 4 bits"):
+                resolve_shape(config.model, config.tuner)
+        else:
+            assert resolve_shape(config.model, config.tuner).trainable_parameters
+
+
+def test_a_head_is_not_in_4_bits_and_may_be_named() -> None:
+    keys = ["model.task=sequence_classification", "tuner.modules_to_save=[classifier]"]
+    config = compose_config(["model=tiny_bert", "tuner=qlora", *keys]).config
+    assert resolve_shape(config.model, config.tuner).trainable_parameters

@@ -20,6 +20,7 @@ from llmtune.plan.memory.tensor_shapes import (
     AdapterSizes,
     active_share,
     adapter_sizes,
+    check_packed,
     count_start,
     head_parameters,
     is_tied,
@@ -129,6 +130,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
     trained = find_trained(kind, model, tuner, head)
     packed = packed_sizes(model, tuner, head)
+    check_packed(packed, trained, tuner)
     stacks = adapted.stacks if adapted else {}
     tables = kind.find_token_tables(model, tuner)
     tensors = list_tensors(model, adapters, trained, packed, head, stacks, tables)

@@ -240,6 +240,24 @@ def packed_sizes(model: Any, tuner: TunerConfig, head: Sequence[str]) -> dict[st
     }
 
 
+def check_packed(packed: Mapping[str, int], trained: Collection[str], tuner: TunerConfig) -> None:
+    """Refuse to train weights that are kept in 4 bits.
+
+    Args:
+        packed: From :func:`packed_sizes`.
+        trained: Names of the model's own parameters that are trained.
+
+    Raises:
+        ConfigError: ``tuner.modules_to_save`` names such a weight.
+    """
+    if both := [name for name in packed if name in trained]:
+        raise ConfigError(
+            f"tuner.modules_to_save={tuner.modules_to_save} with tuner={tuner.kind}: {both[0]} is"
+            " kept in 4 bits, which no optimizer can train; leave it out, where it has an adapter,"
+            " or take tuner=lora"
+        )
+
+
 def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, AdapterSizes]:
     """Map the path of each adapter to its sizes."""
     check_patterns(tuner, [*adapted.layers, *adapted.stacks])
