@@ -79,8 +79,7 @@ def prepare_run(
         _check_files(config, plan, base, cache, console)
 
     # The rows, and the head that their labels ask for.
-    tokenizer = load_tokenizer(base, config.model, load_chat_template(config.data.chat_template))
-    check_token_rows(config, tokenizer, base)
+    tokenizer = _load_tokenizer(config, base)
     data = prepare_rows(config, tokenizer, cache, watch_tokenizing(console))
     _check_data(config, data, tokenizer, base, console)
     labels = resolve_labels(config, data, base)
@@ -109,6 +108,14 @@ def prepare_run(
         steps=steps,
         resume_from=resume_from,
     )
+
+
+def _load_tokenizer(config: Config, base: Path) -> Any:
+    """Load the tokenizer of the base, and check the tokens whose rows are trained."""
+    template = load_chat_template(config.data.chat_template)
+    tokenizer = load_tokenizer(base, config.model, template)
+    check_token_rows(config, tokenizer, base)
+    return tokenizer
 
 
 def _resolve_steps(config: Config, data: PreparedData, batch: BatchPlan) -> StepsPlan:

@@ -54,7 +54,7 @@ class MlflowTracker:
         params = (Param(key, str(value)[:_PARAM_LENGTH]) for key, value in _flatten(run.settings))
         while batch := list(islice(params, _PARAMS_PER_CALL)):
             self._client.log_batch(self._run_id, params=batch)
-        self._client.log_dict(self._run_id, run.plan, "plan.json")
+        self._client.log_dict(self._run_id, run.plan, layout.PLAN)
 
     def _find_experiment(self, run: TrackedRun, artifacts: str | None) -> str:
         name = run.config.project
