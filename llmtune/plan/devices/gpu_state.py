@@ -9,6 +9,14 @@ from typing import Any
 
 from llmtune.plan.devices.gpus import count_gpus, find_handle, start_nvml
 
+#: Bits of ``nvmlClocksEventReasons`` (``nvml.h``). A power cap is how big cards work all day.
+_BRAKES = {
+    0x40: "heat (hardware)",
+    0x20: "heat (software)",
+    0x80: "a brake of the power supply",
+    0x8: "a hardware slowdown",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuState:
@@ -24,6 +32,8 @@ class GpuState:
     """Degrees Celsius."""
     power: float | None
     """Watts."""
+    slowed_by: str | None = None
+    """The reason why its clock is lower than it could be, if that costs speed."""
 
 
 def read_gpus() -> list[GpuState]:
@@ -48,4 +58,11 @@ def _read_gpu(nvml: Any, index: int) -> GpuState:
         utilization=read(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
         temperature=read(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
         power=read(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+        slowed_by=_find_brake(read(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle))),
     )
+
+
+def _find_brake(reasons: float | None) -> str | None:
+    """Return the reason for a low clock, of those that a user can do something about."""
+    found = [text for bit, text in _BRAKES.items() if int(reasons or 0) & bit]
+    return found[0] if found else None
