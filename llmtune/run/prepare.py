@@ -79,8 +79,7 @@ def prepare_run(
         _check_files(config, plan, base, cache, console)
 
     # The rows, and the head that their labels ask for.
-    tokenizer = load_tokenizer(base, config.model, load_chat_template(config.data.chat_template))
-    check_token_rows(config, tokenizer, base)
+    tokenizer = _load_tokenizer(config, base)
     data = prepare_rows(config, tokenizer, cache, watch_tokenizing(console))
     _check_data(config, data, tokenizer, base, console)
     labels = resolve_labels(config, data, base)
@@ -200,6 +199,14 @@ def check_evaluations(
             f"warning: {patience} cannot stop this run early: it needs {best.patience + 1}"
             f" evaluations before the end, and there are {possible}"
         )
+
+
+def _load_tokenizer(config: Config, base: Path) -> Any:
+    """Load the tokenizer of the rows, which has every token that the config names."""
+    template = load_chat_template(config.data.chat_template)
+    tokenizer = load_tokenizer(base, config.model, template)
+    check_token_rows(config, tokenizer, base)
+    return tokenizer
 
 
 def check_token_rows(config: Config, tokenizer: Any, base: Path) -> None:
