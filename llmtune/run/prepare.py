@@ -209,6 +209,14 @@ def check_evaluations(
         )
 
 
+def _load_tokenizer(config: Config, base: Path) -> Any:
+    """Load the tokenizer of the rows, which has every token that the config names."""
+    template = load_chat_template(config.data.chat_template)
+    tokenizer = load_tokenizer(base, config.model, template)
+    check_token_rows(config, tokenizer, base)
+    return tokenizer
+
+
 def check_token_rows(config: Config, tokenizer: Any, base: Path) -> None:
     """Check the tokens whose rows are trained, which only the tokenizer knows.
 
