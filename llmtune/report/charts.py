@@ -64,7 +64,10 @@ def draw_curves(
     import altair as alt
 
     names = list(dict.fromkeys(curve.name for curve in curves))
-    color = alt.Color("series:N", sort=names, title=None, scale=alt.Scale(domain=names))
+    # One curve needs no legend: the chart has its name.
+    legend = {"legend": None} if len(names) == 1 else {}
+    scale = alt.Scale(domain=names)
+    color = alt.Color("series:N", sort=names, title=None, scale=scale, **legend)
     x = alt.X("step:Q", title="optimizer step", axis=alt.Axis(format="~s", tickMinStep=1))
     y = alt.Y(
         "value:Q", title=unit, scale=alt.Scale(zero=False), axis=alt.Axis(format=number_format)
@@ -308,6 +311,11 @@ def _finish(chart: Any, height: int = _HEIGHT) -> dict[str, Any]:
     return spec
 
 
+def _write(value: float) -> str:
+    """Write a number for people."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
+
+
 def _short(value: float) -> float:
     """Round to six digits, which is more than a picture shows."""
     return float(f"{value:.6g}")
@@ -319,13 +327,10 @@ def _describe_curves(title: str, curves: Sequence[Series], marks: Sequence[Mark]
         if curve.is_faint:
             continue
         (first_step, first), (last_step, last) = curve.points[0], curve.points[-1]
-        if curve.is_dashed:
-            sentences.append(f"{curve.name}: {first:.4g}.")
-        else:
-            sentences.append(
-                f"{curve.name}: {first:.4g} at step {first_step:,.0f}, {last:.4g} at step"
-                f" {last_step:,.0f}."
-            )
+        text = f"{curve.name}: {_write(first)}"
+        if not curve.is_dashed:
+            text += f" at step {first_step:,.0f}, {_write(last)} at step {last_step:,.0f}"
+        sentences.append(f"{text}.")
     sentences += [f"At step {mark.step:,.0f}: {mark.text}." for mark in marks[:5]]
     return f"{title}. {' '.join(sentences)}"
 
@@ -337,6 +342,6 @@ def _last_values(title: str, curves: Sequence[Series]) -> Table:
             continue
         values = [value for _, value in curve.points]
         low, high = min(values), max(values)
-        rows.append([curve.name, *(f"{value:.5g}" for value in (values[0], low, high, values[-1]))])
+        rows.append([curve.name, *map(_write, (values[0], low, high, values[-1]))])
     head = ["curve", "first", "lowest", "highest", "last"]
     return Table(caption=f"{title}: values", head=head, rows=rows, is_folded=True)

@@ -31,7 +31,7 @@ class Chart:
     spec: dict[str, Any]
     """Vega-Lite's description of the picture."""
     text: str
-    """What the picture shows, in sentences."""
+    """The text alternative: sentences that say what the picture shows."""
     table: Table | None = None
     """Its last values."""
 
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the model answers before and after training."""
+    """The answers of the model to a prompt, before and after training."""
 
     kind: ClassVar[str] = "answer"
     prompt: str
@@ -105,7 +105,7 @@ class Page:
     """Name and value of the numbers at the top."""
     sections: Sequence[Section]
     notes: Sequence[str] = field(default_factory=tuple)
-    """What could not be read."""
+    """Sentences on what could not be read."""
     written: str = ""
     """The time of writing, as text."""
 

@@ -1,4 +1,4 @@
-"""What was planned for a run beside what happened, and where its time went."""
+"""Compare the plan of a run with what happened, and sum up where its time went."""
 
 from __future__ import annotations
 

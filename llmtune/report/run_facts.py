@@ -55,7 +55,7 @@ class RunFacts:
     exports: dict[str, str] = field(default_factory=dict)
     """Name of an export's folder -> the Markdown of its card that says how to load it."""
     notes: tuple[str, ...] = ()
-    """What could not be read, as sentences."""
+    """Sentences on what could not be read."""
 
     @property
     def name(self) -> str:
