@@ -30,7 +30,14 @@ def build_hooks(
         ConfusionPlot(request.run_folder, rank),
     ]
     if config.report.write and not config.data.streaming:
-        hooks.append(DataExamples(request.run_folder, rank, request.data, tokenizer, console.say))
+        examples = DataExamples(
+            run=request.run_folder,
+            rank=rank,
+            data=request.data,
+            tokenizer=tokenizer,
+            say=console.say,
+        )
+        hooks.append(examples)
     if find_task(config.model.task).generates:
         prompts = read_samples(request.data)
         reason = samples_reason_to_skip(
