@@ -799,6 +799,7 @@ SUBJECTS = {
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},
     "predict": {"labels", "output", "resume", "runs", "text"},
+    "report": {"browser"},
     "run": {"adapter_path", "best_model", "loftq_run", "restarts"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),

@@ -213,7 +213,7 @@ def draw_histogram(
         _chart_of(values)
         .mark_bar()
         .encode(
-            x=alt.X("from:Q", title="tokens", axis=alt.Axis(format="~s")),
+            x=alt.X("from:Q", bin="binned", title="tokens", axis=alt.Axis(format="~s")),
             x2="to:Q",
             y=alt.Y("count:Q", title=unit, axis=alt.Axis(format="~s")),
             tooltip=[

@@ -9,6 +9,8 @@ from llmtune.report.page import Block, Code, Text
 
 _HEADING = "## Load it"
 _FENCE = "```"
+#: The page names the folder instead.
+_HERE = "Run this in the folder that this file is in."
 _ESCAPED = re.compile(r"\\([\\`*\[\]|#_])")
 
 
@@ -37,7 +39,7 @@ def to_blocks(section: str) -> list[Block]:
             blocks.append(Code(piece.partition("\n")[2].rstrip()))
             continue
         paragraphs = (" ".join(paragraph.split()) for paragraph in piece.split("\n\n"))
-        blocks += [Text(_unescape(text)) for text in paragraphs if text]
+        blocks += [Text(_unescape(text)) for text in paragraphs if text not in ("", _HERE)]
     return blocks
 
 

@@ -125,6 +125,6 @@ def test_runs_are_listed_and_pruned_when_asked(
 
 def test_columns_are_as_wide_as_their_cells_and_long_cells_are_cut() -> None:
     lines = align(["", "one"], [["key", "1"], ["a" * 100, "2\n3"]])
-    assert lines[1] == "key" + " " * 36 + "1"
+    assert lines[1].index("1") == lines[2].index("2 3") > len("key")
     assert lines[2].endswith("  2 3")
     assert len(lines[2]) < 50
