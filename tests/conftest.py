@@ -24,6 +24,8 @@ def pytest_configure() -> None:
     # all that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["DS_ACCELERATOR"] = "cpu"
+    # A page costs each training seconds; the tests of pages turn it on.
+    os.environ["LLMTUNE_REPORT"] = "false"
     use_own_ninja()
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
     # Read when torch loads its OpenMP: threads that spin for each other, while another process has

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import ConfigError
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 #: What launchers add to the command line of every rank.
 LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
+
+#: Verbs behind which folders stand without a key.
+FOLDER_VERBS = ("report", "runs")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +32,8 @@ class Options:
     """``doctor --fix``: fix what is safe to fix."""
     mirror: bool = False
     """``verify --mirror``: copy to ``checkpoint.mirror`` what is not there."""
+    folders: tuple[str, ...] = ()
+    """The run folders that ``report`` and ``runs`` are given."""
     launcher: Launcher | None = None
     """The launcher that started this process as a rank; None where llmtune starts the ranks.
 
@@ -68,9 +74,18 @@ def parse(argv: list[str], verbs: Collection[str]) -> Arguments:
             _take_value(rest)
         elif rest[0].startswith("-"):
             _read_option(arguments, rest)
+        elif arguments.verb in FOLDER_VERBS and _is_folder(rest[0]):
+            arguments.options.folders += (rest.pop(0),)
         else:
             arguments.overrides.append(rest.pop(0))
     return arguments
+
+
+def _is_folder(text: str) -> bool:
+    """Tell an existing folder, and any text that cannot be an override, from overrides."""
+    if text.startswith("+") or not text:
+        return False
+    return "=" not in text or Path(text).is_dir()
 
 
 def _check_verb(verb: str, verbs: Collection[str]) -> None:

@@ -60,13 +60,17 @@ examples
   python -m llmtune plan model=llama3_70b hardware=8xa100_80gb tuner=full
   python -m llmtune eval base=runs/NAME/merged
   python -m llmtune verify run=runs/NAME
+  python -m llmtune report runs/a runs/b
+                                         compare runs: a page, and a table
+  python -m llmtune runs                 what is in runs/, with state, loss and size
   deepspeed scripts/train.py model=llama3_70b zero=3
                                          the same training; torchrun works too
 
 options
   --cfg job          print the composed configuration and stop
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
-  --json             plan, data, eval, predict, verify, doctor: print one JSON object
+  --json             plan, data, eval, predict, verify, doctor, report, runs: print one JSON
+                     object
   --fix              doctor: fix what is safe to fix
   --mirror           verify: then copy to checkpoint.mirror what of a run is not there
   --version, --help

@@ -65,10 +65,11 @@ def run(composed: Composed, options: Options) -> int:
             _hand_over(composed, options)
         target = _train(composed, console, lock)
         stop.message = NOT_EXPORTED
-        from llmtune.run.finish import finished_message, maybe_export
+        from llmtune.run.finish import finished_message, maybe_export, recorded_end
 
         console.say(finished_message(target.folder))
-        maybe_export(target.folder, composed.config.export, console)
+        with recorded_end(target.folder, composed.config, console.say):
+            maybe_export(target.folder, composed.config.export, console)
     return 0
 
 

@@ -100,6 +100,18 @@ def _verify(composed: Composed, options: Options) -> int:
     return run(composed, options)
 
 
+def _report(composed: Composed, options: Options) -> int:
+    from llmtune.cli.folders.report import run
+
+    return run(composed, options)
+
+
+def _runs(composed: Composed, options: Options) -> int:
+    from llmtune.cli.folders.runs import run
+
+    return run(composed, options)
+
+
 def _doctor(composed: Composed, options: Options) -> int:
     from llmtune.cli.doctor import run
 
@@ -141,6 +153,16 @@ VERBS = {
     "verify": Verb(
         run=_verify,
         summary="check checkpoints, adapters and exports against their manifests, every byte",
+        loads_libraries=False,
+    ),
+    "report": Verb(
+        run=_report,
+        summary="a page about a run folder, or one that compares several: report runs/a runs/b",
+        loads_libraries=False,
+    ),
+    "runs": Verb(
+        run=_runs,
+        summary="list run folders with state, step, loss and size: runs [FOLDER]",
         loads_libraries=False,
     ),
     "doctor": Verb(

@@ -23,6 +23,8 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.groups.verbs.chat import ChatConfig
 from llmtune.config.groups.verbs.predict import PredictConfig
+from llmtune.config.groups.verbs.report import ReportConfig
+from llmtune.config.groups.verbs.runs import RunsConfig
 from llmtune.config.groups.verbs.target import TargetConfig
 from llmtune.config.groups.zero import OffloadConfig, ZeroConfig
 
@@ -58,6 +60,8 @@ class Config:
     chat: ChatConfig = field(default_factory=ChatConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    runs: RunsConfig = field(default_factory=RunsConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     run_name: str | None = None
     """Name of the run; without it, the names of model, tuner and data."""

@@ -30,6 +30,7 @@ from llmtune.plan.resolve import plan_candidate
 from llmtune.plan.run_record import MemoryFailure
 from llmtune.run.attempt import attempt
 from llmtune.run.describe import describe
+from llmtune.run.finish import recorded_failure
 from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 from llmtune.storage import layout
 from llmtune.storage.rank_files import FinishedRecord, RestartRecord
@@ -94,6 +95,11 @@ class FallbackRunner:
         failure: RanOutOfMemoryError | RanksFailedError | None = None
         with ExitStack() as stack:
             while (request := self._prepare(candidate)) is not None:
+                if failure is None:
+                    # From here on, the folder is this start's.
+                    stack.enter_context(
+                        recorded_failure(self.folder.path, self.composed.config, self.console.say)
+                    )
                 if isinstance(failure, RanksFailedError):
                     self._record_restart(failure, request)
                 self.console.page("llmtune", describe(request))

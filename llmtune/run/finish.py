@@ -1,17 +1,65 @@
 """Report and export a run after its ranks have ended."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from llmtune.config.cache_folder import find_cache
 from llmtune.config.groups.export import ExportConfig, ExportDtype
+from llmtune.config.schema import Config
 from llmtune.config.stored import load_config
+from llmtune.errors import StoppedError
+from llmtune.report.refresh import LAST_SECONDS, LAST_SECONDS_AFTER_STOP, write_last_report
 from llmtune.storage import layout
-from llmtune.storage.rank_files import FinishedRecord
+from llmtune.storage.rank_files import EndRecord, FinishedRecord
 from llmtune.task.task import find_task
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted
+
+#: Letters of an error that are kept.
+_MOST_LETTERS = 4000
+
+
+@contextmanager
+def recorded_failure(run: Path, config: Config, say: Callable[[str], None]) -> Iterator[None]:
+    """Record in the run folder that the block was stopped or failed, and write the report."""
+    try:
+        yield
+    except BaseException as error:
+        is_stop = isinstance(error, StoppedError | KeyboardInterrupt)
+        seconds = LAST_SECONDS_AFTER_STOP if is_stop else LAST_SECONDS
+        _record_end(run, config, say, "stopped" if is_stop else "failed", str(error), seconds)
+        raise
+
+
+@contextmanager
+def recorded_end(run: Path, config: Config, say: Callable[[str], None]) -> Iterator[None]:
+    """Record in the run folder how the block behind the training ended, and write the report."""
+    with recorded_failure(run, config, say):
+        yield
+    _record_end(run, config, say, "finished", "", LAST_SECONDS)
+
+
+def _record_end(
+    run: Path,
+    config: Config,
+    say: Callable[[str], None],
+    outcome: str,
+    message: str,
+    seconds: float,
+) -> None:
+    """Write ``ended.json`` and ``report.html``, both for people: a full disk is no new error."""
+    message = message.strip()[:_MOST_LETTERS]
+    try:
+        EndRecord(outcome=outcome, time=time.time(), message=message).write(run)
+    except OSError as error:
+        say(f"{run / layout.ENDED} cannot be written: {error.strerror}")
+    if config.report.write:
+        write_last_report(run, find_cache(config.paths), say, seconds)
 
 
 def finished_message(run: Path) -> str:

@@ -89,6 +89,7 @@ def _train_launched(
     from llmtune.engine.distributed import broadcast_object, init_ranks
     from llmtune.engine.phases.heartbeat import PhaseLog
     from llmtune.run.fallback import hold_nvme
+    from llmtune.run.finish import recorded_failure
     from llmtune.storage.lock import hold_lock
 
     phases = PhaseLog(watch.record)
@@ -123,7 +124,10 @@ def _train_launched(
             load_ops(request.plan.hardware.accelerator, request.plan.placement)
             limit_own_memory(request)
             make_own_swap(request)
-            with show_phases(console, phases):
+            recorded: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if rank.is_first:
+                recorded = recorded_failure(request.run_folder, request.config, console.say)
+            with show_phases(console, phases), recorded:
                 _run_watched(request, rank, console, watch)
         if rank.is_first:
             _finish_first(composed, target, console)
@@ -244,8 +248,11 @@ def _as_answer(error: Exception) -> dict[str, Any]:
 
 
 def _finish_first(composed: Composed, target: RunTarget, console: Console) -> None:
-    from llmtune.run.finish import finished_message, maybe_export
+    from llmtune.run.finish import finished_message, maybe_export, recorded_end
 
     console.say(finished_message(target.folder))
-    with raise_stops(NOT_EXPORTED):
+    with (
+        raise_stops(NOT_EXPORTED),
+        recorded_end(target.folder, composed.config, console.say),
+    ):
         maybe_export(target.folder, composed.config.export, console)

@@ -110,14 +110,6 @@ def prepare_run(
     )
 
 
-def _load_tokenizer(config: Config, base: Path) -> Any:
-    """Load the tokenizer of the base, and check the tokens whose rows are trained."""
-    template = load_chat_template(config.data.chat_template)
-    tokenizer = load_tokenizer(base, config.model, template)
-    check_token_rows(config, tokenizer, base)
-    return tokenizer
-
-
 def _resolve_steps(config: Config, data: PreparedData, batch: BatchPlan) -> StepsPlan:
     """Resolve the number of steps; a batch that grows with tokens needs the rows for it."""
     rows = None if config.data.streaming else data.train.rows

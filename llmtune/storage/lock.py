@@ -87,6 +87,28 @@ def _take(path: Path, instead: str) -> IO[str]:
         file.close()
 
 
+def find_holder(path: Path) -> int | None:
+    """Find the process that holds a lock file, without disturbing one that is about to take it.
+
+    Returns:
+        The process id; None where nobody holds it, or a process of another machine does.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        pid = int(os.read(file, 32).strip() or b"0")
+        # The lock is tried only where its last holder lives: a run that starts just now writes its
+        # id behind the lock, and would be refused because of the trial.
+        is_held = pid > 0 and Path(f"/proc/{pid}").exists() and not try_lock(file)
+        return pid if is_held else None
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(file)
+
+
 @contextmanager
 def removed_if_unused(path: Path) -> Iterator[None]:
     """Remove the folder that a block made and locked, if it fails before it writes anything else.

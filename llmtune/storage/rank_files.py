@@ -18,14 +18,14 @@ file               written by                      read by
 ``meeting``        ranks, ``torch``'s file store   ranks: their process group
 =================  ==============================  ================================================
 
-Five more are elsewhere. ``request.json``, the work of an attempt
+Six more are elsewhere. ``request.json``, the work of an attempt
 (:class:`llmtune.train.request.RunRequest`), is in a folder of its own, for ranks may be started
 before it is known. In the run folder, ``finished.json`` (:class:`FinishedRecord`) is written by
 rank 0 at the end and read by the supervisor and by later starts; ``skipped_steps.json``
 (:class:`SkippedSteps`) is written by rank 0 before it asks for a rollback and read by the ranks of
-later attempts; ``restarts.jsonl`` (:class:`RestartRecord`) is written by the supervisor for people;
-and ``SAVE`` is an empty file by which a user asks a run to save and stop
-(:class:`llmtune.train.stop_request.Stop`).
+later attempts; ``restarts.jsonl`` (:class:`RestartRecord`) and ``ended.json``
+(:class:`EndRecord`) are written by the supervisor for people; and ``SAVE`` is an empty file by
+which a user asks a run to save and stop (:class:`llmtune.train.stop_request.Stop`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtune.security.redaction import redact_values
 from llmtune.storage import layout
 from llmtune.storage.atomic import read_json, write_atomically
 from llmtune.storage.phase_record import PhaseRecord
@@ -149,6 +150,26 @@ class FinishedRecord:
         """Read the record of a run folder; None where the run is not finished."""
         values = read_json(run / layout.FINISHED)
         return from_plain(cls, values) if values else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndRecord:
+    """The end of a start of a run, for people; a start that is killed leaves none."""
+
+    outcome: str
+    """``finished``, ``stopped`` or ``failed``."""
+    time: float
+    """Seconds since 1970."""
+    message: str = ""
+    """The reason for an end before the last step, or for an export that failed."""
+
+    def write(self, run: Path) -> None:
+        """Replace the record of the run folder.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        write_atomically(run / layout.ENDED, json.dumps(redact_values(asdict(self))))
 
 
 @dataclass(frozen=True, slots=True)

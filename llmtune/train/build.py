@@ -15,6 +15,7 @@ from llmtune.checkpoint.save import load_checkpoint
 from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.config.best_model import BestModel, resolve_best_model
+from llmtune.config.cache_folder import find_cache
 from llmtune.config.stored import to_plain
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
@@ -33,6 +34,7 @@ from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
 from llmtune.plan.param_groups import groups_of_model
 from llmtune.plan.steps import evaluation_interval, save_interval
+from llmtune.report.refresh import ReportRefresher
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
@@ -41,7 +43,7 @@ from llmtune.track.console import Console, ProgressLine
 from llmtune.track.hints import Hints
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import TrackedRun, open_services
-from llmtune.track.tracker import Outcome, Trackers
+from llmtune.track.tracker import Outcome, Tracker, Trackers
 from llmtune.track.utilization import find_utilization
 from llmtune.train.adapters.attach import attach_tuner
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
@@ -364,4 +366,8 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, first_step
     metrics = MetricsFile(request.run_folder / layout.METRICS)
     progress = ProgressLine(console, request.steps.total_steps)
     hints = Hints(console.say)
-    return Trackers([metrics, progress, hints, *open_services(run)], console.say)
+    trackers: list[Tracker] = [metrics, progress, hints, *open_services(run)]
+    if request.config.report.write:
+        cache = find_cache(request.config.paths)
+        trackers.append(ReportRefresher(request.run_folder, cache, console.say))
+    return Trackers(trackers, console.say)

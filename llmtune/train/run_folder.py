@@ -199,6 +199,7 @@ class RunFolder:
 
         # Forget the end of an earlier start.
         (self.path / layout.FINISHED).unlink(missing_ok=True)
+        (self.path / layout.ENDED).unlink(missing_ok=True)
         # A request that was meant for an earlier start.
         (self.path / layout.SAVE_REQUEST).unlink(missing_ok=True)
 

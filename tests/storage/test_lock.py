@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import CheckpointError
-from llmtune.storage.lock import hold_lock, removed_if_unused
+from llmtune.storage.lock import find_holder, hold_lock, removed_if_unused
 
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
@@ -104,3 +105,34 @@ def test_who_is_refused_leaves_the_folder_to_its_holder(tmp_path: Path) -> None:
     assert lock.is_file()
     others[0].communicate("\n")
     assert others[0].returncode == 0
+
+
+def test_the_holder_is_found_without_taking_the_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / ".lock"
+    assert find_holder(lock) is None
+    with hold_lock(lock):
+        assert find_holder(lock) == os.getpid()
+    assert find_holder(lock) is None, "a lock that was left behind"
+    with hold_lock(lock):
+        pass
+
+
+def test_a_run_that_begins_now_is_not_disturbed(tmp_path: Path) -> None:
+    # The lock is not tried before its holder has written its id: the last one's is dead.
+    lock = tmp_path / ".lock"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock.write_text(str(dead.pid))
+    with lock.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert find_holder(lock) is None
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "99999999999999999999"])
+def test_a_file_that_is_no_lock_has_no_holder(text: str, tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    lock.write_text(text)
+    assert find_holder(lock) is None
+    link = tmp_path / "link"
+    link.symlink_to(lock)
+    assert find_holder(link) is None

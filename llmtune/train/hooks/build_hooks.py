@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.prepared_data import read_samples
 from llmtune.task.task import find_task
 from llmtune.train.hooks.confusion_plot import ConfusionPlot
+from llmtune.train.hooks.data_examples import DataExamples
 from llmtune.train.hooks.loss_plot import LossPlot
 from llmtune.train.hooks.samples import SampleAnswers, samples_reason_to_skip
 from llmtune.train.hooks.time_table import TimeTable
@@ -28,6 +29,15 @@ def build_hooks(
         LossPlot(request.run_folder, request.run_name, rank),
         ConfusionPlot(request.run_folder, rank),
     ]
+    if config.report.write and not config.data.streaming:
+        examples = DataExamples(
+            run=request.run_folder,
+            rank=rank,
+            data=request.data,
+            tokenizer=tokenizer,
+            say=console.say,
+        )
+        hooks.append(examples)
     if find_task(config.model.task).generates:
         prompts = read_samples(request.data)
         reason = samples_reason_to_skip(
