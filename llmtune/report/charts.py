@@ -65,7 +65,7 @@ def draw_curves(
 
     names = list(dict.fromkeys(curve.name for curve in curves))
     # One curve needs no legend: the chart has its name.
-    legend = {"legend": None} if len(names) == 1 else {}
+    legend: dict[str, Any] = {"legend": None} if len(names) == 1 else {}
     scale = alt.Scale(domain=names)
     color = alt.Color("series:N", sort=names, title=None, scale=scale, **legend)
     x = alt.X("step:Q", title="optimizer step", axis=alt.Axis(format="~s", tickMinStep=1))
