@@ -121,6 +121,7 @@ class Command:
     def _run_verb(self, arguments: Arguments) -> int:
         from llmtune.track.console import Console
         from llmtune.track.status import Status
+        from llmtune.track.webhook import hide_address
 
         verb = VERBS[arguments.verb]
         with Status(Console(sys.stderr), "loading the libraries"):
@@ -131,6 +132,7 @@ class Command:
 
                     options = replace(options, launcher=join_launcher())
                 composed = compose(verb, arguments)
+                hide_address(composed.config.tracker.webhook)
             self.trace = self.trace or composed.config.trace
             if verb.loads_libraries:
                 quiet_libraries()

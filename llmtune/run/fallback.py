@@ -35,6 +35,7 @@ from llmtune.run.ranks_ahead import RanksAhead, Surroundings
 from llmtune.storage import layout
 from llmtune.storage.rank_files import FinishedRecord, RestartRecord
 from llmtune.track.status import Status
+from llmtune.track.webhook import tell_webhook
 
 if TYPE_CHECKING:
     from llmtune.config.composed import Composed
@@ -159,7 +160,19 @@ class FallbackRunner:
         self.console.say(
             f"{failure.reason}; starting again from {where}{self.restarts.describe(wait_seconds)}"
         )
+        self._tell("restart", f"{failure.reason}; starting again from {where}.")
         time.sleep(wait_seconds)
+
+    def _tell(self, event: str, message: str) -> None:
+        """Tell ``tracker.webhook`` while the next attempt begins."""
+        tell_webhook(
+            self.composed.config.tracker.webhook,
+            self.folder.path,
+            event,
+            message,
+            0.0,
+            self.console.say,
+        )
 
     def _record_restart(self, failure: RanksFailedError, request: RunRequest) -> None:
         record = RestartRecord(
@@ -224,6 +237,7 @@ class FallbackRunner:
             )
         self.console.say(f"{event.describe()}")
         self.console.say(f"taking the next rung: {following.describe()}")
+        self._tell("fallback", f"{event.describe()} Taking {following.describe()}.")
         return following
 
     @property

@@ -17,9 +17,12 @@ from llmtune.storage.rank_files import EndRecord, FinishedRecord
 from llmtune.task.task import find_task
 from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
+from llmtune.track.webhook import tell_webhook
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted
 
+#: Seconds that a web address has to take a message; a user or a scheduler waits for a stop.
+WEBHOOK_SECONDS, WEBHOOK_SECONDS_AFTER_STOP = 40.0, 5.0
 #: Letters of an error that are kept.
 _MOST_LETTERS = 4000
 
@@ -58,6 +61,10 @@ def _record_end(
         EndRecord(outcome=outcome, time=time.time(), message=message).write(run)
     except OSError as error:
         say(f"{run / layout.ENDED} cannot be written: {error.strerror}")
+    is_stop = outcome == "stopped"
+    text = message.partition("\n")[0] if message else finished_message(run)
+    wait = WEBHOOK_SECONDS_AFTER_STOP if is_stop else WEBHOOK_SECONDS
+    tell_webhook(config.tracker.webhook, run, outcome, text, wait, say)
     if config.report.write:
         write_last_report(run, find_cache(config.paths), say, seconds)
 

@@ -19,6 +19,7 @@ from llmtune.storage import layout
 from llmtune.storage.atomic import write_atomically
 from llmtune.track.background import BackgroundTracker
 from llmtune.track.tracker import Tracker, check_tracker
+from llmtune.track.webhook import find_webhook_problem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +120,8 @@ def find_service_problems(config: TrackerConfig) -> Iterator[str]:
         yield str(error)
         return
     yield from (problem for service in chosen if (problem := service.find_problem(config)))
+    if problem := find_webhook_problem(config.webhook):
+        yield problem
     defaults = TrackerConfig()
     for service in SERVICES.list().values():
         for key in service.own_keys if service not in chosen else ():

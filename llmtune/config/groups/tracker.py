@@ -35,3 +35,8 @@ class TrackerConfig:
     """Port of Prometheus' endpoint, ``/metrics``."""
     prometheus_host: str = "127.0.0.1"
     """Address on which it listens: this machine alone, unless another one is asked for."""
+    webhook: str | None = None
+    """Address that gets one JSON at the end, at a failure, a restart and a fallback.
+
+    It is a secret, which LLMTUNE_WEBHOOK can hold instead, in the environment or ``.env``.
+    """
