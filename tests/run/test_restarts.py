@@ -19,6 +19,7 @@ import pytest
 
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.config.composed import Composed
+from llmtune.config.groups.verbs.report import ReportConfig
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, LlmtuneError, StoppedError
 from llmtune.launch.supervise import restarts as restarts_module
@@ -70,7 +71,7 @@ class FakeRun:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder = folder
-        self.config = Config()
+        self.config = Config(report=ReportConfig(write=False))
         self.printed = io.StringIO()
         self.resumed: list[str | None] = []
         self.wanted: list[str] = []

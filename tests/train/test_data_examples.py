@@ -38,7 +38,8 @@ class FakeRows:
         text = self._texts[number]
         start = next((at for at, letter in enumerate(text) if letter.isupper()), len(text))
         mask = np.arange(len(text)) >= start
-        return Row(np.array([ord(x) for x in text], np.int32), mask, (len(text),))
+        ids = np.array([ord(letter) for letter in text], np.int32)
+        return Row(ids=ids, mask=mask, documents=(len(text),))
 
     def documents(self, name: str) -> Any:
         rows = [self.row(number) for number in range(len(self))]
@@ -78,7 +79,12 @@ def test_a_secret_that_begins_in_one_piece_and_ends_in_another_is_left_out(
     assert "***HF_TOKEN***" in text
 
 
-@pytest.mark.parametrize("length", [4_000, 4_001, 100_000])
+def test_a_row_that_just_fits_is_whole() -> None:
+    (row,) = describe("x" * 100 + "Y" * 3_900)["rows"]
+    assert [len(text) for text, _ in row["pieces"]] == [100, 3_900]
+
+
+@pytest.mark.parametrize("length", [3_901, 4_000, 100_000])
 def test_a_long_row_is_cut_off(length: int) -> None:
     (row,) = describe("x" * 100 + "Y" * length)["rows"]
     shown = "".join(text for text, _ in row["pieces"])

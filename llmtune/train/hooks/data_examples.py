@@ -76,8 +76,8 @@ def _cut(pieces: list[TextSpan]) -> list[TextSpan]:
     """Cut a long row off."""
     kept, left = [], _MOST_LETTERS
     for piece in pieces:
-        if left <= 0:
-            return [*kept, TextSpan(" ...", False)]
         kept.append(TextSpan(piece.text[:left], piece.trained))
         left -= len(piece.text)
+        if left < 0:
+            return [*kept, TextSpan(" ...", False)]
     return kept
