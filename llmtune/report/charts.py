@@ -65,9 +65,9 @@ def draw_curves(
 
     names = list(dict.fromkeys(curve.name for curve in curves))
     # One curve needs no legend: the chart has its name.
-    legend = {"legend": None} if len(names) == 1 else {}
+    legend = None if len(names) == 1 else alt.Legend(symbolOpacity=1)
     scale = alt.Scale(domain=names)
-    color = alt.Color("series:N", sort=names, title=None, scale=scale, **legend)
+    color = alt.Color("series:N", sort=names, title=None, scale=scale, legend=legend)
     x = alt.X("step:Q", title="optimizer step", axis=alt.Axis(format="~s", tickMinStep=1))
     y = alt.Y(
         "value:Q", title=unit, scale=alt.Scale(zero=False), axis=alt.Axis(format=number_format)

@@ -7,6 +7,7 @@ import importlib.util
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from llmtune.storage.atomic import write_cache_file
 
@@ -44,7 +45,9 @@ def read_script(cache: Path) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if text := file.read_text(encoding="utf-8"):
             return text
-    script: str = vl_convert.javascript_bundle(None, version)
+    # Its annotation does not know that the snippet may be left out.
+    make: Any = vl_convert.javascript_bundle
+    script: str = make(vl_version=version)
     with contextlib.suppress(OSError):
         write_cache_file(file, script)
     return script
