@@ -800,7 +800,7 @@ SUBJECTS = {
     "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},
     "predict": {"adapters", "labels", "output", "resume", "runs", "text"},
     "report": {"browser"},
-    "run": {"adapter_path", "best_model", "loftq_run", "restarts"},
+    "run": {"adapter_path", "best_model", "loftq_run", "reports", "restarts"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),
         *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),

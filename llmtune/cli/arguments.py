@@ -18,6 +18,7 @@ LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 
 #: Verbs behind which folders stand without a key.
 FOLDER_VERBS = ("report", "runs")
+_OUTPUT = "output="
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,8 +78,14 @@ def parse(argv: list[str], verbs: Collection[str]) -> Arguments:
         elif arguments.verb in FOLDER_VERBS and _is_folder(rest[0]):
             arguments.options.folders += (rest.pop(0),)
         else:
-            arguments.overrides.append(rest.pop(0))
+            arguments.overrides.append(_expand(rest.pop(0), arguments.verb))
     return arguments
+
+
+def _expand(override: str, verb: str) -> str:
+    """Write ``output=`` of ``report`` in full; elsewhere it may be meant for ``output_dir=``."""
+    is_short = verb == "report" and override.startswith(_OUTPUT)
+    return f"report.{override}" if is_short else override
 
 
 def _is_folder(text: str) -> bool:

@@ -23,7 +23,6 @@ ALIASES = {
     "checkpoint.path": "target.checkpoint",
     "base": "target.base",
     "adapter": "target.adapter",
-    "output": "report.output",
 }
 #: Those of YAML files, in which ``checkpoint`` is a group.
 YAML_ALIASES = {alias: key for alias, key in ALIASES.items() if alias != "checkpoint"}

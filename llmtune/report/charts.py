@@ -65,26 +65,28 @@ def draw_curves(
 
     names = list(dict.fromkeys(curve.name for curve in curves))
     # One curve needs no legend: the chart has its name.
-    legend: dict[str, Any] = {"legend": None} if len(names) == 1 else {}
+    legend = None if len(names) == 1 else alt.Legend(symbolOpacity=1)
     scale = alt.Scale(domain=names)
-    color = alt.Color("series:N", sort=names, title=None, scale=scale, **legend)
+    color = alt.Color("series:N", sort=names, title=None, scale=scale, legend=legend)
     x = alt.X("step:Q", title="optimizer step", axis=alt.Axis(format="~s", tickMinStep=1))
     y = alt.Y(
         "value:Q", title=unit, scale=alt.Scale(zero=False), axis=alt.Axis(format=number_format)
     )
+    # Faint and dashed curves have their own data; the others share theirs with what the pointer is
+    # told about them.
     layers: list[Any] = []
     rows: list[dict[str, Any]] = []
     for curve in curves:
-        points = thin(list(curve.points), MOST_POINTS)
-        values = [{"step": s, "value": _short(v), "series": curve.name} for s, v in points]
-        line = _chart_of(values).mark_line(
-            strokeDash=[6, 4] if curve.is_dashed else [1, 0],
-            opacity=0.35 if curve.is_faint else 1.0,
-            point=len(points) <= _FEW and not curve.is_dashed,
-        )
+        values = _to_rows(curve)
+        if not (curve.is_faint or curve.is_dashed):
+            rows += values
+            continue
+        dash, opacity = ([6, 4], 1.0) if curve.is_dashed else ([1, 0], 0.35)
+        line = _chart_of(values).mark_line(strokeDash=dash, opacity=opacity)
         layers.append(line.encode(x=x, y=y, color=color))
-        rows += [] if curve.is_faint else values
-    layers.append(_hover(rows, x, y, color, number_format))
+    base = alt.Chart().encode(x=x, y=y, color=color)
+    lines = [base.mark_line(point=len(rows) <= _FEW), _hover(base, number_format)]
+    layers.append(alt.layer(*lines, data=_chart_of(rows).data))
     if marks:
         layers.append(_rules(marks))
     return Chart(
@@ -96,8 +98,17 @@ def draw_curves(
     )
 
 
-def _hover(rows: list[dict[str, Any]], x: Any, y: Any, color: Any, number_format: str) -> Any:
-    """Show the numbers of the point that is nearest to the pointer."""
+def _to_rows(curve: Series) -> list[dict[str, Any]]:
+    points = thin(list(curve.points), MOST_POINTS)
+    return [{"step": step, "value": _short(value), "series": curve.name} for step, value in points]
+
+
+def _hover(base: Any, number_format: str) -> Any:
+    """Show the numbers of the point that is nearest to the pointer.
+
+    Args:
+        base: A chart without data, with its axes and colors.
+    """
     import altair as alt
 
     nearest = alt.selection_point(
@@ -113,14 +124,9 @@ def _hover(rows: list[dict[str, Any]], x: Any, y: Any, color: Any, number_format
         alt.Tooltip("step:Q", title="step", format=","),
         alt.Tooltip("value:Q", title="value", format=number_format),
     ]
-    points = _chart_of(rows).mark_point(size=70, filled=True)
-    return points.encode(
-        x=x,
-        y=y,
-        color=color,
-        opacity=alt.condition(nearest, alt.value(1), alt.value(0)),
-        tooltip=tooltip,
-    ).add_params(nearest)
+    opacity = alt.condition(nearest, alt.value(1), alt.value(0))
+    points = base.mark_point(size=70, filled=True)
+    return points.encode(opacity=opacity, tooltip=tooltip).add_params(nearest)
 
 
 def _rules(marks: Sequence[Mark]) -> Any:

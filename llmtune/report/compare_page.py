@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmtune.report.charts import Series, draw_curves
+from llmtune.report.columns import Point
 from llmtune.report.page import Block, Page, Section, Table, Text
 from llmtune.report.planned import (
     largest_memory_bytes,
@@ -16,11 +17,13 @@ from llmtune.report.planned import (
     planned_memory_bytes,
 )
 from llmtune.report.run_facts import RunFacts
-from llmtune.report.run_page import format_clock, loss_series
+from llmtune.report.run_page import averaged, format_clock
 from llmtune.report.settings_table import find_differences
 from llmtune.units import format_bytes
 
 _ABSENT = "-"
+#: The first rows of the table of results; metrics come next.
+_FIRST = ("folder", "state", "step", "loss", "eval_loss")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,10 @@ def compare_runs(runs: Sequence[RunFacts]) -> Comparison:
     names = name_runs(runs)
     values = [_results(facts) for facts in runs]
     keys = list(dict.fromkeys(key for result in values for key in result))
+    # Metrics that only some runs have stand where those of the others are.
+    keys.sort(
+        key=lambda key: (_FIRST.index(key) if key in _FIRST else len(_FIRST), "eval_" not in key)
+    )
     results = [[key, *(_write(key, result.get(key)) for result in values)] for key in keys]
     differences = find_differences([facts.config for facts in runs])
     return Comparison(
@@ -149,12 +156,12 @@ def _overlay(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Block]:
     ]
     blocks: list[Block] = []
     for number, (key, title, unit, number_format) in enumerate(charts):
-        series = _series_of(key)
+        is_of_steps = not key.startswith("eval_")
         curves = [
             curve
             for name, facts in zip(names, runs, strict=True)
             if len(facts.metrics.get(key))
-            for curve in series(list(facts.metrics.get(key).points()), name)
+            for curve in _draw_one(list(facts.metrics.get(key).points()), name, is_of_steps)
         ]
         if curves:
             blocks.append(
@@ -163,7 +170,5 @@ def _overlay(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Block]:
     return blocks
 
 
-def _series_of(key: str) -> Callable[[Sequence[tuple[float, float]], str], list[Series]]:
-    if key == "loss":
-        return loss_series
-    return lambda points, name: [Series(name=name, points=points)]
+def _draw_one(points: list[Point], name: str, is_of_steps: bool) -> list[Series]:
+    return averaged(points, name) if is_of_steps else [Series(name=name, points=points)]

@@ -105,8 +105,8 @@ def _summary(facts: RunFacts) -> list[tuple[str, str]]:
     return rows
 
 
-def loss_series(points: Sequence[Point], name: str) -> list[Series]:
-    """Return a training loss, behind its average where it has many points."""
+def averaged(points: Sequence[Point], name: str) -> list[Series]:
+    """Return the curve of a number of every step, behind its average where it has many points."""
     if len(points) < _MANY_STEPS:
         return [Series(name=name, points=points)]
     return [
@@ -119,7 +119,7 @@ def _curves(facts: RunFacts) -> list[Block]:
     metrics = facts.metrics
     blocks: list[Block] = []
     loss, held_out = list(metrics.get("loss").points()), list(metrics.get("eval_loss").points())
-    losses = loss_series(loss, "training") if loss else []
+    losses = averaged(loss, "training") if loss else []
     if held_out:
         losses.append(Series(name="held out", points=held_out))
     if losses:
@@ -138,7 +138,7 @@ def _curves(facts: RunFacts) -> list[Block]:
         points = list(metrics.get(key).points())
         if not points:
             continue
-        curves = [Series(name="measured", points=points)]
+        curves = averaged(points, "measured")
         if value := planned.get(key):
             ends = [(step, value) for step, _ in (points[0], points[-1])]
             curves.append(Series(name="planned", points=ends, is_dashed=True))
@@ -163,7 +163,7 @@ def _planned(facts: RunFacts) -> list[Block]:
     rows = compare(facts)
     if not rows:
         return []
-    head = ["", "planned", "happened", "happened / planned"]
+    head = ["", "planned", "happened", "ratio"]
     return [Table(caption="What was planned, and what happened", head=head, rows=rows)]
 
 
@@ -281,7 +281,8 @@ def _classes(facts: RunFacts) -> list[Block]:
     is_drawn = table.kind is TableKind.CLASSES and 0 < len(table.names) <= MOST_CLASSES
     if is_drawn:
         blocks.append(draw_confusion("confusion", "Which classes were taken for which", table))
-    scores = [*table.scores[:_MOST_SCORES], *table.averages]
+    averages = [replace(row, name=f"{row.name} average") for row in table.averages]
+    scores = [*table.scores[:_MOST_SCORES], *averages]
     rows = [
         [
             row.name,

@@ -45,9 +45,9 @@ def read_script(cache: Path) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if text := file.read_text(encoding="utf-8"):
             return text
-    # Without a program of its own the bundle has the libraries alone; the stub of 1.9 asks for one.
-    program: Any = None
-    script: str = vl_convert.javascript_bundle(program, version)
+    # Its annotation does not know that the snippet may be left out.
+    make: Any = vl_convert.javascript_bundle
+    script: str = make(vl_version=version)
     with contextlib.suppress(OSError):
         write_cache_file(file, script)
     return script

@@ -29,9 +29,10 @@ def test_folders_and_overrides_are_told_apart(
     (tmp_path / "lr=3").mkdir()
     arguments = parse(["report", "runs/a", "lr=3", "output=x.html", "--json", "~/b"], VERBS)
     assert arguments.options.folders == ("runs/a", "lr=3", "~/b")
-    assert arguments.overrides == ["output=x.html"]
+    assert arguments.overrides == ["report.output=x.html"]
     assert arguments.options.as_json
-    # Other verbs take none.
+    # Other verbs take neither.
+    assert parse(["output=x.html"], VERBS).overrides == ["output=x.html"]
     assert parse(["eval", "runs/a"], VERBS).overrides == ["runs/a"]
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from llmtune.checkpoint.find import find_checkpoints
 from llmtune.config.composed import Composed
+from llmtune.config.groups.verbs.report import ReportConfig
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError, LlmtuneError, StoppedError
 from llmtune.launch.supervise import restarts as restarts_module
@@ -30,6 +31,7 @@ from llmtune.run import fallback
 from llmtune.run.attempt import RunInputs, RunTarget
 from llmtune.run.fallback import FallbackRunner
 from llmtune.storage import layout
+from llmtune.storage.atomic import read_json
 from llmtune.storage.plain_fields import from_plain
 from llmtune.storage.rank_files import RestartRecord
 from llmtune.task.labels import Labels
@@ -70,7 +72,7 @@ class FakeRun:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder = folder
-        self.config = Config()
+        self.config = Config(report=ReportConfig(write=False))
         self.printed = io.StringIO()
         self.resumed: list[str | None] = []
         self.wanted: list[str] = []
@@ -224,6 +226,7 @@ def test_a_signal_ends_the_wait(
         fake.go()
     assert time.monotonic() - started < 10
     assert signal.getsignal(number) is before
+    assert read_json(fake.folder / layout.ENDED)["outcome"] == "stopped"
 
 
 def test_what_a_new_start_finds_wrong_ends_the_run(fake: FakeRun) -> None:
@@ -233,3 +236,5 @@ def test_what_a_new_start_finds_wrong_ends_the_run(fake: FakeRun) -> None:
     fake.attempt = attempt
     with pytest.raises(CheckpointError):
         fake.go()
+    end = read_json(fake.folder / layout.ENDED)
+    assert (end["outcome"], end["message"]) == ("failed", "damaged")

@@ -77,8 +77,8 @@ def _cut(pieces: list[TextSpan]) -> list[TextSpan]:
     kept: list[TextSpan] = []
     left = _MOST_LETTERS
     for piece in pieces:
-        if left <= 0:
-            return [*kept, TextSpan(" ...", False)]
         kept.append(TextSpan(piece.text[:left], piece.trained))
         left -= len(piece.text)
+        if left < 0:
+            return [*kept, TextSpan(" ...", False)]
     return kept

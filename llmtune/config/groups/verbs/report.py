@@ -15,7 +15,7 @@ class ReportConfig:
     The variable LLMTUNE_REPORT=false turns it off for all runs.
     """
     output: str | None = None
-    """File of the page of ``llmtune report``, also ``output=``.
+    """File of the page of ``llmtune report``, there also ``output=``.
 
     Null is ``report.html`` in the folder of one run, and ``compare.html`` beside those of several.
     """
