@@ -94,7 +94,7 @@ class Registry(Generic[Variant]):
         """Return the variant of a name.
 
         Raises:
-            ConfigError: No variant has this name; with the nearest one.
+            ConfigError: No variant has this name; with the reason, or the nearest one.
         """
         # Fast, because the data reader asks for every row.
         if (found := self._variants.get(name)) is not None:
@@ -102,6 +102,12 @@ class Registry(Generic[Variant]):
         known = self.list()
         if name in known:
             return known[name]
+        # Only for the message: it brings the library that composes.
+        from llmtune.config.foreign import ABSENT_OPTIONS
+
+        group = self.key.partition(".")[0]
+        if (reason := ABSENT_OPTIONS.get(group, {}).get(name)) is not None:
+            raise ConfigError(f"{self.key}={name}: there is no such one: {reason}")
         names = [*known, *self._also]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"

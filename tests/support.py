@@ -4,6 +4,8 @@ engines in one go.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
 import json
 import os
@@ -21,6 +23,9 @@ from allpairspy import AllPairs
 from llmtune.launch.launchers.environment import hold_port, remove_shared_buffers, set_defaults
 
 ROOT = Path(__file__).parent.parent
+
+#: The C library's number of the setting (``malloc.h``).
+_M_MMAP_THRESHOLD = -3
 
 #: The tiny model on rows that take no time: what nearly every test trains.
 TINY = ["model=tiny", "data.max_seq_length=256", "train.sample_answers=false"]
@@ -183,3 +188,21 @@ def train_engines(
         remove_shared_buffers(port)
     assert codes == [0] * world_size, "\n".join(log.read_text()[-3000:] for log in logs)
     return list(json.loads(result.read_text()))
+
+
+def peak_bytes(reset: bool) -> int:
+    """The most memory that this process has had in use at a time, since the last reset."""
+    if reset:
+        # The C library keeps what was freed, and moves what grows, by what earlier tests left in
+        # its heap: blocks of more than a megabyte are to be mappings of their own.
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        gc.collect()
+        library.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    return int(line.split()[1]) * 1024

@@ -798,7 +798,7 @@ SUBJECTS = {
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},
-    "predict": {"labels", "output", "resume", "runs", "text"},
+    "predict": {"adapters", "labels", "output", "resume", "runs", "text"},
     "report": {"browser"},
     "run": {"adapter_path", "best_model", "loftq_run", "reports", "restarts"},
     "security": {

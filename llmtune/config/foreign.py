@@ -278,6 +278,7 @@ _NO_PAGES = (
 )
 
 #: Option of a group that llmtune has not, as other fine-tuners name it -> why, and what to take.
+#: The group's dotted key (:class:`llmtune.registry.Registry`) refuses it with the same words.
 ABSENT_OPTIONS: dict[str, dict[str, str]] = {
     "optim": dict.fromkeys(("adamw_paged_8bit", "paged_adamw_8bit"), _NO_PAGES)
 }

@@ -42,6 +42,7 @@ from llmtune.export.writers.model_files import check_model_files
 from llmtune.model.skeleton import build_skeleton
 from llmtune.model.weights.names import match_names
 from llmtune.storage import layout
+from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.tuner.tuner import TUNERS
 
 
@@ -122,7 +123,7 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
         names = quantized_names(request.base, base)
-        base = Nf4RoundTripSource(base, names, _had_double_quant(request.run))
+        base = Nf4RoundTripSource(base, names, *_how_quantized(request.run))
     left_out = {*_tied_copies(request.base, base), *_other_heads(request.base, base)}
     if not left_out:
         return base
@@ -142,13 +143,20 @@ def check_merge(run: Path | None, onto: MergeOnto) -> None:
         raise ConfigError(problem)
 
 
-def _had_double_quant(run: Path | None) -> bool:
-    """Tell whether a training quantized the scales of its 4-bit weights; True where none is known.
+def _how_quantized(run: Path | None) -> tuple[bool, torch.dtype | None]:
+    """Tell how a training made its 4-bit weights.
+
+    Returns:
+        Whether it quantized the scales too, and the dtype that it quantized from. Without a run
+        True, and None for the stored dtype.
 
     Raises:
         ConfigError: The run has no readable configuration.
     """
-    return run is None or load_config(run / layout.CONFIG).tuner.bnb_4bit_use_double_quant
+    if run is None:
+        return True, None
+    config = load_config(run / layout.CONFIG)
+    return config.tuner.bnb_4bit_use_double_quant, configured_dtype(config.precision.value)
 
 
 def _other_heads(folder: Path, base: TensorSource) -> list[str]:

@@ -76,6 +76,30 @@ def find_token_ids(folder: Path, tokens: Sequence[str]) -> list[int]:
     return [numbers[token] for token in tokens]
 
 
+def find_token_numbers(tokenizer: Any, texts: Sequence[str], name: str) -> dict[str, int]:
+    """Return the numbers of tokens that are given as texts, as a tokenizer encodes each by itself.
+
+    Args:
+        name: The model's.
+
+    Raises:
+        ConfigError: A text is not exactly one token.
+    """
+    numbers = {}
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or text == tokenizer.unk_token):
+            numbers[text] = int(ids[0])
+            continue
+        tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+        what = f"{len(ids)} tokens of {name} ({tokens})" if len(ids) > 1 else f"no token of {name}"
+        raise ConfigError(
+            f"tuner.trainable_token_indices: {text!r} is {what}, and a row is that of one token;"
+            f" tuner.new_tokens=[{text!r}] makes it one"
+        )
+    return numbers
+
+
 def _write_folder(
     base: Path,
     folder: Path,

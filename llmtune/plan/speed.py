@@ -3,11 +3,13 @@
 This is a roofline: arithmetic at the card's reachable share of its peak; gathers and reductions
 overlap with it, so that the longer of the two counts. Offloaded weights are counted in full,
 because DeepSpeed brings a slice from the host or a disk right before the gather that needs it; the
-optimizer and what is swapped for it come after the backward pass.
+optimizer and what is swapped for it come after the backward pass. An optimizer with a rule for
+whole matrices computes with them on the accelerator, one a rank at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +17,11 @@ from llmtune.config.schema import Precision
 from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import CPU_LINK_BANDWIDTH, Hardware
+from llmtune.plan.memory.parameter_groups import parameter_groups, sub_groups
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import Arithmetic, element_bytes
-from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.memory.shapes import ModelShape, TensorShape
+from llmtune.plan.memory.zero_buffers import SUB_GROUP
 
 #: Seconds that Python and kernel launches add per layer and pass, without and with ZeRO 3's hooks.
 LAUNCH_SECONDS = {"cuda": (0.0003, 0.0010), "cpu": (0.0003, 0.0015)}
@@ -103,6 +107,24 @@ class Cluster:
         return max(inside, across)
 
 
+def matrix_turns(
+    shape: ModelShape, placement: Placement, world_size: int
+) -> list[list[TensorShape]]:
+    """Return the matrices that are updated as a whole, in the turns in which the ranks take them.
+
+    Each rank has one matrix of a turn (:mod:`llmtune.engine.matrix_optimizer`). Stage 3 makes a
+    step of each sub-group, so that no turn has matrices of two.
+    """
+    groups = parameter_groups(list(shape.tensors), placement, world_size)
+    if placement.zero_stage == 3:
+        groups = sub_groups(groups, world_size, SUB_GROUP)
+    return [
+        matrices[first : first + world_size]
+        for matrices in ([one for one in group if one.layer_matrix] for group in groups)
+        for first in range(0, len(matrices), world_size)
+    ]
+
+
 def estimate_speed(
     shape: ModelShape,
     placement: Placement,
@@ -134,6 +156,7 @@ def estimate_speed(
         "gathers": accumulation_steps * gathers,
         "weights from offload": accumulation_steps * weights,
         **_step_terms(shape, placement, batch, arithmetic, cluster),
+        **_matrix_terms(shape, placement, arithmetic.optimizer, cluster),
     }
 
     # Gathers overlap with arithmetic; all else is added.
@@ -206,6 +229,35 @@ def _weights_seconds(
             seconds, passes * share * cluster.ranks_on_node / hardware.nvme_read_bandwidth
         )
     return seconds
+
+
+def _matrix_terms(
+    shape: ModelShape, placement: Placement, optimizer: Optimizer, cluster: Cluster
+) -> dict[str, float]:
+    """Seconds per step of a rule for whole matrices; empty for an optimizer without one."""
+    if (rule := optimizer.matrix) is None:
+        return {}
+    hardware, ranks = cluster.hardware, 1
+    if hardware.accelerator == "cpu":
+        ranks = cluster.ranks_on_node
+    flops = seconds = 0.0
+    for turn in matrix_turns(shape, placement, cluster.world_size):
+        # The ranks wait for the one with the largest matrix.
+        flops += max(
+            math.prod(tensor.shape[:-2]) * rule.flops(*tensor.shape[-2:]) for tensor in turn
+        )
+        for tensor in turn:
+            # Its gradient comes to one rank, unless all have it, and its direction goes to all.
+            trips = 1 if placement.zero_stage == 0 else 2
+            seconds += trips * cluster.collective_seconds(FP32_BYTES * tensor.numel)
+            if placement.optimizer != "none":
+                share = tensor.numel / cluster.world_size
+                seconds += 2 * FP32_BYTES * share / hardware.pcie_bandwidth
+    return {
+        # The products are in bf16, whatever the training dtype is.
+        "directions of matrices": flops * ranks / _flops(hardware, Precision.bf16),
+        "matrices to a rank and back": seconds,
+    }
 
 
 def _step_terms(

@@ -6,7 +6,7 @@ The supervisor does it, and rank 0 under a launcher.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from llmtune.config.composed import Composed
 from llmtune.config.schema import Config
 from llmtune.data.prepared_data import open_rows
 from llmtune.data.rows.fields import describe_unknown_fields
-from llmtune.data.store.vocabulary import check_stores
+from llmtune.data.store.vocabulary import check_stores, embedding_rows
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.data.tokenized_source import ProgressCallback, TokenizeProgress
 from llmtune.errors import ConfigError
 from llmtune.export.prerequisites import check_exportable
 from llmtune.model.task_folder import resolve_task_folder
-from llmtune.model.token_folder import resolve_base_folder
+from llmtune.model.token_folder import find_token_ids, find_token_numbers, resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
 from llmtune.plan.batch_sizes import BatchPlan
@@ -44,6 +44,7 @@ from llmtune.train.mirror_owner import resolve_run_id
 from llmtune.train.resume import resume_point
 from llmtune.train.run_folder import RunFolder
 from llmtune.train.schedule import check_schedule, describe_extension
+from llmtune.tuner.token_rows.settings import INDICES, find_texts, with_numbers
 from llmtune.units import counted, format_count
 
 
@@ -78,7 +79,7 @@ def prepare_run(
         _check_files(config, plan, base, cache, console)
 
     # The rows, and the head that their labels ask for.
-    tokenizer = load_tokenizer(base, config.model, load_chat_template(config.data.chat_template))
+    tokenizer = _load_tokenizer(config, base)
     data = prepare_rows(config, tokenizer, cache, watch_tokenizing(console))
     _check_data(config, data, tokenizer, base, console)
     labels = resolve_labels(config, data, base)
@@ -198,6 +199,41 @@ def check_evaluations(
             f"warning: {patience} cannot stop this run early: it needs {best.patience + 1}"
             f" evaluations before the end, and there are {possible}"
         )
+
+
+def _load_tokenizer(config: Config, base: Path) -> Any:
+    """Load the tokenizer of the rows, which has every token that the config names."""
+    template = load_chat_template(config.data.chat_template)
+    tokenizer = load_tokenizer(base, config.model, template)
+    check_token_rows(config, tokenizer, base)
+    return tokenizer
+
+
+def check_token_rows(config: Config, tokenizer: Any, base: Path) -> None:
+    """Check the tokens whose rows are trained, which only the tokenizer knows.
+
+    Raises:
+        ConfigError: A text is not exactly one token, or a row is named twice or does not exist.
+    """
+    tuner, name = config.tuner, config.model.name_or_path
+    texts = find_texts(tuner)
+    numbers = find_token_numbers(tokenizer, texts, name)
+    asked = with_numbers(tuner, numbers).trainable_token_indices or []
+    lists = asked.values() if isinstance(asked, Mapping) else [asked]
+    named = {number for tokens in lists for number in tokens}
+    for text, number in zip(tuner.new_tokens, find_token_ids(base, tuner.new_tokens), strict=True):
+        if number in named:
+            raise ConfigError(
+                f"{INDICES}: {text} of tuner.new_tokens is token {number}, whose row is trained"
+                " already; leave it out"
+            )
+    rows = embedding_rows(base)
+    for text, number in numbers.items():
+        if rows is not None and number >= rows:
+            raise ConfigError(
+                f"{INDICES}: {text!r} is token {number} of the tokenizer of {name}, and the model"
+                f" has {rows} rows"
+            )
 
 
 def _check_data(

@@ -27,6 +27,7 @@ RESTARTS = "restarts.jsonl"
 SAVE_REQUEST = "SAVE"
 TRACKER_RUN_ID = "wandb/run_id"
 TENSORBOARD = "tensorboard"
+MLFLOW = "mlflow"
 SKIPPED_STEPS = "skipped_steps.json"
 
 MANIFEST = "manifest.json"

@@ -6,21 +6,28 @@ Each is said once. Rules look at the records of the last steps, and at the machi
 from __future__ import annotations
 
 import statistics
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import psutil
 
+from llmtune.plan.devices.gpu_state import GpuState, read_gpus
+from llmtune.plan.devices.gpus import has_nvlink
 from llmtune.track.tracker import Outcome, Record
 from llmtune.units import format_bytes
 
 #: Steps that a rule about speed looks at, and the first steps of a start, which no rule sees.
 WINDOW, WARM_UP = 20, 3
+#: Seconds between two readings of the machine, and readings that a rule about GPUs looks at.
+READ_SECONDS, READINGS = 10.0, 12
 
 #: Limits of the rules.
 _MOST_DATA = 0.1
 _MOST_GATHER = 0.4
+_MOST_GATHER_OF_STEP = 0.2
+_LEAST_USED = 0.6
 _NORM_FACTOR, _NORM_TIMES = 10, 3
 _LOSS_STEPS = 100
 _SHM_SHARE = 0.9
@@ -33,15 +40,50 @@ class Machine:
     shm_used: float | None = None
     """Share of ``/dev/shm`` that is in use."""
     shm_free_bytes: int = 0
+    gpus: Sequence[GpuState] = ()
+    has_nvlink: bool = True
 
 
-def read_shm(path: str = "/dev/shm") -> Machine:
-    """Read the room in shared memory, through which workers and NCCL exchange data."""
-    try:
-        usage = psutil.disk_usage(path)
-    except OSError:
-        return Machine()
-    return Machine(shm_used=usage.percent / 100, shm_free_bytes=usage.free)
+class MachineReader:
+    """Reads the machine every now and then, since NVML takes a millisecond for each GPU."""
+
+    def __init__(
+        self,
+        shm: str = "/dev/shm",
+        read_gpus: Callable[[], Sequence[GpuState]] = read_gpus,
+        has_nvlink: Callable[[], bool] = has_nvlink,
+    ):
+        """
+        Args:
+            shm: Shared memory, through which workers and NCCL exchange data.
+        """
+        self._shm = shm
+        self._read_gpus = read_gpus
+        self._has_nvlink = has_nvlink
+        self._next = 0.0
+        self._last = Machine()
+
+    def read(self) -> Machine:
+        """Return the last reading; a new object only where it was read anew."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + READ_SECONDS
+            self._last = self._read()
+        return self._last
+
+    def _read(self) -> Machine:
+        gpus = tuple(self._read_gpus())
+        nvlink = len(gpus) < 2 or self._has_nvlink()
+        try:
+            usage = psutil.disk_usage(self._shm)
+        except OSError:
+            return Machine(gpus=gpus, has_nvlink=nvlink)
+        return Machine(
+            shm_used=usage.percent / 100,
+            shm_free_bytes=usage.free,
+            gpus=gpus,
+            has_nvlink=nvlink,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,11 +95,15 @@ class History:
     losses: list[float] = field(default_factory=list)
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=5 * WINDOW))
     machine: Machine = Machine()
+    readings: deque[Machine] = field(default_factory=lambda: deque(maxlen=READINGS))
+    """The newest readings of GPUs, without those of the first steps."""
     seen: int = 0
 
     def add(self, record: Record, machine: Machine) -> None:
         """Take the record of a step."""
         self.seen += 1
+        if machine is not self.machine and machine.gpus and self.seen > WARM_UP:
+            self.readings.append(machine)
         self.machine = machine
         self.losses.append(record["loss"])
         self.norms.append(record["grad_norm"])
@@ -144,11 +190,67 @@ def find_exploding_norm(history: History) -> str | None:
     )
 
 
+def find_idle_gpus(history: History) -> str | None:
+    """Find that GPUs wait for something."""
+    used = [
+        gpu.utilization
+        for machine in history.readings
+        for gpu in machine.gpus
+        if gpu.utilization is not None
+    ]
+    if len(history.readings) < READINGS or not used or statistics.fmean(used) >= _LEAST_USED:
+        return None
+    minutes = READINGS * READ_SECONDS / 60
+    return (
+        f"GPUs worked {100 * statistics.fmean(used):.0f} % of the last {minutes:.0f} minutes: the"
+        " table at the end says where the time went; take a larger"
+        " train.per_device_train_batch_size where memory is left"
+    )
+
+
+def find_slowed_gpu(history: History) -> str | None:
+    """Find a GPU whose clock is held down, which all others then wait for."""
+    if len(history.readings) < READINGS:
+        return None
+    slowed = Counter(
+        (gpu.index, gpu.slowed_by)
+        for machine in history.readings
+        for gpu in machine.gpus
+        if gpu.slowed_by is not None
+    )
+    if not slowed or slowed.most_common(1)[0][1] < READINGS / 2:
+        return None
+    (index, reason), times = slowed.most_common(1)[0]
+    degrees = next(gpu.temperature for gpu in history.machine.gpus if gpu.index == index)
+    shown = "" if degrees is None else f" at {degrees:.0f} degrees Celsius"
+    return (
+        f"GPU {index} is slowed down by {reason}{shown}, in {times} of {READINGS} readings, and"
+        " every rank waits for the slowest: look at its cooling and its power supply (nvidia-smi"
+        " -q -d PERFORMANCE)"
+    )
+
+
+def find_slow_links(history: History) -> str | None:
+    """Find that gathers go through PCIe, where they take long."""
+    if not history.is_full or history.machine.has_nvlink:
+        return None
+    gather, seconds = history.mean("gather_seconds"), history.mean("seconds")
+    if gather <= _MOST_GATHER_OF_STEP * seconds:
+        return None
+    return (
+        f"gathers take {100 * gather / seconds:.0f} % of a step, and the GPUs have no NVLink: ZeRO"
+        " 2 or 1 sends less, where llmtune plan says that it fits"
+    )
+
+
 Rule = Callable[[History], str | None]
 
 RULES: Sequence[Rule] = (
     find_data_wait,
     find_gathers,
+    find_slow_links,
+    find_idle_gpus,
+    find_slowed_gpu,
     find_full_shm,
     find_flat_loss,
     find_exploding_norm,
@@ -161,16 +263,16 @@ class Hints:
     def __init__(
         self,
         say: Callable[[str], None],
-        read_machine: Callable[[], Machine] = read_shm,
+        read_machine: Callable[[], Machine] | None = None,
         rules: Sequence[Rule] = RULES,
     ):
         """
         Args:
             say: Shows a line to the user.
-            read_machine: Called once for each record.
+            read_machine: Called once for each record; reads this machine where none is given.
         """
         self._say = say
-        self._read_machine = read_machine
+        self._read_machine = read_machine or MachineReader().read
         self._rules = list(rules)
         self._history = History()
 

@@ -85,6 +85,8 @@ class Service:
     """The extra of llmtune that installs the module."""
     own_keys: tuple[str, ...] = ()
     """Keys of ``tracker`` that no other service reads."""
+    find_problem: Callable[[TrackerConfig], str | None] = lambda _: None
+    """Finds a broken rule of its own keys."""
 
     def __post_init__(self) -> None:
         if isinstance(self.open, type):
@@ -116,6 +118,7 @@ def find_service_problems(config: TrackerConfig) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
+    yield from (problem for service in chosen if (problem := service.find_problem(config)))
     defaults = TrackerConfig()
     for service in SERVICES.list().values():
         for key in service.own_keys if service not in chosen else ():

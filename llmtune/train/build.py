@@ -44,6 +44,7 @@ from llmtune.track.hints import Hints
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import TrackedRun, open_services
 from llmtune.track.tracker import Outcome, Tracker, Trackers
+from llmtune.track.utilization import find_utilization
 from llmtune.train.adapters.attach import attach_tuner
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
@@ -151,6 +152,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         hooks=build_hooks(request, rank, console, module, tokenizer),
         stop=stop,
         start=start,
+        utilization=find_utilization(plan, request.row_length, config.precision),
         gradients=GradientCheck(module, console.say),
     )
 

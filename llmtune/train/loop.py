@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -24,6 +24,7 @@ from llmtune.plan.steps import Interval, StepsPlan
 from llmtune.storage.manifest import is_complete
 from llmtune.track.phase_seconds import to_record
 from llmtune.track.tracker import Record, Trackers
+from llmtune.track.utilization import Utilization
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
@@ -105,6 +106,7 @@ class Job:
     hooks: list[Hook]
     stop: Stop
     start: TrainingState
+    utilization: Utilization = field(default_factory=Utilization)
     gradients: GradientCheck | None = None
     """Looks for trained tensors that no gradient reaches."""
 
@@ -193,6 +195,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         "learning_rate": rate,
         "tokens": batch.tokens,
         "tokens_per_second": batch.tokens / seconds,
+        **job.utilization.shares(batch.tokens / seconds),
         "seconds": seconds,
         "memory_bytes": used_memory_bytes(job.rank.device),
     }

@@ -47,6 +47,12 @@ class RunRequest:
         return rows if isinstance(rows, int) else self.plan.batch.micro_batch_size
 
     @property
+    def row_length(self) -> int:
+        """Return the tokens of a training row, on average."""
+        train = self.data.train
+        return max(1, train.tokens // max(1, train.rows))
+
+    @property
     def eval_max_rows(self) -> int | None:
         """Return the rows per evaluation during training; None for all."""
         rows = self.config.train.eval_max_rows

@@ -20,6 +20,10 @@ _STARTS = ("default", "gaussian", "orthogonal", "olora", "pissa", "loftq")
 LOFTQ = "loftq"
 _NITER = re.compile(r"pissa_niter_([1-9]\d{0,2})")
 
+#: Rows of a weight out of which an adapter's start is taken at once. They are always the same
+#: blocks, so that a rank that needs a few rows gets the same digits as one that needs them all.
+TAKEN_ROWS = 1024
+
 #: Signs of regular expressions that no module's name has.
 _PATTERN_SIGNS = frozenset("*+?^$()[]{}|\\")
 

@@ -19,16 +19,12 @@ from typing import Any
 
 import torch
 
-from llmtune.tuner.lora_settings import iterations
+from llmtune.tuner.lora_settings import TAKEN_ROWS, iterations
 from llmtune.tuner.stored_adapter import MATRICES, to_file_name
 
 #: Attribute of the adapted model that has its start. Its values are on the rank that writes the
 #: adapter, and others have the shapes alone.
 _ATTRIBUTE = "llmtune_start"
-
-#: Rows of ``B0 @ A0`` that are computed at once. Always the same blocks, so that a rank that needs
-#: a few rows gets the same digits as one that needs them all.
-_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +67,12 @@ def decompose(
             right = columns.T
         root = torch.diag(torch.sqrt(singular / scale))
         a, b = root @ right, left @ root
-    return Factors(a.to(dtype).contiguous(), b.to(dtype).contiguous())
+    return Factors(*(_copy(factor, dtype) for factor in (a, b)))
+
+
+def _copy(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Copy a part of a tensor, whose memory a view would keep."""
+    return torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
 
 
 def taken_pieces(
@@ -85,8 +86,8 @@ def taken_pieces(
     width = factors.a.shape[1]
     first_row, end_row = start // width, -(-(start + count) // width)
     a, b = factors.a.float(), scale * factors.b.float()
-    for block in range(first_row // _ROWS * _ROWS, end_row, _ROWS):
-        values = (b[block : block + _ROWS] @ a).reshape(-1)
+    for block in range(first_row // TAKEN_ROWS * TAKEN_ROWS, end_row, TAKEN_ROWS):
+        values = (b[block : block + TAKEN_ROWS] @ a).reshape(-1)
         begin = max(start, block * width)
         end = min(start + count, block * width + values.numel())
         yield begin - start, values[begin - block * width : end - block * width]
@@ -149,7 +150,7 @@ def split_stored(
         key_a, key_b = (to_file_name(_parameter(name, ending)) for ending in MATRICES)
         a, b = stored[key_a], stored[key_b]
         trained[key_a], trained[key_b] = a[:rank], b[:, :rank]
-        start[name] = Factors(a[rank:].contiguous(), -b[:, rank:].contiguous())
+        start[name] = Factors(_copy(a[rank:], a.dtype), _copy(-b[:, rank:], b.dtype))
     return trained, start
 
 

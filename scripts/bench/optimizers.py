@@ -3,7 +3,7 @@ compare the losses with those of AdamW in fp32.
 
     DS_ACCELERATOR=cpu python scripts/bench/optimizers.py [--steps 30] [NAME ...]
 
-That is 20 runs of 30 steps of two rows; names choose some of the optimizers. Prints the table of
+That is 21 runs of 30 steps of two rows; names choose some of the optimizers. Prints the table of
 docs/planner.md: how far the losses of an optimizer are from the reference on the first rung, and
 how far those of its other rungs are from the first one's.
 """
@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "adamw_bf16_nearest": (["optim=adamw_bf16", "optim.rounding=nearest"], ("none",)),
     "adamw_8bit": (["optim=adamw_8bit"], _HOST),
     "muon": (["optim=muon"], _HOST),
+    "adafactor": (["optim=adafactor", "zero=0"], ("none",)),
 }
 JOB = [
     "model=smollm2_135m",

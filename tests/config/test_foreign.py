@@ -13,6 +13,7 @@ from llmtune.config.foreign import ABSENT_OPTIONS, MEANINGS
 from llmtune.config.keys import known_keys
 from llmtune.config.overrides import read_override
 from llmtune.errors import ConfigError
+from llmtune.run.settings import find_problems
 
 GROUPS = config_groups()
 
@@ -64,6 +65,16 @@ def test_an_option_that_others_have_is_refused_with_the_reason(group: str, optio
     assert option not in GROUPS[group]
     start = f"{group}={option}: there is no such option: {ABSENT_OPTIONS[group][option]}"
     assert problem(f"{group}={option}").startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, one) for group, them in ABSENT_OPTIONS.items() for one in them]
+)
+def test_its_dotted_form_is_refused_with_the_same_reason(group: str, option: str) -> None:
+    key = {"optim": "optim.kind"}[group]
+    config = compose_config(["model=tiny", f"{key}={option}"]).config
+    (found,) = find_problems(config)
+    assert found == f"{key}={option}: there is no such one: {ABSENT_OPTIONS[group][option]}"
 
 
 @pytest.mark.parametrize("name", MEANINGS)

@@ -4,8 +4,6 @@ short one would.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import time
 from concurrent.futures import Future
@@ -31,6 +29,7 @@ from llmtune.data.tokenize.windows import WindowTokenizer
 from llmtune.data.tokenize.workers import make_encoder
 from llmtune.data.tokenized_source import TokenizeProgress
 from llmtune.plan.prepared_data import PreparedData
+from tests.support import peak_bytes
 
 LONG = "one two three four. "
 
@@ -79,8 +78,6 @@ FIXED_BYTES = {"label": 80_000_000}
 #: rendered text. Python's parser makes the text of a value with escapes in a buffer that grows.
 FORMS = {"escaped": 3.3}
 
-#: Of ``malloc.h``.
-M_MMAP_THRESHOLD = -3
 
 UNCOUNTED = "the row has more tokens than data.max_seq_length=64"
 
@@ -97,24 +94,6 @@ def write(folder: Path, *rows: dict[str, Any]) -> Path:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-def peak_bytes(reset: bool) -> int:
-    """The most memory that this process has had in use at a time, since the last reset."""
-    if reset:
-        # The C library keeps what was freed, and moves what grows, by what earlier tests left in
-        # its heap: blocks of more than a megabyte are to be mappings of their own.
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 1 << 20)
-        gc.collect()
-        library.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    (line,) = (
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return int(line.split()[1]) * 1024
 
 
 def prepare_in_bounds(

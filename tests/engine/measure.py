@@ -10,27 +10,36 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmtune.config.compose import compose_config
-from llmtune.engine.distributed import Rank, barrier, broadcast_object
+from llmtune.engine.distributed import Rank, barrier, broadcast_object, gather_objects, gather_rows
+from llmtune.engine.partitions import gather, gather_for_readers
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.launch.preflight.deepspeed_ops import load_ops
 from llmtune.model.build import WeightsTo, build_model
+from llmtune.model.nf4.nf4_linear import Nf4Linear
+from llmtune.model.nf4.nf4_model import In4Bits
+from llmtune.model.token_folder import find_token_ids
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed, with_nvme_path
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.parameter_groups import assign_groups
 from llmtune.plan.memory.placement import make_placement
-from llmtune.plan.memory.rank_bytes import Arithmetic
+from llmtune.plan.memory.rank_bytes import Arithmetic, StateBytes
+from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.param_groups import fit_optimizer, groups_of_model, groups_of_shape
 from llmtune.task.losses import sum_cross_entropy
+from llmtune.tuner.token_rows.tables import with_new_tokens
 from llmtune.tuner.tuner import TUNERS
 from tests.engine.rows import random_rows
 from tests.engine.worker import ask_cpu_once, resolve_on_first
@@ -85,11 +94,18 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     load_ops("cpu", placement)
     before = storages()
     partitioned = (lambda: zero_init(deepspeed)) if placement.zero_stage == 3 else None
-    weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
+    in_4_bits = None
+    if tuner.is_quantized:
+        double_quant = config.tuner.bnb_4bit_use_double_quant
+        in_4_bits = In4Bits(double_quant, rank.device, partial(gather_rows, rank=rank))
+    weights = WeightsTo(partitioned=partitioned, rank=rank.rank, in_4_bits=in_4_bits)
     model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
-    model = tuner.attach(model, config.tuner, "base", 0)
+    numbers = find_token_ids(model_folder, config.tuner.new_tokens)
+    tuner_config = with_new_tokens(model, config.tuner, numbers)
+    model = tuner.attach(model, tuner_config, "base", 0, gather=gather)
     group_of = groups_of_model(config.optim, config.tuner, model, ())
     module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer, group_of=group_of)
+    gather_for_readers(tuner.find_read_elsewhere(model))
     del model
     trained = sum(
         getattr(parameter, "ds_numel", parameter.numel())
@@ -97,6 +113,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         if parameter.requires_grad
     )
     memory = measure_steps(module, before, batch, shape.vocab_size)
+    in_nf4 = gather_objects(count_nf4(module), rank)
     barrier(rank)
     swapped = sum(
         file.stat().st_size for file in Path(folder).rglob(f"rank{rank.rank}/*") if file.is_file()
@@ -104,6 +121,16 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     module.engine.destroy()
     del module
     total = predicted.total
+    planned_nf4 = plan_nf4(
+        shape,
+        partial(
+            state_bytes,
+            placement=placement,
+            sizes=sizes,
+            arithmetic=arithmetic,
+            world_size=rank.world_size,
+        ),
+    )
     categories = {
         n: str(getattr(predicted, n))
         for n in ("weights", "adapters", "gradients", "optimizer", "buckets")
@@ -113,10 +140,32 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
             "memory": total.device + total.host,
             "nvme": total.nvme,
             "trained": shape.trainable_parameters,
+            "nf4": planned_nf4,
         },
-        "measured": {"memory": memory, "nvme": swapped, "trained": trained},
+        "measured": {
+            "memory": memory,
+            "nvme": swapped,
+            "trained": trained,
+            # Of the rank that has most or least.
+            "nf4": max(in_nf4, key=lambda nbytes: abs(nbytes - planned_nf4)),
+        },
         "categories": categories,
     }
+
+
+def count_nf4(module: TrainModule) -> int:
+    """Bytes of this rank's numbers and scales of the weights in 4 bits, wherever they are."""
+    layers = [one for one in module.model.modules() if isinstance(one, Nf4Linear)]
+    # Under ZeRO 3 the parameter itself is empty between two passes.
+    return sum(getattr(one.weight, "ds_tensor", one.weight).nbytes for one in layers)
+
+
+def plan_nf4(shape: ModelShape, plan: Callable[[ModelShape], StateBytes]) -> int:
+    """Bytes of the weights in 4 bits: what the plan of the model without them lacks."""
+    others = tuple(tensor for tensor in shape.tensors if not tensor.is_quantized)
+    rest = replace(shape, tensors=others, parameters=shape.parameters - shape.quantized_parameters)
+    weights, without = plan(shape).weights, plan(rest).weights
+    return weights.device + weights.host - without.device - without.host
 
 
 def measure_steps(module: TrainModule, before: dict[int, int], batch: BatchPlan, vocab: int) -> int:

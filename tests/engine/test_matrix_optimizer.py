@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.optimizer.optimizer import OPTIMIZERS
@@ -101,3 +102,13 @@ def test_a_gradient_of_nothing_moves_nothing_but_the_decay() -> None:
     model.weights[0].grad = torch.zeros(4, 3)
     own.step()
     assert torch.allclose(model.weights[0], before * (1 - 1e-2 * 0.1))
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (1, 24, 96), (1, 200, 8), (5, 16, 48)])
+def test_the_operations_that_the_plan_counts_are_those_of_a_direction(
+    shape: tuple[int, int, int],
+) -> None:
+    assert MUON.matrix is not None
+    with FlopCounterMode(display=False) as counter:
+        MUON.matrix.direct(torch.randn(shape))
+    assert counter.get_total_flops() == shape[0] * MUON.matrix.flops(*shape[1:])

@@ -49,6 +49,7 @@ TOKENS = [11, 40, 3]
 KINDS: dict[str, tuple[tuple[str, ...], list[str], dict[str, Any]]] = {
     "bert": (BERT, [], {}),
     "gpt2": (GPT2, [], {}),
+    "gpt2 with biases": (GPT2, ["tuner.bias=all"], {"bias": "all"}),
     "experts": (EXPERTS, [], ATTENTION),
     "stacks": (
         EXPERTS,

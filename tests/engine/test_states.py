@@ -151,6 +151,19 @@ def test_so_are_those_of_groups_with_settings_of_their_own(tmp_path: Path) -> No
 
 
 @pytest.mark.process
+def test_so_are_those_of_a_model_whose_tables_have_grown(tmp_path: Path) -> None:
+    """By so many rows that the plan of the model without them is more than one percent off.
+
+    The tokenizer of the model has 512 tokens.
+    """
+    cells = [((3, "none"), "full", "bf16", 2), ((2, "none"), "lora", "bf16", 2)]
+    tokens = ",".join(f"'<|{number}|>'" for number in range(200))
+    grown = ["model.config.vocab_size=512", f"tuner.new_tokens=[{tokens}]"]
+    wrong = find_wrong(cells, tmp_path, *grown)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_so_are_those_of_a_model_of_which_a_part_is_frozen(part: int, tmp_path: Path) -> None:
     """Embeddings and head are frozen; two ranks share the layers without cutting a matrix."""
@@ -160,6 +173,52 @@ def test_so_are_those_of_a_model_of_which_a_part_is_frozen(part: int, tmp_path: 
         if has_tuner(place, "freeze")
     ][part::2]
     wrong = find_wrong(cells, tmp_path, "tuner.freeze.last_layers=2")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("overrides", "cells"),
+    [
+        ([], [((3, "none"), "qlora", "bf16", 2), ((2, "none"), "qlora", "bf16", 2)]),
+        *(
+            pytest.param(
+                [f"tuner.bnb_4bit_use_double_quant={double_quant}"],
+                [
+                    (place, "qlora", precision, ranks)
+                    for place in PLACES
+                    for precision in PRECISIONS
+                    for ranks in RANKS
+                    if has_tuner(place, "qlora")
+                ],
+                marks=pytest.mark.slow,
+            )
+            for double_quant in (True, False)
+        ),
+    ],
+)
+def test_so_are_those_of_weights_in_4_bits(
+    overrides: list[str], cells: list[Any], tmp_path: Path
+) -> None:
+    """And the bytes of their numbers and scales alone, on every rank."""
+    wrong = find_wrong(cells, tmp_path, *overrides)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(3, "none")],
+        pytest.param(
+            [place for place in PLACES if has_tuner(place, "dora")], marks=pytest.mark.slow
+        ),
+    ],
+    ids=len,
+)
+def test_so_are_those_of_dora(places: list[tuple[int, str]], tmp_path: Path) -> None:
+    cells = [(place, "dora", "bf16", ranks) for place in places for ranks in (2, 1)[: len(places)]]
+    wrong = find_wrong(cells, tmp_path)
     assert not wrong, "\n".join(map(str, wrong))
 
 
@@ -186,7 +245,8 @@ def find_wrong(cells: list[Any], tmp_path: Path, *overrides: str) -> list[Any]:
         )
         for cell, result in zip(of_ranks, found, strict=True):
             predicted, measured = result["predicted"], result["measured"]
-            for kind, share in (("memory", 0.01), ("nvme", 0.01), ("trained", 0.0)):
+            allowed = {"memory": 0.01, "nvme": 0.01, "trained": 0.0, "nf4": 0.01}
+            for kind, share in allowed.items():
                 if abs(predicted[kind] - measured[kind]) > share * max(measured[kind], 1):
                     wrong.append(
                         (cell, kind, predicted[kind], measured[kind], result["categories"])

@@ -18,9 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from llmtune.config.compose import compose_config
+from llmtune.config.groups.export import ExportConfig, MergeOnto
+from llmtune.config.stored import dump_yaml
 from llmtune.errors import ExportError
 from llmtune.export.merge.merged_source import MergedSource
 from llmtune.export.merge.peft_adapter import read_adapter
+from llmtune.export.open_model import open_export_model
+from llmtune.export.request import ExportRequest
 from llmtune.export.sources.nf4 import (
     Nf4RoundTripSource,
     dequantize,
@@ -29,11 +34,11 @@ from llmtune.export.sources.nf4 import (
     quantized_names,
 )
 from llmtune.export.sources.tensor_source import (
-    RetypedSource,
     SafetensorsSource,
     TensorSource,
     read_whole,
 )
+from llmtune.storage import layout
 from tests.export.conftest import TOKENS, copy_tokenizer, make_adapter, make_base
 
 #: Rows of 48 and 112 numbers; the tiny model's are multiples of 64.
@@ -115,14 +120,32 @@ def test_every_weight_has_the_bits_of_a_model_that_transformers_loads_in_4_bits(
         assert torch.equal(found, read_whole(stored, name)) == (name not in layers), name
 
 
-def test_a_base_of_another_dtype_is_quantized_in_that_of_the_training(
-    tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_base_is_quantized_as_the_run_did(
+    stored: torch.dtype, precision: str, double_quant: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
-    base = make_base("llama", tmp_path / "base", tiny_model, torch.float32)
-    expected, layers = plain_weights(load_in_4bit(base, dtype=torch.bfloat16))
-    stored = RetypedSource(SafetensorsSource(base), torch.bfloat16)
-    source = Nf4RoundTripSource(stored, quantized_names(base, stored))
-    assert all(torch.equal(read_whole(source, name), expected[name]) for name in layers)
+    """In the dtype of the training, whatever that of the files is."""
+    base = make_base("llama", tmp_path / "base", tiny_model, stored)
+    trained = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    reference = load_in_4bit(base, dtype=trained, bnb_4bit_use_double_quant=double_quant)
+    expected, layers = plain_weights(reference)
+    keys = [f"precision={precision}", f"tuner.bnb_4bit_use_double_quant={double_quant}"]
+    config = compose_config(["model=tiny", "data.train=rows.jsonl", "tuner=qlora", *keys]).config
+    (tmp_path / layout.CONFIG).write_text(dump_yaml(config))
+    request = ExportRequest(
+        base=base,
+        base_name="tiny",
+        adapter=make_adapter(base, tmp_path / "adapter"),
+        run=tmp_path,
+        output=tmp_path / "out",
+    )
+    source = open_export_model(request, ExportConfig(merge_onto=MergeOnto.nf4)).base
+    for name in layers:
+        found = read_whole(source, name)
+        assert found.dtype == source.specs[name].dtype == stored
+        assert torch.equal(found, expected[name].to(stored)), name
 
 
 def write_tensor(tensor: torch.Tensor, folder: Path) -> TensorSource:

@@ -11,20 +11,23 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision
 from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer
 from llmtune.plan import speed
+from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Ladder
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.parameter_groups import assign_groups
 from llmtune.plan.memory.peak_memory import checkpoint_bytes, gathered_bytes
 from llmtune.plan.memory.placement import Placement, make_placement
 from llmtune.plan.memory.rank_bytes import Arithmetic, StateBytes
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
+from llmtune.plan.param_groups import groups_of_shape
 from llmtune.plan.resolve import resolve_ladder
 
 #: Llama-3-8B: its parameters, its head (vocabulary x width), and one of its 32 layers.
 PARAMETERS, HEAD, LAYER = 8_030_261_248, 128_256 * 4096, 218_112_000
 
-ADAMW, LION = OPTIMIZERS.find("adamw"), OPTIMIZERS.find("lion")
+ADAMW, LION, MUON = (OPTIMIZERS.find(name) for name in ("adamw", "lion", "muon"))
 
 
 def shape_of(*overrides: str) -> ModelShape:
@@ -171,6 +174,57 @@ def test_an_optimizer_step_touches_its_numbers_once_or_as_often_as_its_kernels_d
     assert speed.step_bytes(ADAMW) == 4 * 4 + 3 * 4 + 2
     # m and g to a direction; its sign; decay; the direction to the weight; m and g to m; 16 bits.
     assert speed.step_bytes(LION) == 12 + 8 + 8 + 12 + 12 + 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "rung", "ranks"),
+    [(0, "none", 1), (0, "none", 8), (2, "none", 8), (3, "none", 8), (2, "optimizer_cpu", 8)],
+)
+def test_muon_makes_five_steps_of_each_matrix_on_one_rank_and_sends_it_twice(
+    stage: int, rung: str, ranks: int
+) -> None:
+    config = compose_config(["model=llama3_8b", "tuner=full", "optim=muon"]).config
+    shape = resolve_shape(config.model, config.tuner, Path(config.paths.cache_dir))
+    shape = assign_groups(shape, groups_of_shape(config.optim, config.tuner, shape))
+    hardware = Hardware(
+        accelerator="cuda",
+        device_count=ranks,
+        device_memory_bytes=10**11,
+        host_memory_bytes=10**12,
+        flops=1e15,
+        efficiency=0.5,
+        link_bandwidth=1e11,
+        pcie_bandwidth=2e10,
+    )
+    terms = speed._matrix_terms(
+        shape, make_placement(stage, rung, True), MUON, speed.Cluster(hardware, ranks)
+    )
+    # Query and output projection; key and value; gate, up and down projection.
+    sides = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(4096, 14_336)] * 3
+    elements = 32 * sum(short * long for short, long in sides)
+    operations = [5 * (4 * s * s * long + 2 * s**3) for s, long in sides]
+    if ranks == 1:
+        seconds = 32 * sum(operations) / 5e14
+    elif stage < 3:
+        # Eight of seven a layer: one of the largest is in each of 28 turns.
+        seconds = 28 * operations[-1] / 5e14
+    else:
+        # A sub-group ends with the matrix that brings it to 100 M elements a rank.
+        order = [*sides[:1], *sides[2:4], sides[1], *sides[4:]] * 32
+        groups: list[list[tuple[int, int]]] = [[]]
+        for one in order:
+            if sum(short * long for short, long in groups[-1]) >= 800e6:
+                groups.append([])
+            groups[-1].append(one)
+        cost = dict(zip(sides, operations, strict=True))
+        turns = [group[at : at + 8] for group in groups for at in range(0, len(group), 8)]
+        seconds = sum(max(cost[one] for one in turn) for turn in turns) / 5e14
+    assert terms["directions of matrices"] == pytest.approx(seconds)
+    trips = {0: 0 if ranks == 1 else 1}.get(stage, 2)
+    sent = trips * 4 * elements * 7 / 8 / 1e11
+    moved = 2 * 4 * elements / ranks / 2e10 if rung == "optimizer_cpu" else 0.0
+    assert terms["matrices to a rank and back"] == pytest.approx(sent + moved)
+    assert speed._matrix_terms(shape, Placement(stage), ADAMW, speed.Cluster(hardware, 8)) == {}
 
 
 def logits_of(*overrides: str) -> list[int]:

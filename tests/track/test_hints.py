@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from llmtune.track.hints import RULES, Hints, Machine, read_shm
+from llmtune.plan.devices import gpu_state
+from llmtune.plan.devices.gpu_state import GpuState
+from llmtune.track.hints import READINGS, RULES, Hints, Machine, MachineReader
 
 HEALTHY: dict[str, Any] = {
     "seconds": 1.0,
@@ -94,4 +98,87 @@ def test_every_rule_has_a_name_of_its_own() -> None:
 
 
 def test_a_machine_without_shared_memory_says_nothing_of_it() -> None:
-    assert read_shm("/nowhere") == Machine()
+    reader = MachineReader("/nowhere", read_gpus=list, has_nvlink=lambda: False)
+    assert reader.read() == Machine()
+    assert reader.read() is reader.read()
+
+
+def gpu(index: int = 0, **changed: Any) -> GpuState:
+    values = {
+        "memory_used_bytes": 4e10,
+        "memory_total_bytes": 8e10,
+        "utilization": 0.95,
+        "temperature": 70.0,
+        "power": 300.0,
+    }
+    return GpuState(index=index, **{**values, **changed})
+
+
+def said_of_gpus(readings: Sequence[Sequence[GpuState]], **changed: Any) -> list[str]:
+    """The hints of a run with a step, and a reading of the machine, for each of these."""
+    hints: list[str] = []
+    now = 0
+    has_nvlink = not changed.pop("no_nvlink", False)
+    machines = [Machine(gpus=gpus, has_nvlink=has_nvlink) for gpus in readings]
+    tracker = Hints(hints.append, lambda: machines[now])
+    for now in range(len(machines)):
+        tracker.log({"step": now + 1, "loss": 3.0 / (now + 1), **HEALTHY, **changed})
+    return hints
+
+
+def test_gpus_that_work_have_no_hint() -> None:
+    assert said_of_gpus([[gpu(0), gpu(1, utilization=None)]] * 40) == []
+
+
+def test_gpus_that_wait_are_named_with_their_share() -> None:
+    (hint,) = said_of_gpus([[gpu(0, utilization=0.4), gpu(1, utilization=0.6)]] * 40)
+    assert "GPUs worked 50 % of the last 2 minutes" in hint
+    assert said_of_gpus([[gpu(utilization=0.1)]] * (READINGS + 2)) == []
+    assert said_of_gpus([[gpu(utilization=0.6)]] * 40) == []
+
+
+def test_a_gpu_that_is_slowed_down_is_named_with_the_reason() -> None:
+    hot = gpu(3, slowed_by="heat (hardware)", temperature=92.0)
+    (hint,) = said_of_gpus([[gpu(0), hot]] * 40)
+    assert "GPU 3 is slowed down by heat (hardware) at 92 degrees Celsius, in 12 of 12" in hint
+    # Once in a while it is nothing.
+    assert said_of_gpus([[hot if number % 4 == 0 else gpu(3)] for number in range(40)]) == []
+
+
+def test_gathers_without_nvlink_are_named() -> None:
+    pair = [gpu(0), gpu(1)]
+    (hint,) = said_of_gpus([pair] * 40, gather_seconds=0.3, no_nvlink=True)
+    assert "gathers take 30 % of a step, and the GPUs have no NVLink" in hint
+    assert said_of_gpus([pair] * 40, gather_seconds=0.3) == []
+
+
+class FakeNvml:
+    """The calls of pynvml that a reading makes, on a part of a GPU that does not tell its power."""
+
+    NVML_TEMPERATURE_GPU = 0
+    NVMLError = KeyError
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(used=1, total=2),
+            "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=37),
+            "nvmlDeviceGetTemperature": lambda *_: 55,
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x40 if handle == 5 else 0x4,
+        }
+
+        def refuse(*_: Any) -> Any:
+            raise KeyError(name)
+
+        return answers.get(name, refuse)
+
+
+def test_readings_are_those_of_the_gpus_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr(gpu_state, "count_gpus", lambda: 2)
+    monkeypatch.setattr(gpu_state, "start_nvml", FakeNvml)
+    first, second = gpu_state.read_gpus()
+    assert (first.utilization, first.temperature, first.power) == (0.37, 55.0, None)
+    assert (first.memory_used_bytes, first.memory_total_bytes) == (1.0, 2.0)
+    # The second is the machine's GPU 5. Below the power cap (0x4) is where big cards work.
+    assert (first.slowed_by, second.slowed_by) == (None, "heat (hardware)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,9 +56,7 @@ def tuner() -> TunerConfig:
 
 @pytest.mark.parametrize("kernel", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", MIXTURES)
-def test_losses_and_gradients_are_pefts_to_the_last_bit(
-    family: str, kernel: str, tuner: TunerConfig
-) -> None:
+def test_losses_and_gradients_are_pefts(family: str, kernel: str, tuner: TunerConfig) -> None:
     model = build(family)
     if model.config._experts_implementation == "eager" and kernel != "eager":
         pytest.skip("it has no other kernel")
@@ -79,10 +78,13 @@ def test_losses_and_gradients_are_pefts_to_the_last_bit(
         loss.backward()
         gradients = {name: p.grad for name, p in one.named_parameters() if p.requires_grad}
         found.append((loss, gradients))
-    assert torch.equal(found[0][0], found[1][0])
+    # A CPU's batched products round by where their operands lie in memory.
+    exact = kernel != "batched_mm"
+    same = torch.equal if exact else partial(torch.allclose, rtol=1e-5, atol=1e-7)
+    assert same(found[0][0], found[1][0])
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
-        assert torch.equal(gradient, found[1][1][name]), name
+        assert same(gradient, found[1][1][name]), name
         assert bool(gradient.any()), name
     # Nothing of the model is left in the place of a parameter.
     names_left = {name for name, _ in own.named_parameters() if ".base_layer.base_layer." in name}

@@ -110,7 +110,10 @@ def test_what_is_stored_fits_the_unchanged_base_and_is_resumed_to_the_bit(
     assert not torch.allclose(logits(plain), logits(build()), atol=1e-3)
 
     again = add_lora(build(), config, "base", 7)
-    take_from_base(again, load_adapter(again, tmp_path, has_start=True), ALONE)
+    loaded = load_adapter(again, tmp_path, has_start=True)
+    parts = [part for factors in loaded.values() for part in (factors.a, factors.b)]
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+    take_from_base(again, loaded, ALONE)
     assert torch.equal(logits(again), logits(model))
 
 

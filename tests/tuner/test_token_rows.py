@@ -5,32 +5,42 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.export import ExportConfig, ExportDtype
 from llmtune.config.groups.tuner import TunerConfig
+from llmtune.engine.distributed import Rank
 from llmtune.errors import ConfigError
 from llmtune.export.pipeline import run_export
 from llmtune.export.request import ExportRequest
 from llmtune.model.source import resolve_model_folder
+from llmtune.model.token_folder import find_token_numbers, resolve_base_folder
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.run.prepare import check_token_rows
 from llmtune.run.settings import find_problems
 from llmtune.storage.layout import ADAPTER_WEIGHTS
+from llmtune.train.adapters.attach import attach_tuner
+from llmtune.tuner.head import NO_HEAD
 from llmtune.tuner.kinds.lora import LoraTuner
 from llmtune.tuner.peft_model import write_adapter_config
 from llmtune.tuner.stored_adapter import to_file_name
+from llmtune.tuner.token_rows.settings import TOKEN_ROWS
 from tests.architectures.families import FAMILIES
 from tests.support import largest_difference
 from tests.tuner.test_coverage import note
 
 TOKENS = [3, 9, 11]
+ALONE = Rank(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 #: A scaled table, positions beside the table, a projection in front of the layers, experts.
 TRIED = ["llama", "gpt2", "gemma3_text", "opt", "mixtral", "bloom", "cohere"]
 
@@ -107,13 +117,15 @@ def test_padding_has_no_gradient_as_in_torch() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tuner.trainable_token_indices=[3,-1]"], "-1 is no number of a token"),
+        (["tuner.trainable_token_indices=[3,-1]"], "-1 is neither the number of a token"),
         (["tuner.trainable_token_indices=[3,5,3]"], "3 is there twice"),
-        (["tuner.trainable_token_indices=[true]"], "True is no number of a token"),
-        (["tuner.trainable_token_indices=[a]"], "a is no number of a token"),
-        (["tuner.trainable_token_indices=5"], "a list of tokens' numbers"),
+        (["tuner.trainable_token_indices=[true]"], "True is neither the number of a token"),
+        (["tuner.trainable_token_indices=['']"], "'' is neither the number of a token"),
+        (["tuner.trainable_token_indices=[1.5]"], "1.5 is neither the number of a token"),
+        (["tuner.trainable_token_indices=[a,3,a]"], "a is there twice"),
+        (["tuner.trainable_token_indices=5"], "a list of tokens, by number or text"),
         (["tuner.trainable_token_indices={lm_head: []}"], "lists by table"),
-        (["tuner.trainable_token_indices=[]"], "a list of tokens' numbers"),
+        (["tuner.trainable_token_indices=[]"], "a list of tokens, by number or text"),
         (["tuner=full", "tuner.trainable_token_indices=[3]"], "needs tuner=lora"),
         (
             ["tuner.trainable_token_indices=[3]", "tuner.adapter_path=some/folder"],
@@ -175,6 +187,8 @@ def test_the_plan_counts_the_rows_and_says_their_share() -> None:
         return resolve_shape(config.model, config.tuner).trainable_parameters
 
     assert trained(rows) - trained() == 3 * 64
+    # How many rows there are is known before any text is looked up.
+    assert trained("tuner.trainable_token_indices=[3,'<think>',x]") == trained(rows)
     assert trained(*untied) - trained(untied[0]) == 3 * 64
     # 3 of 512 rows.
     assert "embeddings 0.586 %" in note(None, rows)
@@ -214,3 +228,89 @@ def test_what_is_stored_is_merged_as_peft_merges_it(
         assert torch.equal(tensor, expected[name]), name
     with torch.no_grad():
         assert float((merged(input_ids=ids).logits - logits).abs().max()) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = compose_config(["model=tiny"]).config.model
+    return resolve_model_folder(config, tmp_path_factory.mktemp("cache"))
+
+
+def single_tokens(tokenizer: Any, count: int) -> dict[str, int]:
+    """Texts that the tokenizer encodes as one token each, with their numbers."""
+    texts = (tokenizer.decode([number]) for number in range(len(tokenizer)))
+    encoded = ((text, tokenizer.encode(text, add_special_tokens=False)) for text in texts if text)
+    found = {text: ids[0] for text, ids in encoded if len(ids) == 1}
+    return dict(list(found.items())[-count:])
+
+
+@pytest.mark.parametrize("by_table", [False, True])
+def test_a_text_that_is_one_token_is_trained_as_its_number(tiny: Path, by_table: bool) -> None:
+    words = single_tokens(AutoTokenizer.from_pretrained(tiny), 3)
+    end = AutoTokenizer.from_pretrained(tiny).eos_token
+    texts = [*words, end]
+    numbers = [*words.values(), AutoTokenizer.from_pretrained(tiny).eos_token_id]
+    given: Any = [3, *texts]
+    wanted: Any = [3, *numbers]
+    if by_table:
+        given, wanted = {"embed_tokens": given}, {"embed_tokens": wanted}
+    found = []
+    for asked in (given, wanted):
+        config = compose_config(["model=tiny", "data.train=a.jsonl"]).config
+        config.tuner.trainable_token_indices, config.tuner.lora_r = asked, 2
+        request: Any = SimpleNamespace(
+            config=config, model_folder=tiny, base_name="tiny", resume_from=None
+        )
+        base = AutoModelForCausalLM.from_pretrained(tiny)
+        model = attach_tuner(base, request, ALONE, NO_HEAD)
+        stored = model.peft_config["default"].trainable_token_indices
+        rows = {name: one for name, one in model.named_parameters() if TOKEN_ROWS in name}
+        found.append((stored, rows))
+    (stored, rows), (by_number, other) = found
+    assert stored == by_number == [3, *numbers]
+    assert rows.keys() == other.keys()
+    assert rows
+    assert all(torch.equal(one, other[name]) for name, one in rows.items())
+
+
+@given(text=st.text(st.sampled_from("abde <|>_é"), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_a_text_is_a_token_exactly_where_its_encoding_is(tiny: Path, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) == 1:
+        assert find_token_numbers(tokenizer, [text], "tiny") == {text: ids[0]}
+        return
+    with pytest.raises(ConfigError, match=r"tuner\.trainable_token_indices") as error:
+        find_token_numbers(tokenizer, [text], "tiny")
+    message = str(error.value)
+    assert f"tuner.new_tokens=[{text!r}]" in message
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    said = f"{len(ids)} tokens of tiny ({', '.join(map(repr, tokens))})"
+    assert (said if ids else "is no token of tiny") in message
+
+
+def test_what_only_the_tokenizer_knows_is_found_before_ranks_start(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    (word,) = words = single_tokens(tokenizer, 1)
+
+    def problem(asked: Any, new: list[str], folder: Path = tiny) -> str:
+        config = compose_config(["model=tiny", "data.train=a.jsonl"]).config
+        config.tuner.trainable_token_indices, config.tuner.new_tokens = asked, new
+        with pytest.raises(ConfigError, match=r"tuner\.trainable_token_indices") as error:
+            check_token_rows(config, AutoTokenizer.from_pretrained(folder), folder)
+        return str(error.value)
+
+    assert "are the same token; leave one of them out" in problem([words[word], word], [])
+    assert "a b" in problem(["a b c d"], [])
+    grown = resolve_base_folder(
+        compose_config(["model=tiny"]).config.model, ["<|a|>"], tiny.parent, lambda _: None
+    )
+    for asked in ([512], ["<|a|>"], {"embed_tokens": [3, 512]}):
+        said = problem(asked, ["<|a|>"], grown)
+        assert "<|a|> of tuner.new_tokens is token 512, whose row is trained already" in said
+    tokenizer.add_tokens(["<|far|>"])
+    config = compose_config(["model=tiny", "data.train=a.jsonl"]).config
+    config.tuner.trainable_token_indices = ["<|far|>"]
+    with pytest.raises(ConfigError, match="token 512 of the tokenizer of .*model has 512 rows"):
+        check_token_rows(config, tokenizer, tiny)

@@ -18,7 +18,11 @@ class TrackerConfig:
     """Experiment trackers beside the run folder's own files."""
 
     kind: str = "none"
-    """``none``, ``wandb`` (its key comes from WANDB_API_KEY or ``.env``) or ``tensorboard``."""
+    """``none``, ``wandb`` (its key comes from WANDB_API_KEY or ``.env``), or another service.
+
+    The others are ``tensorboard``, ``prometheus``, ``trackio``, and ``mlflow`` (at the address of
+    MLFLOW_TRACKING_URI, or in the run folder).
+    """
     kinds: list[str] = field(default_factory=list)
     """Several trackers at once, beside that of ``kind``: ``[wandb,tensorboard]``."""
     mode: TrackerMode = TrackerMode.online
@@ -27,3 +31,7 @@ class TrackerConfig:
     """Project the run belongs to."""
     entity: str | None = None
     """User or team at W&B."""
+    prometheus_port: int = 9464
+    """Port of Prometheus' endpoint, ``/metrics``."""
+    prometheus_host: str = "127.0.0.1"
+    """Address on which it listens: this machine alone, unless another one is asked for."""

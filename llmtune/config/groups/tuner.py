@@ -71,8 +71,9 @@ class TunerConfig:
     modules_to_save: list[str] = field(default_factory=list)
     """Ends of the names of modules that are trained whole, and stored with the adapter."""
     trainable_token_indices: Any = None
-    """Numbers of tokens whose rows of the input embeddings are trained, as in peft.
+    """Tokens whose rows of the input embeddings are trained, as in peft: numbers, or texts.
 
+    A text is one that the tokenizer encodes as exactly one token: ``["<think>",128002]``.
     A tied output projection has the same rows. Of one with a weight of its own, rows are trained
     where a mapping names it: ``{embed_tokens: [5,6], lm_head: [5,6]}``.
     """

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 
 from llmtune.errors import ConfigError, ExportError, first_line
-from llmtune.export.sources.tensor_source import TensorSource, find_name, read_whole
+from llmtune.export.sources.tensor_source import (
+    RetypedSource,
+    TensorSource,
+    find_name,
+    read_whole,
+)
 from llmtune.model.nf4.nf4_slices import CHUNK_ELEMENTS, load_bitsandbytes
 from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.storage.tensors.row_blocks import row_ranges
@@ -33,24 +38,30 @@ class Nf4RoundTripSource:
     stored dtype. peft's own merge on a 4-bit model quantizes the sum to NF4 again, which adds a
     second quantization error; the two merged models are therefore not equal.
 
-    The numbers are quantized from the stored dtype: where a training loads an fp32 base in bf16,
-    pass a ``RetypedSource`` of it.
+    A training in bf16 rounds an fp32 base before it quantizes: numbers near the border of two
+    codes then have the other one.
     """
 
     def __init__(
-        self, source: TensorSource, names: Mapping[str, bool], double_quant: bool = True
+        self,
+        source: TensorSource,
+        names: Mapping[str, bool],
+        double_quant: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Choose the tensors.
 
         Args:
             names: From :func:`quantized_names`: tensor -> whether its rows are inputs, not outputs.
             double_quant: The scales were quantized too.
+            dtype: The dtype from which the training quantized; by default the stored one.
 
         Raises:
             ExportError: The source has no such tensor, or bitsandbytes does not quantize its dtype.
         """
         check_quantizable(source, names)
         self._source = source
+        self._quantized = source if dtype is None else RetypedSource(source, dtype)
         self._names = dict(names)
         self._double_quant = double_quant
         self.specs = dict(source.specs)
@@ -61,9 +72,10 @@ class Nf4RoundTripSource:
             yield from self._source.blocks(name)
             return
         packed, state = quantize(
-            self._source, name, self._names[name], double_quant=self._double_quant
+            self._quantized, name, self._names[name], double_quant=self._double_quant
         )
-        yield from dequantize(packed, state, self._names[name])
+        for rows in dequantize(packed, state, self._names[name]):
+            yield rows.to(self.specs[name].dtype)
 
 
 def quantized_names(folder: Path, source: TensorSource) -> dict[str, bool]:

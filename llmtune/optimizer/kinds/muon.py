@@ -58,6 +58,16 @@ def _direct(matrices: torch.Tensor) -> torch.Tensor:
     return direction
 
 
+def _count_flops(rows: int, columns: int) -> float:
+    """Count the operations of the products in :func:`_direct`: two for each multiplication.
+
+    A step multiplies the matrix with its transpose, the square of the shorter side with itself, and
+    that with the matrix.
+    """
+    short, long = min(rows, columns), max(rows, columns)
+    return _STEPS * (4.0 * short * short * long + 2.0 * short**3)
+
+
 OPTIMIZERS.register(
     Optimizer(
         name="muon",
@@ -65,7 +75,13 @@ OPTIMIZERS.register(
         states=("exp_avg", "exp_avg_sq"),
         reads=("momentum", "betas", "eps", "weight_decay"),
         update=update_adamw,
-        matrix=MatrixRule(title="Muon", states=("momentum_buffer",), blend=_blend, direct=_direct),
+        matrix=MatrixRule(
+            title="Muon",
+            states=("momentum_buffer",),
+            blend=_blend,
+            direct=_direct,
+            flops=_count_flops,
+        ),
         # The two kernels of the momentum, the decay, the step, and the weight's copy in 16 bits.
         kernel_bytes=12 + 12 + 8 + 12 + 2,
     )

@@ -89,7 +89,7 @@ def hidden_gpus() -> str | None:
     if visible is not None and not _names_gpus(visible):
         return None
     try:
-        nvml = _start_nvml()
+        nvml = start_nvml()
         count = int(nvml.nvmlDeviceGetCount())
         driver = _text(nvml.nvmlSystemGetDriverVersion())
     except Exception:
@@ -103,7 +103,7 @@ def count_gpus() -> int:
     torch may be unable to use them; see :func:`visible_gpus`.
     """
     try:
-        count = int(_start_nvml().nvmlDeviceGetCount())
+        count = int(start_nvml().nvmlDeviceGetCount())
     except Exception:
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -166,8 +166,8 @@ def pins_exactly() -> bool:
 def has_nvlink() -> bool:
     """Tell whether the first GPU of this process has an active NVLink; True without NVML."""
     try:
-        nvml = _start_nvml()
-        handle = _handle(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        nvml = start_nvml()
+        handle = find_handle(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         links = range(nvml.NVML_NVLINK_MAX_LINKS)
         return any(_link_is_active(nvml, handle, link) for link in links)
     except Exception:
@@ -181,15 +181,15 @@ def near_cores(index: int) -> set[int]:
         index: Index among the GPUs that this process may use.
     """
     try:
-        nvml = _start_nvml()
-        handle = _handle(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"), index)
+        nvml = start_nvml()
+        handle = find_handle(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"), index)
         words = nvml.nvmlDeviceGetCpuAffinity(handle, -(-(os.cpu_count() or 1) // 64))
     except Exception:
         return set()
     return {core for core in range(64 * len(words)) if int(words[core // 64]) >> core % 64 & 1}
 
 
-def _start_nvml() -> Any:
+def start_nvml() -> Any:
     """Start NVML, and return its module.
 
     Raises:
@@ -203,7 +203,7 @@ def _start_nvml() -> Any:
     return pynvml
 
 
-def _handle(pynvml: Any, visible: str | None, index: int = 0) -> Any:
+def find_handle(pynvml: Any, visible: str | None, index: int = 0) -> Any:
     """Return NVML's handle of a GPU of this process.
 
     NVML ignores ``CUDA_VISIBLE_DEVICES``, which holds indices or names of GPUs and their slices

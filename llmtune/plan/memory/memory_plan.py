@@ -17,6 +17,8 @@ class DeviceBytes:
     """Reduction buckets, resident small weights, the layer that is gathered."""
     working_set: int = 0
     step: int = 0
+    start: int = 0
+    """Decomposition of weights before the first step, with which PiSSA and OLoRA begin."""
     runtime: int = 0
 
     @property
@@ -47,6 +49,11 @@ class HostBytes:
     """
     save: int = 0
     """One tensor on its way to a file."""
+    start: int = 0
+    """First values of the adapters of PiSSA and OLoRA.
+
+    Each rank has them while adapters begin, and the one that writes the adapter keeps them.
+    """
     runtime: int = 0
 
     @property

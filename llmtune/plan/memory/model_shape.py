@@ -20,6 +20,8 @@ from llmtune.plan.memory.tensor_shapes import (
     AdapterSizes,
     active_share,
     adapter_sizes,
+    check_packed,
+    count_start,
     head_parameters,
     is_tied,
     largest_layer,
@@ -28,6 +30,7 @@ from llmtune.plan.memory.tensor_shapes import (
     packed_sizes,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.storage.plain_json import parse_json
 from llmtune.task.task import find_task
 from llmtune.tuner.blocks import count_frozen_layers
 from llmtune.tuner.stacks.stacked_weights import Stack, find_stacks, name_in_layers
@@ -49,7 +52,8 @@ def resolve_shape(
     identity = _identify(config)
     if identity is None:
         return _count(config, tuner)
-    key = repr((identity, config.rope_scaling, config.task, tuner))
+    known = _count_tokens(config) if tuner.new_tokens else None
+    key = repr((identity, config.rope_scaling, config.task, tuner, known))
     stored = read_cached(cache_dir, "shapes", key)
     if stored is not None:
         tensors = tuple(
@@ -80,9 +84,41 @@ def _identify(config: ModelConfig) -> str | None:
         return None
 
 
+def _count_tokens(config: ModelConfig) -> int | None:
+    """Count the tokens of a local model's tokenizer; None for one that is not on this machine.
+
+    Such a model is planned as if its tables had no rows to spare.
+    """
+    file = Path(config.name_or_path).expanduser() / "tokenizer.json"
+    try:
+        stored = parse_json(file.read_bytes())
+        entries = stored["model"]["vocab"]
+        # A list of pairs, where the tokenizer weighs its tokens.
+        tokens = {one[0] for one in entries} if isinstance(entries, list) else set(entries)
+        return len(tokens | {one["content"] for one in stored.get("added_tokens") or ()})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _load_architecture(config: ModelConfig, tuner: TunerConfig) -> tuple[Any, int]:
+    """Load the architecture that is trained, with rows for ``tuner.new_tokens``.
+
+    Returns:
+        It, and the rows of its tables of tokens without them.
+    """
+    architecture = load_architecture(config)
+    set_outputs(architecture, find_task(config.task).default_labels.names)
+    text: Any = architecture.get_text_config()
+    rows = int(getattr(text, "vocab_size", 0))
+    if tuner.new_tokens:
+        known = _count_tokens(config)
+        text.vocab_size = max(rows, (rows if known is None else known) + len(tuner.new_tokens))
+    return architecture, rows
+
+
 def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
-    architecture, task = load_architecture(config), find_task(config.task)
-    set_outputs(architecture, task.default_labels.names)
+    task = find_task(config.task)
+    architecture, vocabulary = _load_architecture(config, tuner)
     meta_model, trainable = build_meta_model(
         architecture, config.trust_remote_code, task.model_class
     )
@@ -94,6 +130,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     adapters = adapter_sizes(adapted, tuner) if adapted else {}
     trained = find_trained(kind, model, tuner, head)
     packed = packed_sizes(model, tuner, head)
+    check_packed(packed, trained, tuner)
     stacks = adapted.stacks if adapted else {}
     tables = kind.find_token_tables(model, tuner)
     tensors = list_tensors(model, adapters, trained, packed, head, stacks, tables)
@@ -104,7 +141,6 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
     layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
-    vocabulary = int(getattr(text, "vocab_size", 0))
     base = [tensor for tensor in tensors if not tensor.adapter]
     layer_parameters, layer_quantized = largest_layer(model, adapters, tensors)
     return ModelShape(
@@ -124,7 +160,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         vocab_size=vocabulary,
         attention_width=heads * int(getattr(text, "head_dim", None) or hidden // heads),
         task=task.name,
-        outputs=(architecture.num_labels or 0) if head else vocabulary,
+        outputs=(architecture.num_labels or 0) if head else int(getattr(text, "vocab_size", 0)),
         judges_rows=bool(head) and task.judges_rows,
         bidirectional=is_bidirectional(model),
         attention_products=2 + len(_relative_products(text)),
@@ -136,6 +172,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         adapted=tuple(adapted.all_endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
         **_count_stacks(model, adapters, stacks),
+        **count_start(adapters, tuner),
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )

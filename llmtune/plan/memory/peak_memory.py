@@ -2,15 +2,16 @@
 
 Memories are the accelerator's, the host's and NVMe.
 
-The accelerator's peak is the highest of three moments: the loss (all activations, logits), the
+The accelerator's peak is the highest of four moments: the loss (all activations, logits), the
 backward pass of a layer (all activations, the layer's working set, gathered weights, gradients
-before they are reduced), and the optimizer step. The categories add up to it: ``working_set`` and
-``step`` count only what exceeds the memory that has been freed by then.
+before they are reduced), the optimizer step, and, before all of them, the decomposition of a weight
+with which an adapter begins. The categories add up to it: ``working_set``, ``step`` and ``start``
+count only what exceeds the memory of the other moments.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtune.optimizer.optimizer import FP32_BYTES
 from llmtune.plan.devices.gpus import pins_exactly
@@ -81,14 +82,59 @@ def estimate_memory(
         step=step,
         runtime=CUDA_RUNTIME_BYTES if work.accelerator == "cuda" else 0,
     )
+    host = _host_bytes(shape, placement, states, size, world_size, work.accelerator)
+    used = device.total - device.runtime
+    if work.accelerator == "cpu":
+        used += host.total - host.runtime - host.start
+    beginning = _beginning_bytes(shape, placement, states, size, work.accelerator)
+    device = replace(device, start=max(0, beginning - used))
     total = states.total
     return MemoryPlan(
         device=device,
-        host=_host_bytes(shape, placement, states, size, world_size, work.accelerator),
+        host=host,
         nvme=total.nvme,
         nvme_written_per_step=states.nvme_written_per_step,
         checkpoint=checkpoint_bytes(shape, arithmetic),
     )
+
+
+def _beginning_bytes(
+    shape: ModelShape, placement: Placement, states: StateBytes, size: int, accelerator: str
+) -> int:
+    """Return the device bytes at the peak of finding adapters' first values; 0 without that."""
+    if not shape.start_matrix:
+        return 0
+    model = states.weights + states.adapters
+    if accelerator == "cpu":
+        resident = model.device + model.host
+    elif placement.zero_stage == 3 or shape.quantized_parameters:
+        resident = model.device
+    else:
+        # DeepSpeed moves the model to the GPU later.
+        resident = 0
+    gathering = 2 * size * shape.start_matrix if placement.zero_stage == 3 else 0
+    return resident + max(gathering, start_bytes(shape, size))
+
+
+def start_bytes(shape: ModelShape, size: int) -> int:
+    """Return the bytes of what is made to find an adapter's first values, of the largest weight.
+
+    Follows ``train/adapters/start.py``: a rank makes a copy of its weight and decomposes it, and
+    takes the product out of the base, a block of rows at a time. 16 bits are computed with in fp32.
+
+    Args:
+        size: Bytes of an element of the weights.
+    """
+    converts = size < FP32_BYTES
+    in_fp32 = FP32_BYTES * shape.start_matrix if converts else 0
+    # Of a weight in 4 bits that of the files is read, beside the one that is dequantized.
+    in_files = (size + FP32_BYTES) * shape.start_matrix if shape.quantized_parameters else 0
+    decomposing = size * shape.start_matrix + in_fp32 + FP32_BYTES * shape.start_decomposition
+    decomposing += in_files
+    # The block of the product, that of the base, and the difference; and the factors.
+    blocks = (3 if converts else 2) * FP32_BYTES * shape.start_rows
+    taking = blocks + (size + 2 * FP32_BYTES) * shape.start_pair + in_files
+    return max(decomposing, taking)
 
 
 def gathered_bytes(
@@ -119,8 +165,10 @@ def _dequantized_bytes(shape: ModelShape, size: int) -> int:
 
 def checkpoint_bytes(shape: ModelShape, arithmetic: Arithmetic) -> int:
     """Bytes of the model or adapter in the training dtype, of master weights and of states."""
-    # An adapter's file holds the task's head too.
-    model = shape.trainable_parameters if shape.adapter_parameters else shape.parameters
+    # An adapter's file holds the task's head too, and the first values that the base has lost.
+    model = shape.parameters
+    if shape.adapter_parameters:
+        model = shape.trainable_parameters + shape.start_parameters
     master_and_states = arithmetic.optimizer.master_and_state_bytes * shape.trainable_parameters
     return arithmetic.element_bytes * model + int(master_and_states)
 
@@ -161,6 +209,7 @@ def _host_bytes(
         buffers=states.buckets.host,
         load=max(0, loading - reusable),
         save=save,
+        start=size * shape.start_parameters,
         runtime=HOST_RUNTIME_BYTES[accelerator],
     )
 

@@ -79,6 +79,7 @@ class ModelShape:
     intermediate_size: int
     layers: int
     vocab_size: int
+    """Rows of its tables of tokens, before ``tuner.new_tokens`` are added."""
     attention_width: int
     """Heads times head size, which is attention's cost per pair of positions."""
     task: str = "causal_lm"
@@ -118,6 +119,19 @@ class ModelShape:
     """Elements of the stacked experts with an adapter."""
     adapted_per_token: int = 0
     """Those of them that a token is multiplied with."""
+    start_parameters: int = 0
+    """Elements of the first values of adapters that the base loses; 0 with another start.
+
+    See :mod:`llmtune.tuner.start_factors`.
+    """
+    start_matrix: int = 0
+    """Elements of the largest weight of which they are a part."""
+    start_pair: int = 0
+    """Elements of the largest pair of an adapter's first values."""
+    start_rows: int = 0
+    """Elements of the largest block of rows that they are taken out of at once."""
+    start_decomposition: int = 0
+    """Most fp32 elements that a decomposition holds beside the weight in fp32."""
     kind: str = ""
     """The architecture's ``model_type``."""
     tensors: tuple[TensorShape, ...] = field(default=(), repr=False)

@@ -13,7 +13,14 @@ from llmtune.tuner.adapted_layers import AdaptedLayers, matrix_sides
 from llmtune.tuner.blocks import count_elements, find_blocks
 from llmtune.tuner.head import in_modules
 from llmtune.tuner.layer_matrices import find_layer_matrices
-from llmtune.tuner.lora_settings import begins_from_base, check_patterns, lora_rank
+from llmtune.tuner.lora_settings import (
+    TAKEN_ROWS,
+    begins_from_base,
+    changes_base,
+    check_patterns,
+    iterations,
+    lora_rank,
+)
 from llmtune.tuner.nf4_layout import Nf4Layout
 from llmtune.tuner.quantized_layers import find_quantized_layers
 from llmtune.tuner.stacks.stacked_weights import Stack
@@ -35,9 +42,14 @@ class AdapterSizes:
     """It is that of all experts of a stack, and no pair of matrices by itself."""
 
     @property
+    def matrices(self) -> int:
+        """Return the elements of its two matrices."""
+        return self.rank * (self.inputs + self.outputs)
+
+    @property
     def total(self) -> int:
         """Return the elements of the whole adapter."""
-        return self.rank * (self.inputs + self.outputs) + self.lengths
+        return self.matrices + self.lengths
 
 
 def list_tensors(
@@ -228,6 +240,24 @@ def packed_sizes(model: Any, tuner: TunerConfig, head: Sequence[str]) -> dict[st
     }
 
 
+def check_packed(packed: Mapping[str, int], trained: Collection[str], tuner: TunerConfig) -> None:
+    """Refuse to train weights that are kept in 4 bits.
+
+    Args:
+        packed: From :func:`packed_sizes`.
+        trained: Names of the model's own parameters that are trained.
+
+    Raises:
+        ConfigError: ``tuner.modules_to_save`` names such a weight.
+    """
+    if both := [name for name in packed if name in trained]:
+        raise ConfigError(
+            f"tuner.modules_to_save={tuner.modules_to_save} with tuner={tuner.kind}: {both[0]} is"
+            " kept in 4 bits, which no optimizer can train; leave it out, where it has an adapter,"
+            " or take tuner=lora"
+        )
+
+
 def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, AdapterSizes]:
     """Map the path of each adapter to its sizes."""
     check_patterns(tuner, [*adapted.layers, *adapted.stacks])
@@ -249,3 +279,47 @@ def adapter_sizes(adapted: AdaptedLayers, tuner: TunerConfig) -> dict[str, Adapt
         lengths = outputs if tuner.use_dora else 0
         found[name] = AdapterSizes(rank=rank, inputs=inputs, outputs=outputs, lengths=lengths)
     return found
+
+
+def count_start(adapters: Mapping[str, AdapterSizes], tuner: TunerConfig) -> dict[str, Any]:
+    """Count what adapters need that begin with a part of the base's weights (PiSSA, OLoRA, LoftQ).
+
+    Returns:
+        The fields of :class:`ModelShape` whose names begin with ``start``, in elements.
+    """
+    if not begins_from_base(tuner):
+        return {}
+    layers = adapters.values()
+    start = tuner.init_lora_weights
+    # LoftQ's base loses nothing, so that its first values are not kept.
+    return {
+        "start_parameters": sum(sizes.matrices for sizes in layers) if changes_base(tuner) else 0,
+        "start_matrix": max(sizes.outputs * sizes.inputs for sizes in layers),
+        "start_pair": max(sizes.matrices for sizes in layers),
+        "start_rows": max(min(sizes.outputs, TAKEN_ROWS) * sizes.inputs for sizes in layers),
+        "start_decomposition": max(decomposition_numel(sizes, start) for sizes in layers),
+    }
+
+
+def decomposition_numel(sizes: AdapterSizes, start: str) -> int:
+    """Bound the fp32 elements that the decomposition of a layer's weight holds at its peak.
+
+    They come on top of the weight in fp32 (:func:`llmtune.tuner.start_factors.decompose`). The
+    counts are those of LAPACK on a CPU, where ``tests/plan/test_peak_memory.py`` measures them.
+    With ``k`` the shorter side of the weight:
+
+    * SVD (``gesdd``): a copy of the weight, both bases (its size, and ``k * k``), and four times
+      ``k * k`` to work in.
+    * QR: a copy of the weight that becomes one factor, the other one (``k * k``), and blocks of 64.
+    * Randomized SVD: two bases of rank ``r`` on either side, and the factors in 16 bits.
+
+    Args:
+        start: ``tuner.init_lora_weights``.
+    """
+    rows, columns = sizes.outputs, sizes.inputs
+    whole, square = rows * columns, min(rows, columns) ** 2
+    if start == "olora":
+        return whole + square + 64 * (rows + columns)
+    if iterations(start) is not None:
+        return 5 * sizes.rank * (rows + columns) // 2
+    return 2 * whole + 5 * square

@@ -20,6 +20,8 @@ SWAP_ALIGNMENT_BYTES = 1024
 #: Bytes of an element of the training dtype, by which weights in 4 bits are counted; in fp32 they
 #: have half as many.
 ELEMENT_BYTES = 2
+#: Elements of a rank that stage 3 steps at once, unless states are on NVMe.
+SUB_GROUP = 100_000_000
 #: Weights in flight between NVMe and the accelerator.
 PARAM_SWAP_BUFFERS = 6
 
@@ -72,7 +74,7 @@ def resolve_zero_sizes(
     layer = shape.layer_bytes(ELEMENT_BYTES) // ELEMENT_BYTES
     aio = AioSizes(intra_op_parallelism=4 if accelerator == "cuda" else 1)
     lengths = aio.alignment_bytes // 2
-    sub_group = 100_000_000
+    sub_group = SUB_GROUP
     if placement.optimizer == "nvme":
         # Three or four buffers of the largest sub-group are held on the host; smaller groups than a
         # quarter of the largest tensor would not make them smaller.

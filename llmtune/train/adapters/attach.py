@@ -8,7 +8,8 @@ from typing import Any
 
 from llmtune.engine.distributed import Rank
 from llmtune.engine.partitions import gather
-from llmtune.model.token_folder import find_token_ids
+from llmtune.model.token_folder import find_token_ids, find_token_numbers
+from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.weights.partition_edit import write_own
 from llmtune.train.adapters.start import begin_from_base, take_from_base
 from llmtune.train.request import RunRequest
@@ -16,6 +17,7 @@ from llmtune.tuner.head import Head
 from llmtune.tuner.lora_settings import begins_from_base, changes_base
 from llmtune.tuner.peft_model import load_adapter
 from llmtune.tuner.start_factors import set_start
+from llmtune.tuner.token_rows.settings import find_texts, with_numbers
 from llmtune.tuner.token_rows.tables import with_new_tokens
 from llmtune.tuner.tuner import TUNERS
 
@@ -30,8 +32,13 @@ def attach_tuner(model: Any, request: RunRequest, rank: Rank, head: Head) -> Any
     """
     config = request.config
     tuner = TUNERS.find(config.tuner.kind)
-    tokens = find_token_ids(request.model_folder, config.tuner.new_tokens)
-    settings = with_new_tokens(model, config.tuner, tokens)
+    settings = config.tuner
+    if texts := find_texts(settings):
+        tokenizer = load_tokenizer(request.model_folder, config.model)
+        numbers = find_token_numbers(tokenizer, texts, config.model.name_or_path)
+        settings = with_numbers(settings, numbers)
+    tokens = find_token_ids(request.model_folder, settings.new_tokens)
+    settings = with_new_tokens(model, settings, tokens)
     model = tuner.attach(model, settings, request.base_name, config.seed, head, gather)
     if not tuner.has_adapter:
         return model

@@ -74,7 +74,8 @@ def describe_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
 
 def _cut(pieces: list[TextSpan]) -> list[TextSpan]:
     """Cut a long row off."""
-    kept, left = [], _MOST_LETTERS
+    kept: list[TextSpan] = []
+    left = _MOST_LETTERS
     for piece in pieces:
         kept.append(TextSpan(piece.text[:left], piece.trained))
         left -= len(piece.text)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from llmtune.config.groups.tuner import TunerConfig
+from llmtune.errors import ConfigError
 
 #: In the names of parameters with trained rows, which are peft's.
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta."
@@ -58,20 +60,67 @@ def _find_index_problems(tuner: TunerConfig) -> Iterator[str]:
         lists, is_form = [asked], isinstance(asked, list)
     if not asked or not is_form:
         yield (
-            f"{shown}: a list of tokens' numbers such as [5,6], or lists by table such as"
-            " {embed_tokens: [5,6], lm_head: [5]}"
+            f"{shown}: a list of tokens, by number or text, such as [5,'<think>'], or lists by"
+            " table such as {embed_tokens: [5,6], lm_head: [5]}"
         )
         return
     for tokens in lists:
-        # In Python a bool is an int.
-        wrong = [token for token in tokens if type(token) is not int or token < 0]
+        wrong = [token for token in tokens if not _is_token(token)]
         twice = [token for token in tokens if tokens.count(token) > 1]
         if wrong:
-            yield f"{shown}: {wrong[0]} is no number of a token; they are counted from 0"
+            yield (
+                f"{shown}: {wrong[0]!r} is neither the number of a token, counted from 0, nor a"
+                " text"
+            )
         elif twice:
             yield f"{shown}: {twice[0]} is there twice"
     if tuner.adapter_path:
         yield f"{shown}{_with_adapter(tuner)}"
+
+
+def _is_token(token: Any) -> bool:
+    if isinstance(token, str):
+        return bool(token)
+    # In Python a bool is an int.
+    return type(token) is int and token >= 0
+
+
+def find_texts(tuner: TunerConfig) -> list[str]:
+    """Return the tokens of ``tuner.trainable_token_indices`` that are given as texts."""
+    asked = tuner.trainable_token_indices or []
+    lists = asked.values() if isinstance(asked, Mapping) else [asked]
+    return [token for tokens in lists for token in tokens if isinstance(token, str)]
+
+
+def with_numbers(tuner: TunerConfig, numbers: Mapping[str, int]) -> TunerConfig:
+    """Return the tuner's config with numbers in place of the texts of tokens.
+
+    Args:
+        numbers: Text -> number of the token, for all of :func:`find_texts`.
+
+    Raises:
+        ConfigError: A row is named twice, by text and by number.
+    """
+
+    def to_numbers(tokens: list[int | str]) -> list[int]:
+        found: dict[int, int | str] = {}
+        for token in tokens:
+            number = numbers[token] if isinstance(token, str) else token
+            if number in found:
+                raise ConfigError(
+                    f"{INDICES}={tokens}: {token!r} and {found[number]!r} are the same token;"
+                    " leave one of them out"
+                )
+            found[number] = token
+        return list(found)
+
+    asked = tuner.trainable_token_indices
+    if not find_texts(tuner):
+        return tuner
+    if isinstance(asked, Mapping):
+        by_table = {table: to_numbers(tokens) for table, tokens in asked.items()}
+        return replace(tuner, trainable_token_indices=by_table)
+    return replace(tuner, trainable_token_indices=to_numbers(asked))
 
 
 def _with_adapter(tuner: TunerConfig) -> str:

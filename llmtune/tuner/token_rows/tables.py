@@ -19,7 +19,8 @@ def find_token_tables(model: Any, tuner: TunerConfig) -> list[TokenTable]:
 
     A list of tokens is for the input embeddings, and for the output projection where that is the
     same tensor, as in peft. New tokens have rows in both. Here they are counted as the rows behind
-    the last one: their numbers are known when the tokenizer is (:func:`with_new_tokens`).
+    the last one, and so are texts of tokens: their numbers are known when the tokenizer is
+    (:func:`with_new_tokens`, :func:`llmtune.model.token_folder.find_token_numbers`).
 
     Args:
         model: A transformers model, on any device, under ZeRO 3 with slices of its parameters.
@@ -34,13 +35,14 @@ def find_token_tables(model: Any, tuner: TunerConfig) -> list[TokenTable]:
     by_path = _by_table(tuner.trainable_token_indices, tables)
     found = []
     for path, module in tables.items():
-        tokens = by_path.get(path, [])
+        asked = by_path.get(path, [])
+        tokens = [token for token in asked if not isinstance(token, str)]
         rows, width = whole_shape(module.weight)
         if beyond := [token for token in tokens if token >= rows]:
             raise ConfigError(
                 f"{INDICES}: {beyond[0]} is no row of {path}, which has {rows}, numbered from 0"
             )
-        new = range(rows, rows + len(tuner.new_tokens))
+        new = range(rows, rows + len(asked) - len(tokens) + len(tuner.new_tokens))
         table = TokenTable(
             path=path,
             tokens=(*tokens, *new),
@@ -84,16 +86,16 @@ def _tables(model: Any) -> tuple[dict[str, Any], str | None]:
     return {**tables, names[id(output)]: output}, None
 
 
-def _by_table(asked: Any, tables: Mapping[str, Any]) -> dict[str, list[int]]:
+def _by_table(asked: Any, tables: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return ``tuner.trainable_token_indices`` by the paths of the tables."""
     if isinstance(asked, Mapping):
         return _resolve(asked, tables)
     return {next(iter(tables)): list(asked)} if asked else {}
 
 
-def _resolve(asked: Mapping[str, list[int]], tables: Mapping[str, Any]) -> dict[str, list[int]]:
+def _resolve(asked: Mapping[str, list[Any]], tables: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the rows by the paths of the tables that are named by their ends."""
-    resolved: dict[str, list[int]] = {}
+    resolved: dict[str, list[Any]] = {}
     for name, tokens in asked.items():
         paths = [path for path in tables if is_named(path, [name])]
         if len(paths) != 1 or paths[0] in resolved:
