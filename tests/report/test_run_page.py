@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.report.html import render_page
-from llmtune.report.page import Chart
+from llmtune.report.page import Chart, Table
 from llmtune.report.run_facts import read_run
 from llmtune.report.run_page import build_run_page
 from tests.report.run_folder import make_run
@@ -48,7 +48,7 @@ def test_restarts_and_fallbacks_are_on_the_curve_and_in_the_list(tmp_path: Path)
     assert '"step": 2' in spec
     assert '"rule"' in spec
     (events,) = [section for section in page.sections if section.name == "events"]
-    (table,) = [block for block in events.blocks if block.kind == "table"]
+    (table,) = [block for block in events.blocks if isinstance(block, Table)]
     assert [row[1] for row in table.rows] == ["fallback", "restart", "failed"]
 
 
