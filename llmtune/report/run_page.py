@@ -43,6 +43,7 @@ _CURVES = (
     ("learning_rate", "Learning rate", "learning rate", ".3~g"),
     ("grad_norm", "Gradient norm", "norm before clipping", ".3~g"),
     ("tokens_per_second", "Throughput", "tokens per second", ".3~s"),
+    ("mfu", "Model FLOPs utilization", "share of the GPUs' speed", ".3~%"),
     ("memory_bytes", "Memory", "bytes of a rank", ".3~s"),
     ("save_pause_seconds", "Pause of a save", "seconds", ".3~g"),
 )
