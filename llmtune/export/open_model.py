@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from llmtune.config.groups.export import ExportConfig, ExportDtype, MergeOnto
+from llmtune.config.groups.tuner import TunerConfig
+from llmtune.config.schema import Precision
 from llmtune.config.stored import load_config
 from llmtune.errors import ConfigError, ExportError
 from llmtune.export.architecture import find_architecture, read_config, task_of
@@ -123,40 +125,57 @@ def _open_base(request: ExportRequest, config: ExportConfig) -> TensorSource:
     base = open_base(request.base)
     if config.merge_onto is MergeOnto.nf4 and isinstance(base, SafetensorsSource):
         names = quantized_names(request.base, base)
-        base = Nf4RoundTripSource(base, names, *_how_quantized(request.run))
+        base = Nf4RoundTripSource(base, names, *_how_quantized(request))
     left_out = {*_tied_copies(request.base, base), *_other_heads(request.base, base)}
     if not left_out:
         return base
     return RenamedSource(base, {name: name for name in base.specs if name not in left_out})
 
 
-def check_merge(run: Path | None, onto: MergeOnto) -> None:
+def check_merge(request: ExportRequest, onto: MergeOnto) -> None:
     """Refuse to merge an adapter onto another base than the one that its training began for.
 
     Raises:
-        ConfigError: With the base to take; or the run has no readable configuration.
+        ConfigError: With the base to take; or the training has no readable configuration.
     """
-    if run is None:
+    training = _find_training(request)
+    if training is None:
         return
-    tuner = load_config(run / layout.CONFIG).tuner
+    tuner, _ = training
     if problem := TUNERS.find(tuner.kind).find_merge_problem(tuner, onto):
         raise ConfigError(problem)
 
 
-def _how_quantized(run: Path | None) -> tuple[bool, torch.dtype | None]:
+def _find_training(request: ExportRequest) -> tuple[TunerConfig, Precision] | None:
+    """Find how an adapter was trained, by the configuration beside it or in its run.
+
+    A checkpoint that was copied elsewhere has one of its own. None where there is none.
+    """
+    if request.run is None or request.adapter is None:
+        return None
+    folders = request.adapter, request.adapter.parent, request.run
+    stored = next((path for one in folders if (path := one / layout.CONFIG).is_file()), None)
+    if stored is None:
+        return None
+    config = load_config(stored)
+    return config.tuner, config.precision
+
+
+def _how_quantized(request: ExportRequest) -> tuple[bool, torch.dtype | None]:
     """Tell how a training made its 4-bit weights.
 
     Returns:
-        Whether it quantized the scales too, and the dtype that it quantized from. Without a run
-        True, and None for the stored dtype.
+        Whether it quantized the scales too, and the dtype that it quantized from. Without a
+        training True, and None for the stored dtype.
 
     Raises:
-        ConfigError: The run has no readable configuration.
+        ConfigError: The training has no readable configuration.
     """
-    if run is None:
+    training = _find_training(request)
+    if training is None:
         return True, None
-    config = load_config(run / layout.CONFIG)
-    return config.tuner.bnb_4bit_use_double_quant, configured_dtype(config.precision.value)
+    tuner, precision = training
+    return tuner.bnb_4bit_use_double_quant, configured_dtype(precision.value)
 
 
 def _other_heads(folder: Path, base: TensorSource) -> list[str]:

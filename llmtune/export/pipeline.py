@@ -48,7 +48,7 @@ def run_export(request: ExportRequest, config: ExportConfig) -> Path:
     if (problem := kind.find_problems(config)) is not None:
         raise ExportError(problem)
     if kind.is_merged:
-        check_merge(request.run, config.merge_onto)
+        check_merge(request, config.merge_onto)
     check_places(request)
     check_links(request)
     restore_export(request.output)
