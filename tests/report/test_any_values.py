@@ -38,7 +38,7 @@ values = st.recursive(
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The places of all values within a value of JSON, with its own."""
     found = [path]
-    entries = value.items() if isinstance(value, dict) else ()
+    entries: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else []
     if isinstance(value, list):
         entries = list(enumerate(value))
     for key, inner in entries:
