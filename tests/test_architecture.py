@@ -799,7 +799,7 @@ SUBJECTS = {
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {"by_hand", "encoders", "experiments", "intervals", "models"},
     "predict": {"adapters", "labels", "output", "resume", "runs", "text"},
-    "report": {"browser"},
+    "report": {"any_values", "browser"},
     "run": {"adapter_path", "best_model", "loftq_run", "reports", "restarts"},
     "security": {
         *("arrow", "fuzz", "host_lists", "hostile_inputs", "links", "listeners", "mirror_owner"),

@@ -23,6 +23,8 @@ _FEW = 60
 #: Classes that a heatmap shows, and up to which it writes their counts.
 MOST_CLASSES, _WRITTEN_CLASSES = 40, 12
 _HEIGHT = 260
+#: JavaScript has no date beyond 8.64e15 milliseconds from 1970.
+_MOST_SECONDS = 8.64e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +181,11 @@ def draw_timeline(name: str, title: str, events: Sequence[tuple[float, str, str]
     """
     import altair as alt
 
-    values = [{"time": 1000 * at, "kind": kind, "event": text} for at, kind, text in events]
+    values = [
+        {"time": 1000 * at, "kind": kind, "event": text}
+        for at, kind, text in events
+        if abs(at) <= _MOST_SECONDS
+    ]
     kinds = list(dict.fromkeys(kind for _, kind, _ in events))
     chart = (
         _chart_of(values)

@@ -18,10 +18,11 @@ from llmtune.report.planned import (
 )
 from llmtune.report.run_facts import RunFacts
 from llmtune.report.run_page import averaged, format_clock
-from llmtune.report.settings_table import find_differences
+from llmtune.report.settings_table import find_differences, show
 from llmtune.units import format_bytes
 
 _ABSENT = "-"
+_BYTES = ("memory_bytes", "planned_memory_bytes")
 #: The first rows of the table of results; metrics come next.
 _FIRST = ("folder", "state", "step", "loss", "eval_loss")
 
@@ -105,9 +106,9 @@ def _results(facts: RunFacts) -> dict[str, Any]:
 def _write(key: str, value: Any) -> str:
     if value is None:
         return _ABSENT
-    if key.endswith("_bytes"):
+    if key in _BYTES:
         return format_bytes(value)
-    return f"{value:,.5g}" if isinstance(value, float) else str(value)
+    return f"{value:,.5g}" if isinstance(value, float) else show(value)
 
 
 def build_compare_page(runs: Sequence[RunFacts]) -> Page:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +158,7 @@ class _Reader:
         if not text:
             return None
         try:
-            return redact_values(parse_json(text))
+            return redact_values(_finite(parse_json(text)))
         except ValueError as error:
             self.notes.append(f"{name} is left out, because it is damaged: {error}")
             return None
@@ -213,12 +214,21 @@ class _Reader:
         records, damaged = [], 0
         for line in self.text(layout.RESTARTS).splitlines():
             try:
-                records.append(from_plain(RestartRecord, redact_values(parse_json(line))))
+                records.append(from_plain(RestartRecord, redact_values(_finite(parse_json(line)))))
             except ValueError:
                 damaged += 1
         if damaged:
             self.notes.append(f"{layout.RESTARTS}: {counted(damaged, 'damaged line')} left out")
         return records
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite, which JSON does not have and Python reads, by None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(values: Any) -> dict[str, float]:

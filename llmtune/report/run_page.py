@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from llmtune.errors import ConfigError
 from llmtune.metrics.confusion import TableKind
 from llmtune.report.charts import (
     MOST_CLASSES,
@@ -31,7 +32,7 @@ from llmtune.report.planned import (
 )
 from llmtune.report.run_facts import RunFacts
 from llmtune.report.settings_table import flatten, show
-from llmtune.task.task import find_task
+from llmtune.task.task import AUTO, find_task
 from llmtune.units import counted, format_bytes, format_count, format_seconds
 
 #: Rows of a training loss from which on it is drawn faint, behind its average.
@@ -322,10 +323,18 @@ def _load(facts: RunFacts) -> list[Block]:
         return [*blocks, *([text] if is_left else [])]
     run = shlex.quote(str(facts.folder))
     commands = [f"python -m llmtune predict run={run} predict.input=FILE"]
-    if find_task(facts.get("model.task", "causal_lm")).generates:
+    if _generates(facts):
         commands.insert(0, f'python -m llmtune chat run={run} chat.prompt="..."')
-    commands.append(f"python -m llmtune export run={run} export=gguf")
+        commands.append(f"python -m llmtune export run={run} export=gguf")
     return [*blocks, Heading("With llmtune"), Code("\n".join(commands))]
+
+
+def _generates(facts: RunFacts) -> bool:
+    """Tell whether the model answers; False for a task that this llmtune does not have."""
+    try:
+        return find_task(str(facts.get("model.task", AUTO))).generates
+    except ConfigError:
+        return False
 
 
 def _settings(facts: RunFacts) -> list[Block]:

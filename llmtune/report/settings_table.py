@@ -7,8 +7,9 @@ from typing import Any
 
 #: Characters of a value in a table.
 _MOST_LETTERS = 300
-#: Keys for the place and the name of a run, which always differ.
+#: Keys for the place and the name of a run, which always differ, and groups of other verbs.
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint"}
+_NO_TRAINING = ("chat.", "paths.", "predict.", "report.", "runs.", "target.")
 _ABSENT = "not set"
 
 
@@ -33,6 +34,7 @@ def find_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str
     """Find the keys in which configurations differ, with the value of each."""
     flat = [flatten(config) for config in configs]
     keys = sorted({key for values in flat for key in values} - _NO_DIFFERENCE)
+    keys = [key for key in keys if not key.startswith(_NO_TRAINING)]
     found = {}
     for key in keys:
         shown = [show(values[key]) if key in values else _ABSENT for values in flat]

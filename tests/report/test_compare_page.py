@@ -12,7 +12,7 @@ from tests.report.run_folder import make_run
 
 def test_only_settings_that_differ_are_listed() -> None:
     one = {"model": {"name": "a"}, "train": {"lr": 1, "steps": 5}, "run_name": "x"}
-    two = {"model": {"name": "a"}, "train": {"lr": 2}, "run_name": "y"}
+    two = {"model": {"name": "a"}, "train": {"lr": 2}, "run_name": "y", "runs": {"dry_run": True}}
     assert find_differences([one, two]) == {
         "train.lr": ["1", "2"],
         "train.steps": ["5", "not set"],
