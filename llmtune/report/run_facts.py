@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from llmtune.security.trust import find_objection, open_foreign, read_foreign
 from llmtune.storage import layout
 from llmtune.storage.lock import find_holder
 from llmtune.storage.plain_fields import from_plain
-from llmtune.storage.plain_json import parse_json
+from llmtune.storage.plain_json import find_value, parse_json
 from llmtune.storage.rank_files import EndRecord, FinishedRecord, RestartRecord
 from llmtune.units import counted
 
@@ -74,12 +73,7 @@ class RunFacts:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the configuration by its dotted key."""
-        found: Any = self.config
-        for part in key.split("."):
-            if not isinstance(found, Mapping) or found.get(part) is None:
-                return default
-            found = found[part]
-        return found
+        return find_value(self.config, key, default)
 
 
 def read_run(folder: Path, ended: bool = False) -> RunFacts:

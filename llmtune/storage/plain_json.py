@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 #: Levels of lists and objects. At about a thousand Python raises RecursionError, in whatever
@@ -101,3 +101,13 @@ def _containers_in(value: Any) -> list[Any]:
         return []
     items = value.values() if isinstance(value, dict) else value
     return [item for item in items if isinstance(item, list | dict)]
+
+
+def find_value(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Find a value by its dotted key in nested mappings; the default where there is none."""
+    found: Any = values
+    for part in key.split("."):
+        if not isinstance(found, Mapping) or found.get(part) is None:
+            return default
+        found = found[part]
+    return found

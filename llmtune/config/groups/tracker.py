@@ -28,7 +28,7 @@ class TrackerConfig:
     mode: TrackerMode = TrackerMode.online
     """``offline`` sends nothing: W&B writes below the run folder, for ``wandb sync``."""
     project: str = "llmtune"
-    """Project the run belongs to."""
+    """Project the run belongs to; MLflow calls it an experiment."""
     entity: str | None = None
     """User or team at W&B."""
     prometheus_port: int = 9464

@@ -5,7 +5,6 @@ What is not known is left out.
 
 import contextlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from llmtune.security.redaction import redact_values
 from llmtune.security.trust import read_foreign
 from llmtune.storage import layout
 from llmtune.storage.plain_fields import from_plain
-from llmtune.storage.plain_json import parse_json, parse_lines
+from llmtune.storage.plain_json import find_value, parse_json, parse_lines
 
 _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz)$", re.IGNORECASE)
 
@@ -45,12 +44,7 @@ class Facts:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value of the run's configuration by its dotted key."""
-        found: Any = self.config
-        for part in key.split("."):
-            if not isinstance(found, Mapping) or found.get(part) is None:
-                return default
-            found = found[part]
-        return found
+        return find_value(self.config, key, default)
 
     @property
     def tuner(self) -> str | None:
