@@ -24,6 +24,7 @@ PHASES = {
     "evaluate": "held-out loss",
     "answer": "sample answers",
     "save": "saving",
+    "trace": "writing a trace",
     "rest": "everything else",
 }
 

@@ -52,6 +52,7 @@ from llmtune.train.hooks.build_hooks import build_hooks
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.hooks.packing_probe import check_module
+from llmtune.train.hooks.step_profile import StepProfile
 from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Job, run
 from llmtune.train.model_files import render_model_files, resolve_weight_files
@@ -126,6 +127,8 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         run=request.run_folder,
     )
     loader = build_loader(request, rank, tokenizer, collator)
+    last_step = request.steps.total_steps
+    profile = StepProfile(config.profile, request.run_folder, rank, console, last_step)
     return Job(
         rank=rank,
         module=module,
@@ -149,7 +152,8 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
             say=console.say,
         ),
         trackers=build_trackers(request, rank, console, start.step),
-        hooks=build_hooks(request, rank, console, module, tokenizer),
+        hooks=[profile, *build_hooks(request, rank, console, module, tokenizer)],
+        trace_step=profile.step,
         stop=stop,
         start=start,
         utilization=find_utilization(plan, request.row_length, config.precision),

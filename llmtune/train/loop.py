@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -109,6 +110,8 @@ class Job:
     utilization: Utilization = field(default_factory=Utilization)
     gradients: GradientCheck | None = None
     """Looks for trained tensors that no gradient reaches."""
+    trace_step: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+    """Makes the context in which a step is done, by its number."""
 
 
 def run(job: Job) -> TrainingState:
@@ -136,7 +139,8 @@ def run(job: Job) -> TrainingState:
         progress.data_position, last - progress.step, progress.reached
     )
     while progress.step < last and not ends_early(job.best, progress.best):
-        progress = train_step(job, progress, batches)
+        with job.trace_step(progress.step + 1):
+            progress = train_step(job, progress, batches)
         if job.evaluations.is_due(progress.step):
             progress = evaluate(job, progress)
         if job.saves.is_due(progress.step) or is_new_best(job, progress):

@@ -24,6 +24,7 @@ _LONG_PHASES = {
     "answer": "answering held-out prompts",
     "evaluate": "taking the held-out loss",
     "save": "saving",
+    "trace": "writing the trace of the steps",
 }
 #: Seconds between two readings of a GPU's memory.
 _DEVICE_SECONDS = 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -72,6 +72,8 @@ class PhaseClock:
         """
         self.totals: dict[str, float] = {}
         """Seconds of each phase, and of each part, since the start."""
+        self.listener: Callable[[str], None] | None = None
+        """Told of each phase that begins, in the thread that trains."""
         self._timer = timer or HostTimer()
         self._phase, self._since = REST, self._timer.mark()
         self._unread: deque[tuple[str, Any, Any]] = deque()
@@ -82,6 +84,8 @@ class PhaseClock:
         now = self._timer.mark()
         self._unread.append((self._phase, self._since, now))
         self._phase, self._since = phase, now
+        if self.listener is not None:
+            self.listener(phase)
 
     @contextmanager
     def part(self, name: str, phases: Collection[str]) -> Iterator[None]:
