@@ -10,6 +10,8 @@ from llmtune.doctor.machine import inspect_machine
 from llmtune.errors import EXIT_DONE, MissingPrerequisiteError
 from llmtune.launch.launchers.environment import use_own_ninja
 from llmtune.security.terminal import to_json_line
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 from llmtune.units import counted
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
@@ -25,7 +27,8 @@ def run(composed: Composed, options: Options) -> int:
             # Fix what is safe, where that was asked for.
             outcome = ""
             if finding.state != "ok" and options.fix and finding.fix is not None:
-                reason = finding.fix()
+                with Status(Console(sys.stderr), f"fixing {finding.what}"):
+                    reason = finding.fix()
                 outcome = FIXED if reason is None else f"could not be fixed: {reason}"
             if finding.state == "bad" and outcome != FIXED:
                 bad += 1

@@ -25,6 +25,7 @@ PHASES = {
     "answer": "sample answers",
     "save": "saving",
     "trace": "writing a trace",
+    "finish": "waiting for trackers and copies",
     "rest": "everything else",
 }
 

@@ -29,6 +29,7 @@ from llmtune.track.utilization import Utilization
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
+from llmtune.train.hooks.rank_seconds import RankSeconds
 from llmtune.train.line_sums import LineSums
 from llmtune.train.memory_usage import used_memory_bytes
 from llmtune.train.schedule import learning_rate_at
@@ -107,6 +108,7 @@ class Job:
     hooks: list[Hook]
     stop: Stop
     start: TrainingState
+    ranks: RankSeconds
     utilization: Utilization = field(default_factory=Utilization)
     gradients: GradientCheck | None = None
     """Looks for trained tensors that no gradient reaches."""
@@ -141,6 +143,7 @@ def run(job: Job) -> TrainingState:
     while progress.step < last and not ends_early(job.best, progress.best):
         with job.trace_step(progress.step + 1):
             progress = train_step(job, progress, batches)
+        job.ranks.after_step()
         if job.evaluations.is_due(progress.step):
             progress = evaluate(job, progress)
         if job.saves.is_due(progress.step) or is_new_best(job, progress):
@@ -209,7 +212,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         pause = job.saver.pause_seconds()
         if pause is not None:
             record["save_pause_seconds"] = pause
-        record |= to_record(job.rank.phases.clock.take())
+        record |= to_record(job.rank.phases.clock.take()) | job.ranks.take()
         job.trackers.log(record)
         line = LineSums()
 

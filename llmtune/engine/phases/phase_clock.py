@@ -91,15 +91,18 @@ class PhaseClock:
     def part(self, name: str, phases: Collection[str]) -> Iterator[None]:
         """Measure a part of the current phase, which counts in both.
 
+        ``gather`` is then the part in all phases, and ``gather in forward`` that in one of them.
+
         Args:
             phases: Those in which it is measured.
         """
         if self._phase not in phases:
             yield
             return
-        begin = self._timer.mark()
+        own, begin = f"{name} in {self._phase}", self._timer.mark()
         yield
-        self._unread.append((name, begin, self._timer.mark()))
+        end = self._timer.mark()
+        self._unread += [(name, begin, end), (own, begin, end)]
 
     def read(self) -> None:
         """Add what has become known to the totals."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from llmtune.track.profiling.trace import MARK, STEP_MARK, TraceShares, measure_
 from llmtune.train.training_state import TrainingState
 from llmtune.units import counted
 
+if TYPE_CHECKING:
+    from llmtune.train.request import RunRequest
+
 
 class StepProfile:
     """Traces steps of this start on every rank, all the same ones, and sums up those of rank 0.
@@ -29,18 +32,12 @@ class StepProfile:
     not traced cost nothing. The profiler waits for the GPU when it ends, and nowhere else.
     """
 
-    def __init__(
-        self, config: ProfileConfig, run: Path, rank: Rank, console: Console, last_step: int
-    ):
-        """
-        Args:
-            last_step: The last step of the run.
-        """
+    def __init__(self, config: ProfileConfig, request: RunRequest, rank: Rank, console: Console):
         self._config = config
-        self._run = run
+        self._run = request.run_folder
         self._rank = rank
         self._console = console
-        self._last_step = last_step
+        self._last_step = request.steps.total_steps
         self._traced = range(0)
         self._profiler: Any = None
         self._open_mark: Any = None
