@@ -47,7 +47,7 @@ def step_milliseconds(folder: Path, overrides: list[str], steps: int, port: int)
     )
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]
-    return 1000 * statistics.median(record["seconds"] for record in records[WARM_UP:])
+    return 1000 * statistics.median(float(record["seconds"]) for record in records[WARM_UP:])
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ class Activity:
 
 def share_out(
     activities: Iterable[Activity], windows: Sequence[tuple[float, float]]
-) -> Counter[tuple[str, str]]:
+) -> dict[tuple[str, str], float]:
     """Give every moment of the windows to one activity.
 
     Of those under way it is the one of the highest level, and among these the one that began last:
@@ -45,7 +44,7 @@ def share_out(
         key=lambda entry: entry[0],
     )
     moments = sorted({moment for start, end, _ in clipped for moment in (start, end)})
-    found: Counter[tuple[str, str]] = Counter()
+    found: dict[tuple[str, str], float] = {}
     # Those under way, the one that counts on top; the number keeps equal ones apart.
     under_way: list[tuple[int, float, int, float, Activity]] = []
     place = 0
@@ -58,5 +57,6 @@ def share_out(
             heapq.heappop(under_way)
         if under_way:
             one = under_way[0][4]
-            found[one.category, one.name] += following - moment
+            key = (one.category, one.name)
+            found[key] = found.get(key, 0.0) + following - moment
     return found

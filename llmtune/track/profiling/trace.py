@@ -87,14 +87,14 @@ def measure_trace(events: Sequence[Mapping[str, Any]]) -> TraceShares | None:
         *(_host_activity(event) for event in marks),
         *(_device_activities(events, phases) if on_device else _host_operators(events, phases)),
     ]
-    found = share_out(activities, windows)
+    found = sorted(share_out(activities, windows).items(), key=lambda item: -item[1])
     scale = 1e-6 / len(windows)
     categories: dict[str, float] = {}
-    for (category, _), time in found.most_common():
+    for (category, _), time in found:
         categories[category] = categories.get(category, 0.0) + time * scale
     operators = [
         (name, category, time * scale)
-        for (category, name), time in found.most_common()
+        for (category, name), time in found
         if not name.startswith(MARK)
     ]
     return TraceShares(
