@@ -33,9 +33,23 @@ def track(folder: Path, said: list[str], mode: TrackerMode = TrackerMode.offline
     return Trackers(open_services(run), said.append)
 
 
+def find_ended(folder: Path) -> Path:
+    """The file of the one start that was tracked into a folder.
+
+    On a busy machine W&B's service writes its last block after the run was told that it is closed.
+    """
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        if any(entry.WhichOneof("record_type") == "exit" for entry in read_wandb(file)):
+            break
+        time.sleep(0.1)
+    return file
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """What W&B knows of the one start that was tracked into a folder."""
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    file = find_ended(folder)
     found: dict[str, Any] = {"summary": set(), "histories": read_histories(file)}
     for entry in read_wandb(file):
         match entry.WhichOneof("record_type"):
@@ -91,31 +105,6 @@ def test_a_failure_is_shown_as_one_and_the_next_start_continues_the_run(tmp_path
     assert steps == [1, 2]
 
 
-@pytest.mark.process
-def test_wandbs_service_may_be_killed(tmp_path: Path) -> None:
-    said: list[str] = []
-    trackers = track(tmp_path, said)
-    trackers.log(record(1))
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and time.monotonic() < until:
-        time.sleep(0.05)
-    # One service serves all runs of a process.
-    children = psutil.Process().children(recursive=True)
-    service = [process for process in children if process.name().startswith("wandb")]
-    assert service
-    for process in service:
-        process.kill()
-    started = time.monotonic()
-    for step in range(2, 20):
-        trackers.log(record(step))
-        time.sleep(0.05)
-    trackers.finish(Outcome.finished)
-    assert time.monotonic() - started < 30
-    (note,) = said
-    assert note.startswith("W&B ")
-    assert "is left out (" in note
-
-
 def finish_run(folder: Path) -> None:
     """What a finished run with a best checkpoint leaves: small files with real names."""
     files = {
@@ -143,7 +132,7 @@ def track_files(folder: Path, outcome: Outcome, **settings: Any) -> tuple[list[s
     trackers = Trackers(open_services(run), said.append)
     trackers.log(record(1))
     trackers.finish(outcome)
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    file = find_ended(folder)
     stored = set()
     for entry in read_wandb(file):
         found = entry.artifact
@@ -152,7 +141,7 @@ def track_files(folder: Path, outcome: Outcome, **settings: Any) -> tuple[list[s
         for item in found.manifest.contents:
             name = found.name.rpartition("-")[0]
             assert Path(item.local_path).is_file(), "wandb sync would not find it"
-            stored.add(f"{name}/{item.path} {','.join(found.aliases)}")
+            stored.add(f"{name}/{item.path} {','.join(sorted(found.aliases))}")
     return said, stored
 
 
@@ -169,7 +158,7 @@ def test_files_of_a_finished_run_are_stored_when_they_are_asked_for(
     assert stored == {
         "adapter/adapter_model.safetensors latest",
         "adapter/adapter_config.json latest",
-        "checkpoint/adapter_model.safetensors latest,best,step-4",
+        "checkpoint/adapter_model.safetensors best,latest,step-4",
         "report/report.html latest",
     }
     # Weights are sent from where they are, and not copied.
@@ -230,3 +219,28 @@ def test_its_keys_are_for_wandb_alone_and_the_size_is_one() -> None:
     assert "tracker.artifacts=True is only read by W&B" in problem
     (problem,) = find_service_problems(TrackerConfig(kind="wandb", artifact_max_bytes="much"))
     assert "tracker.artifact_max_bytes=much: bytes as an integer" in problem
+
+
+@pytest.mark.process
+def test_wandbs_service_may_be_killed(tmp_path: Path) -> None:
+    """The last test of this file: one service serves all runs of a process."""
+    said: list[str] = []
+    trackers = track(tmp_path, said)
+    trackers.log(record(1))
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and time.monotonic() < until:
+        time.sleep(0.05)
+    children = psutil.Process().children(recursive=True)
+    service = [process for process in children if process.name().startswith("wandb")]
+    assert service
+    for process in service:
+        process.kill()
+    started = time.monotonic()
+    for step in range(2, 20):
+        trackers.log(record(step))
+        time.sleep(0.05)
+    trackers.finish(Outcome.finished)
+    assert time.monotonic() - started < 30
+    (note,) = said
+    assert note.startswith("W&B ")
+    assert "is left out (" in note

@@ -140,6 +140,7 @@ def test_the_overlay_asks_for_it_and_too_much_is_refused() -> None:
         compose_config(["model=tiny", "data.train=a.jsonl", "profile.warmup_steps=-1"])
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_run_with_it_trains_as_without(tmp_path: Path) -> None:
     job = [
