@@ -219,11 +219,9 @@ class TrainModule:
             is_last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(is_last)
             place = f"micro-batch {index + 1} of {len(micro_batches)}"
-            phases.enter("forward")
-            phases.tell(place)
+            phases.enter("forward", place)
             loss = self._loss(batch)
-            phases.enter("backward")
-            phases.tell(place)
+            phases.enter("backward", place)
             self.engine.backward(
                 loss * (scale * missing_loss_scale(self.engine.optimizer)), scale_wrt_gas=False
             )

@@ -18,7 +18,7 @@ class ArtifactFiles:
     kind: str
     """``adapter``, ``model``, ``checkpoint`` or ``report``."""
     folder: Path
-    """What names of files are relative to."""
+    """The folder that names of files are relative to."""
     files: Sequence[Path]
     aliases: Sequence[str] = ()
     may_change: bool = False

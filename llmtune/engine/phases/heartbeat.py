@@ -72,11 +72,15 @@ class PhaseLog:
         finally:
             self.enter(before)
 
-    def enter(self, phase: str) -> None:
-        """Record the phase, with one system call. Called from the main thread."""
+    def enter(self, phase: str, how_far: str = "") -> None:
+        """Record the phase, with one system call. Called from the main thread.
+
+        Args:
+            how_far: As for :meth:`tell`.
+        """
         self.clock.enter(phase)
         with self._lock:
-            self._phase, self._how_far = phase, ""
+            self._phase, self._how_far = phase, how_far
             if self._first_step is None and phase == "forward":
                 self._first_step = self.step
             self._write()

@@ -15,7 +15,7 @@ class Activity:
     start: float
     end: float
     level: int
-    """Of several at a time, the one of the highest level counts."""
+    """The rank among activities at the same time, of which the highest counts."""
     category: str
     name: str
 

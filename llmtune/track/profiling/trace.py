@@ -55,7 +55,7 @@ class TraceShares:
 
     steps: int
     seconds: float
-    """Of a step."""
+    """The length of a step."""
     on_device: bool
     """Tell whether a GPU worked; else the host did all."""
     categories: Mapping[str, float]
