@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ from llmtune.launch.processes.parent_death import die_with_supervisor
 from llmtune.launch.supervise.rank_report import redirect_output, report_failure
 from llmtune.storage.rank_files import heard_file
 from llmtune.track.console import Console
-from llmtune.track.status import Status
+from llmtune.track.status import HANDED_OVER_SECONDS, Status
 
 
 def main(request_file: str) -> NoReturn:
@@ -31,6 +32,7 @@ def main(request_file: str) -> NoReturn:
     code = 0
     try:
         console = Console(terminal if rank == 0 else None)
+        console.said_at = time.monotonic() - HANDED_OVER_SECONDS
         with Status(console, "predicting"):
             if rank == 0:
                 heard_file(Path(os.environ[FAILURE_DIR])).touch()

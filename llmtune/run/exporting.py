@@ -42,7 +42,7 @@ def export_target(
         say: Writes a line of the result.
         console: Shows the progress.
     """
-    with show_progress(f"writing {output.name}", console) as progress:
+    with show_progress(f"exporting {output.name}", console) as progress:
         request = ExportRequest(
             base=target.model_folder,
             base_name=target.base_name,
@@ -69,7 +69,7 @@ def export_zero_checkpoint(given: Config, say: Callable[[str], None], console: C
     zero = ZeroSource(checkpoint)
     with (
         tempfile.TemporaryDirectory(prefix="llmtune-") as scratch,
-        show_progress(f"writing {output.name}", console) as progress,
+        show_progress(f"exporting {output.name}", console) as progress,
     ):
         # An adapter is first written as peft does, into a folder of this start alone.
         adapter = Path(scratch) if has_adapter(zero) else None

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -31,7 +32,7 @@ from llmtune.process import no_collection
 from llmtune.storage import layout
 from llmtune.storage.rank_files import heard_file, import_file, meeting_file, phase_file
 from llmtune.track.console import Console
-from llmtune.track.status import Status
+from llmtune.track.status import HANDED_OVER_SECONDS, Status
 from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def main(arguments: list[str]) -> NoReturn:
     trace = False
     try:
         console = Console(stream if rank == 0 else None)
+        console.said_at = time.monotonic() - HANDED_OVER_SECONDS
         phases = PhaseLog(phase_file(folder, rank))
         with show_phases(console, phases):
             if rank == 0:

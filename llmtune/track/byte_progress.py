@@ -1,4 +1,4 @@
-"""Tell how far something is that writes or reads a known number of bytes."""
+"""Tell how far something is that writes a known number of bytes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ class ByteProgress:
         """Describe what is done; empty where the size is not known yet."""
         if not self._total or self._began is None:
             return ""
-        share = min(1.0, self._done / self._total)
+        if self._done >= self._total:
+            return f"{format_bytes(self._done)} written"
+        share = self._done / self._total
         seconds = time.monotonic() - self._began
         text = f"{share:.0%} of {format_bytes(self._total)}"
         if self._done and seconds > 0:
             speed = self._done / seconds
-            left = format_seconds(max(0, self._total - self._done) / speed)
+            left = format_seconds((self._total - self._done) / speed)
             text += f", {format_bytes(speed)}/s, ETA {left}"
         return f"{bar(share)} {text}" if self._with_bar else text

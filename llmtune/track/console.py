@@ -21,6 +21,10 @@ PLAIN_INTERVAL_SECONDS = 6.0
 TERMINAL_INTERVAL_SECONDS = 0.2
 
 
+#: The ``time.monotonic()`` of this process's last line, on whatever console; at first of its start.
+_last_said = time.monotonic()
+
+
 class Console:
     """Writes to the user's terminal, which the libraries' output does not reach.
 
@@ -43,7 +47,7 @@ class Console:
         # Other threads show their status in between. Reentrant, since a signal's handler may write
         # while the main thread does.
         self._lock = threading.RLock()
-        self.said_at = time.monotonic()
+        self.said_at = _last_said
         """The ``time.monotonic()`` of the last line."""
         self.watched_by: list[object] = []
         """Those that show what is being done while nothing is written; the last one speaks."""
@@ -110,9 +114,11 @@ class Console:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        global _last_said
         with self._lock:
             yield
-            self.said_at = time.monotonic()
+            _last_said = time.monotonic()
+            self.said_at = _last_said
 
     def _close_line(self) -> None:
         if self._line_open:

@@ -13,6 +13,9 @@ from llmtune.units import format_seconds
 #: Seconds of silence before a line. What is measured of silence is more than that by what threads
 #: wait for a busy machine and for Python's lock; nothing is to be silent for 10 seconds.
 QUIET_SECONDS = 7.0
+#: Who takes over from somebody else, such as another process, does not know when that wrote its
+#: last line, and takes it to be so many seconds ago.
+HANDED_OVER_SECONDS = 4.5
 #: Seconds between two looks, and between two updates of a line that replaces itself.
 _POLL_SECONDS, _UPDATE_SECONDS = 0.25, 1.0
 
@@ -65,17 +68,20 @@ class Status:
     def _watch(self) -> None:
         activity: str | None = None
         since = time.monotonic()
+        handed_over = float("-inf")
         is_shown = False
         while not self._ended.wait(min(_POLL_SECONDS, self._quiet / 4)):
+            now = time.monotonic()
             if self._console.watched_by[-1] is not self:
-                is_shown = False
+                handed_over, is_shown = now, False
                 continue
             doing = self.doing if isinstance(self.doing, str) else self.doing()
-            now = time.monotonic()
             if doing != activity:
                 activity, since = doing, now
             quiet = _UPDATE_SECONDS if is_shown and self._console.is_terminal else self._quiet
-            silent_seconds = now - self._console.said_at
+            if doing is None:
+                handed_over = now
+            silent_seconds = now - max(self._console.said_at, handed_over - HANDED_OVER_SECONDS)
             is_shown = is_shown and silent_seconds <= quiet + _UPDATE_SECONDS
             if activity is None or silent_seconds < quiet:
                 continue

@@ -11,7 +11,7 @@ import pytest
 
 from llmtune.engine.phases.heartbeat import PhaseLog
 from llmtune.track.console import Console
-from llmtune.track.status import Status
+from llmtune.track.status import HANDED_OVER_SECONDS, Status
 
 QUIET = 0.05
 
@@ -78,6 +78,26 @@ def test_of_blocks_within_each_other_the_innermost_speaks() -> None:
         assert "the run" not in out.getvalue()
         wait_for(lambda: "the run" in out.getvalue())
     assert console.watched_by == []
+
+
+def test_who_takes_over_waits_for_what_the_other_may_have_said_just_now() -> None:
+    """While ranks run, the supervisor has nothing to say, and does not know what they said."""
+    out, doing = io.StringIO(), list[str | None]([None])
+    console = Console(out)
+    console.said_at = time.monotonic() - 1000
+    with Status(console, lambda: doing[0], quiet_seconds=HANDED_OVER_SECONDS + 0.5):
+        time.sleep(1)
+        doing[0] = "waiting for the ranks"
+        began = time.monotonic()
+        wait_for(lambda: "waiting for the ranks" in out.getvalue())
+        assert time.monotonic() - began > 0.2
+
+
+def test_the_next_console_of_a_process_knows_of_the_last_line() -> None:
+    first = Console(io.StringIO())
+    first.say("a line")
+    time.sleep(0.01)
+    assert Console(io.StringIO()).said_at == first.said_at
 
 
 def test_a_console_that_nobody_hears_has_no_thread() -> None:
