@@ -788,7 +788,7 @@ WHOLE_PROGRAM = {"architectures", "cuda", "extend", "faults", "suite"}
 #: Tests beside those that mirror a module or a folder of their room: each covers a subject.
 SUBJECTS = {
     "checkpoint": {"resume_matrix"},
-    "cli": {"bad_input", "main_job", "pipeline", "secrets", "start", "sweep"},
+    "cli": {"bad_input", "main_job", "pipeline", "secrets", "silence", "start", "sweep"},
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
     "data": {"growing_batch", "huge_rows", "malformed", "spellings"},
     "engine": {
@@ -815,6 +815,7 @@ SUBJECTS = {
         "left_behind",
         "plain_loop",
     },
+    "track": {"lost"},
     "tuner": {"family"},
 }
 

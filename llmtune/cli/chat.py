@@ -13,7 +13,8 @@ from llmtune.track.status import Status
 def run(composed: Composed, _options: Options) -> int:
     """Answer ``chat.prompt``, or each line of the standard input with the conversation so far."""
     settings = composed.config.chat
-    with Status(Console(sys.stderr), "loading the libraries and the model"):
+    console = Console(sys.stderr)
+    with Status(console, "loading the libraries and the model"):
         from llmtune.data.tokenize.chat_template import check_chat_template
         from llmtune.model.generate import generate
         from llmtune.run.artifact import load_model, resolve_target
@@ -32,9 +33,10 @@ def run(composed: Composed, _options: Options) -> int:
 
     def reply(text: str) -> str:
         history.append({"role": "user", "content": text})
-        (said,) = generate(
-            model, tokenizer, [history], settings.max_new_tokens, settings.temperature
-        )
+        with Status(console, "answering"):
+            (said,) = generate(
+                model, tokenizer, [history], settings.max_new_tokens, settings.temperature
+            )
         history.append({"role": "assistant", "content": said})
         return said
 

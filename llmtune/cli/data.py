@@ -39,6 +39,7 @@ from llmtune.plan.prepared_data import PreparedData
 from llmtune.run.attempt import resolve_run_target
 from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json_line
 from llmtune.track.console import Console
+from llmtune.track.status import Status
 from llmtune.units import counted
 
 #: Rows that are printed.
@@ -61,9 +62,10 @@ def run(composed: Composed, options: Options) -> int:
     """Prepare the data and report on it; the exit code is 4 if training would be refused."""
     # Asked first: below, standard output is redirected.
     colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    with stdout_for_us() as write:
+    console = Console(sys.stderr)
+    with Status(console, "preparing the data"), stdout_for_us() as write:
         try:
-            return _report(composed, options, write, colors)
+            return _report(composed, options, write, colors, console)
         except DataError as error:
             # Nothing to count: a program that reads the report still gets one.
             if options.as_json:
@@ -75,7 +77,9 @@ def run(composed: Composed, options: Options) -> int:
             raise
 
 
-def _report(composed: Composed, options: Options, write: Output, colors: bool) -> int:
+def _report(
+    composed: Composed, options: Options, write: Output, colors: bool, console: Console
+) -> int:
     from llmtune.run.prepare import watch_tokenizing
     from llmtune.run.task import adopt_task, prepare_rows, resolve_labels
 
@@ -88,7 +92,6 @@ def _report(composed: Composed, options: Options, write: Output, colors: bool) -
         )
 
     # The rows as a training would read them, except that problems are collected.
-    console = Console(sys.stderr)
     cache = open_cache(config.paths)
     folder = resolve_base_folder(config.model, config.tuner.new_tokens, cache, console.say)
     tokenizer = load_tokenizer(folder, config.model, load_chat_template(config.data.chat_template))

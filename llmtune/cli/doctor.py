@@ -1,19 +1,41 @@
 """``doctor``: find what on this machine would stop a run, and the command that fixes it."""
 
+import importlib.util
+import itertools
 import sys
+from collections.abc import Iterator
 
 from llmtune.cli.arguments import Options
 from llmtune.cli.output import stdout_for_us
 from llmtune.config.cache_folder import locate_cache
 from llmtune.config.composed import Composed
+from llmtune.doctor.finding import Finding
 from llmtune.doctor.machine import inspect_machine
 from llmtune.errors import EXIT_DONE, MissingPrerequisiteError
 from llmtune.launch.launchers.environment import use_own_ninja
 from llmtune.security.terminal import to_json_line
+from llmtune.track.console import Console
+from llmtune.track.service import SERVICES
+from llmtune.track.status import Status
 from llmtune.units import counted
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 FIXED = "fixed"
+
+
+def inspect_trackers() -> Iterator[Finding]:
+    """Tell which experiment trackers could be used, and what would install the others."""
+    installed, missing = [], []
+    for service in SERVICES.list().values():
+        if service.package is None or importlib.util.find_spec(service.package) is not None:
+            installed.append(service.name)
+        else:
+            wanted = f"llmtune[{service.extra}]" if service.extra else service.package
+            missing.append(f"{service.name} (pip install '{wanted}')")
+    message = ", ".join(installed) or "none is installed"
+    if missing:
+        message += f"; not installed: {', '.join(missing)}"
+    yield Finding(what="trackers", state="ok", message=message)
 
 
 def run(composed: Composed, options: Options) -> int:
@@ -21,11 +43,13 @@ def run(composed: Composed, options: Options) -> int:
     use_own_ninja()
     rows, bad = [], 0
     with stdout_for_us() as write:
-        for finding in inspect_machine(locate_cache(composed.config.paths)):
+        cache = locate_cache(composed.config.paths)
+        for finding in itertools.chain(inspect_machine(cache), inspect_trackers()):
             # Fix what is safe, where that was asked for.
             outcome = ""
             if finding.state != "ok" and options.fix and finding.fix is not None:
-                reason = finding.fix()
+                with Status(Console(sys.stderr), f"fixing {finding.what}"):
+                    reason = finding.fix()
                 outcome = FIXED if reason is None else f"could not be fixed: {reason}"
             if finding.state == "bad" and outcome != FIXED:
                 bad += 1

@@ -15,7 +15,7 @@ from llmtune.track.console import Console
 from llmtune.track.status import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from llmtune.data.load.collate import Batch
     from llmtune.run.target import Target
@@ -145,7 +145,8 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
     )
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)
     status.doing = f"evaluating {data.eval.rows} rows"
-    loss, weight, metrics = _judge(model, batches, task, labels)
+    rounds = -(-data.eval.rows // rows)
+    loss, weight, metrics = _judge(model, _told(batches, rounds, status), task, labels)
     note = find_other_split(composed, target, data.fingerprint)
     return {
         "eval_loss": loss,
@@ -156,6 +157,13 @@ def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
         "model": str(target.adapter or target.model_folder),
         **({"warning": note} if note else {}),
     }
+
+
+def _told(batches: Iterator[Batch], count: int, status: Status) -> Iterator[Batch]:
+    """Yield the batches, and tell people how far the evaluation is."""
+    for number, batch in enumerate(batches, start=1):
+        status.how_far = partial("batch {} of {}".format, number, count)
+        yield batch
 
 
 def _judge(

@@ -35,11 +35,11 @@ def run(composed: Composed, options: Options) -> int:
 
 
 def _plan(composed: Composed, options: Options, write: Output) -> int:
-    composed = adopt_task(adopt_adapter(composed))
-    config = composed.config
     with Status(Console(sys.stderr), "loading the libraries and planning"):
+        composed = adopt_task(adopt_adapter(composed))
+        config = composed.config
         ladder = resolve_ladder(config, planning=True)
-    advice = list_advice(config, ladder)
+        advice = list_advice(config, ladder)
     misfit = describe_misfit(config, ladder) if ladder.chosen is None else None
     if options.as_json:
         write(to_json_line(to_json(composed, ladder, advice, misfit), indent=1) + "\n")

@@ -68,13 +68,21 @@ def run(composed: Composed, options: Options) -> int:
         from llmtune.run.finish import finished_message, maybe_export, recorded_end
 
         console.say(finished_message(target.folder))
-        with recorded_end(target.folder, composed.config, console.say):
+        with (
+            Status(console, "ending the run"),
+            recorded_end(target.folder, composed.config, console.say),
+        ):
             maybe_export(target.folder, composed.config.export, console)
     return 0
 
 
 def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     """Plan and train until the end; ``lock`` then holds the lock of the run folder."""
+    with Status(console, "loading the libraries and planning"):
+        return _plan_and_train(composed, console, lock)
+
+
+def _plan_and_train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
     from llmtune.cli.output import quiet_environment, quiet_libraries
     from llmtune.data.read.parse_sources import check_local_files
     from llmtune.plan.advice import check_fits
@@ -104,10 +112,9 @@ def _train(composed: Composed, console: Console, lock: ExitStack) -> RunTarget:
         is_first = before.finished_step is None and not before.read_record().history
         ahead.start(Surroundings.guess(composed.config) if is_first else None)
         # The plan comes before the folder: a run that does not fit leaves nothing behind.
-        with Status(console, "loading the libraries and planning"):
-            ladder = resolve_ladder(
-                composed.config, begun=begun_train(composed.config, target.folder, target.name)
-            )
+        ladder = resolve_ladder(
+            composed.config, begun=begun_train(composed.config, target.folder, target.name)
+        )
         check_fits(composed.config, ladder)
         check_adapter(composed.config, ladder.shape, target.folder)
         folder = open_run_folder(target.folder, console.say)

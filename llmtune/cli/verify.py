@@ -6,6 +6,7 @@ Their tensors are also checked for values that are not finite.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from llmtune.storage import layout
 from llmtune.storage.lock import hold_lock
 from llmtune.storage.manifest import find_damage, read_manifest
 from llmtune.storage.signature import find_forgery, read_public_key
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 from llmtune.units import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -40,14 +43,18 @@ def run(composed: Composed, options: Options) -> int:
         read_public_key(key)
     mirror = _open_mirror(config) if options.mirror else None
     reports, not_copied = [], list[tuple[str, str]]()
-    with stdout_for_us() as write:
-        for folder in folders:
+    status = Status(Console(sys.stderr), "checking")
+    with status, stdout_for_us() as write:
+        for number, folder in enumerate(folders, start=1):
+            status.doing = f"checking {folder.name}"
+            status.how_far = partial("{} of {}".format, number, len(folders))
             reports.append(_report(folder, key))
             if not options.as_json:
                 write(_to_text(reports[-1]))
 
         # Copies, only of checkpoints that are whole.
         bad = sum(not report["healthy"] for report in reports)
+        status.doing, status.how_far = "copying to the mirror", str
         if mirror is not None:
             healthy = [Path(report["path"]) for report in reports if report["healthy"]]
             run = Path(str(config.target.run)).expanduser()

@@ -17,6 +17,7 @@ from llmtune.config.groups.launch import LaunchConfig
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.paths import PathsConfig
+from llmtune.config.groups.profile import ProfileConfig
 from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.tracker import TrackerConfig
 from llmtune.config.groups.train import TrainConfig
@@ -57,6 +58,7 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     target: TargetConfig = field(default_factory=TargetConfig)

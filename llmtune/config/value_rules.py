@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from llmtune.config.groups.profile import MOST_STEPS
 from llmtune.config.schema import Config
 from llmtune.config.stored import read_key, to_plain
 
@@ -70,6 +71,8 @@ _NOT_NEGATIVE = (
     "data.val_set_size",
     "data.dataloader_num_workers",
     "launch.max_restarts",
+    "profile.steps",
+    "profile.warmup_steps",
     "chat.temperature",
     "predict.temperature",
     "predict.seed",
@@ -162,6 +165,8 @@ def _find_range_problems(config: Config) -> Iterator[str]:
             yield f"{key}={value}: {meaning}, below 1"
     if (decay := config.schedule.decay_ratio) > 1:
         yield f"schedule.decay_ratio={decay}: a share of all steps, at most 1"
+    if config.profile.steps > MOST_STEPS:
+        yield f"profile.steps={config.profile.steps}: at most {MOST_STEPS}; a trace is large"
     if not 0 < config.predict.top_p <= 1:
         yield f"predict.top_p={config.predict.top_p}: a share above 0, of at most 1"
     betas = config.optim.betas

@@ -218,9 +218,10 @@ class TrainModule:
             # (``engine.py: is_gradient_accumulation_boundary``). A growing batch has not.
             is_last = index == len(micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(is_last)
-            phases.enter("forward")
+            place = f"micro-batch {index + 1} of {len(micro_batches)}"
+            phases.enter("forward", place)
             loss = self._loss(batch)
-            phases.enter("backward")
+            phases.enter("backward", place)
             self.engine.backward(
                 loss * (scale * missing_loss_scale(self.engine.optimizer)), scale_wrt_gas=False
             )

@@ -240,7 +240,7 @@ def _predict(job: _Job, folder: JobFolder, prepared: Prepared, console: Console)
     if count == 1:
         predict_share(request, 0, 1, console)
     elif not all(map(folder.has_results, range(prepared.windows))):
-        run_processes(request, count)
+        run_processes(request, count, console)
 
 
 def _join(folder: JobFolder, prepared: Prepared, job: _Job, output: BinaryIO) -> None:

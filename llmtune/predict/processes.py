@@ -8,10 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from llmtune.errors import ERRORS_BY_CODE, ConfigError, LlmtuneError
 from llmtune.launch.launchers.environment import restored_environment, set_defaults
+from llmtune.launch.supervise.attempt import describe_ranks
 from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.supervisor import POLL_SECONDS
 from llmtune.model.weights.files import read_entries
@@ -21,6 +23,8 @@ from llmtune.predict.request import PredictRequest
 from llmtune.run.target import WEIGHTS_SHARE, Target
 from llmtune.storage.rank_files import FailureReport
 from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 
 
 def count_processes(target: Target, windows: int) -> int:
@@ -53,10 +57,13 @@ def _weight_bytes(target: Target) -> int:
     return size * sum(math.prod(entry.shape) for entry in entries)
 
 
-def run_processes(request: PredictRequest, world_size: int) -> None:
+def run_processes(request: PredictRequest, world_size: int, console: Console) -> None:
     """Predict with several processes, which end with this one.
 
     The first that fails ends all.
+
+    Args:
+        console: Shows what is being done as long as the first process does not.
 
     Raises:
         LlmtuneError: What the first process reported that failed.
@@ -69,7 +76,10 @@ def run_processes(request: PredictRequest, world_size: int) -> None:
         set_defaults(accelerator, world_size)
         file = Path(place) / "request.json"
         file.write_text(request.to_json())
-        with _started(["-m", "llmtune.predict.worker", str(file)], world_size) as group:
+        with (
+            _started(["-m", "llmtune.predict.worker", str(file)], world_size) as group,
+            Status(console, partial(describe_ranks, group)),
+        ):
             codes: list[int | None] = [None] * world_size
             while None in codes and not any(codes):
                 time.sleep(POLL_SECONDS)

@@ -8,7 +8,7 @@ from llmtune.predict.folder import JobFolder, Prepared
 from llmtune.predict.request import PredictRequest
 from llmtune.run.target import Target
 from llmtune.task.task import find_task
-from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
+from llmtune.track.console import Console
 from llmtune.track.status import Status
 from llmtune.units import format_seconds
 
@@ -80,8 +80,7 @@ class _ProgressLine:
 
     def _show(self) -> None:
         now = time.monotonic()
-        wait = 0.5 if self._console.is_terminal else PLAIN_INTERVAL_SECONDS
-        if not self._console.is_heard or now - self._shown < wait:
+        if not self._console.is_heard or now - self._shown < self._console.interval_seconds:
             return
         self._shown = now
         done = min(self._total, self._folder.count_results() * self._size + self._in_window)

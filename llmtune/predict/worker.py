@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
+from llmtune.launch.launchers.environment import FAILURE_DIR
 from llmtune.launch.processes.parent_death import die_with_supervisor
 from llmtune.launch.supervise.rank_report import redirect_output, report_failure
+from llmtune.storage.rank_files import heard_file
 from llmtune.track.console import Console
+from llmtune.track.status import HANDED_OVER_SECONDS, Status
 
 
 def main(request_file: str) -> NoReturn:
@@ -27,7 +31,12 @@ def main(request_file: str) -> NoReturn:
     output = redirect_output(Path(request_file).with_name(f"process-{rank}.log"))
     code = 0
     try:
-        predict_share(request, rank, world_size, Console(terminal if rank == 0 else None))
+        console = Console(terminal if rank == 0 else None)
+        console.said_at = time.monotonic() - HANDED_OVER_SECONDS
+        with Status(console, "predicting"):
+            if rank == 0:
+                heard_file(Path(os.environ[FAILURE_DIR])).touch()
+            predict_share(request, rank, world_size, console)
     except BaseException as error:
         code = report_failure(error, rank, output, request.target.config.trace)
     terminal.flush()

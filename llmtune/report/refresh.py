@@ -92,6 +92,21 @@ class ReportRefresher:
         return None if process.returncode == 0 else _last_line(output)
 
 
+def write_report_now(run: Path, cache: Path, timeout_seconds: float = LAST_SECONDS) -> None:
+    """Write the report as it is now, before anybody reads it; a failure leaves the old one."""
+    if find_missing():
+        return
+    try:
+        process = _start(_command(run, cache))
+    except OSError:
+        return
+    try:
+        process.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+
+
 def write_last_report(
     run: Path, cache: Path, say: Callable[[str], None], timeout_seconds: float
 ) -> None:

@@ -1,9 +1,8 @@
 """Export a target into a published folder, for ``export`` and at the end of a training run.
 
-Progress is shown as a bar on a terminal, and as a line now and then elsewhere.
+Progress is shown with a bar on a terminal, and as a line now and then elsewhere.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,22 +20,29 @@ from llmtune.export.sources.deepspeed.zero_source import ZeroSource
 from llmtune.model.source import resolve_model_folder
 from llmtune.run.artifact import from_trained, trained_folder
 from llmtune.run.target import Target
-from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
+from llmtune.track.byte_progress import ByteProgress
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 
 
-def export_run(run: Path, config: Config, output: Path, say: Callable[[str], None]) -> None:
+def export_run(run: Path, config: Config, output: Path, console: Console) -> None:
     """Export a finished run into ``output``."""
     target = from_trained(config, trained_folder(run, config), run)
-    export_target(target, config, output, say)
+    export_target(target, config, output, console.say, console)
 
 
-def export_target(target: Target, config: Config, output: Path, say: Callable[[str], None]) -> Path:
-    """Export a resolved target into ``output``; return the folder that was written."""
-    with show_progress(f"writing {output.name}", say) as (progress, say_above):
+def export_target(
+    target: Target, config: Config, output: Path, say: Callable[[str], None], console: Console
+) -> Path:
+    """Export a resolved target into ``output``; return the folder that was written.
+
+    Args:
+        say: Writes a line of the result.
+        console: Shows the progress.
+    """
+    with show_progress(f"exporting {output.name}", console) as progress:
         request = ExportRequest(
             base=target.model_folder,
             base_name=target.base_name,
@@ -44,13 +50,13 @@ def export_target(target: Target, config: Config, output: Path, say: Callable[[s
             run=target.run,
             output=output,
             progress=progress,
-            say=say_above,
+            say=say,
             signer=read_signer(config.checkpoint.sign),
         )
         return run_export(request, config.export)
 
 
-def export_zero_checkpoint(given: Config) -> Path:
+def export_zero_checkpoint(given: Config, say: Callable[[str], None], console: Console) -> Path:
     """Export a checkpoint that DeepSpeed wrote, from any program; return the written folder.
 
     ``base=`` names the model that it was trained from.
@@ -63,7 +69,7 @@ def export_zero_checkpoint(given: Config) -> Path:
     zero = ZeroSource(checkpoint)
     with (
         tempfile.TemporaryDirectory(prefix="llmtune-") as scratch,
-        show_progress(f"writing {output.name}", print_line) as (progress, say),
+        show_progress(f"exporting {output.name}", console) as progress,
     ):
         # An adapter is first written as peft does, into a folder of this start alone.
         adapter = Path(scratch) if has_adapter(zero) else None
@@ -111,11 +117,6 @@ def _describing_folder(given: Config, checkpoint: Path) -> Path:
     )
 
 
-def print_line(text: str) -> None:
-    """Print a line on standard output."""
-    sys.stdout.write(to_terminal(f"{text}\n"))
-
-
 def output_folder(given: Config, target: Target) -> Path:
     """Return ``output_dir``, or a folder beside what is exported."""
     if given.output_dir:
@@ -130,51 +131,12 @@ def output_folder(given: Config, target: Target) -> Path:
 
 
 @contextmanager
-def show_progress(
-    what: str, say: Callable[[str], None]
-) -> Iterator[tuple[ProgressCallbacks, Callable[[str], None]]]:
-    """Show bytes written, speed and time left on standard error, if it is a terminal.
-
-    Args:
-        say: Writes a line to standard output.
+def show_progress(what: str, console: Console) -> Iterator[ProgressCallbacks]:
+    """Show what is being written, how much of it is, its speed and the time left.
 
     Yields:
-        Callbacks of an export: one is told of bytes, the other writes a line above the bar.
+        Callbacks of an export, which are told of bytes.
     """
-    # Not on a terminal: lines with the time so far, less and less often.
-    if not sys.stderr.isatty():
-        with Status(Console(sys.stderr), what):
-            yield ProgressCallbacks(), say
-        return
-    from rich.console import Console as RichConsole
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    # On a terminal: a bar, which is removed at the end.
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-
-        def say_above(text: str) -> None:
-            # Both are one terminal: a line would begin at the end of the bar.
-            bar.stop()
-            say(text)
-            sys.stdout.flush()
-            bar.start()
-
-        progress = ProgressCallbacks(
-            lambda size: bar.update(task, total=size), lambda size: bar.advance(task, size)
-        )
-        yield progress, say_above
+    written = ByteProgress(with_bar=console.is_terminal)
+    with Status(console, what, written.describe):
+        yield ProgressCallbacks(written.expect, written.add)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,7 @@ class FallbackRunner:
             while (request := self._prepare(candidate)) is not None:
                 if failure is None:
                     # From here on, the folder is this start's.
+                    stack.enter_context(Status(self.console, "ending the run"))
                     stack.enter_context(
                         recorded_failure(self.folder.path, self.composed.config, self.console.say)
                     )
@@ -161,7 +163,8 @@ class FallbackRunner:
             f"{failure.reason}; starting again from {where}{self.restarts.describe(wait_seconds)}"
         )
         self._tell("restart", f"{failure.reason}; starting again from {where}.")
-        time.sleep(wait_seconds)
+        with Status(self.console, "waiting to start again"):
+            time.sleep(wait_seconds)
 
     def _tell(self, event: str, message: str) -> None:
         """Tell ``tracker.webhook`` while the next attempt begins."""
@@ -301,6 +304,7 @@ def run_request(request: RunRequest, console: Console, ahead: RankGroup | None =
     with (
         restored_environment(),
         tempfile.TemporaryDirectory(prefix="llmtune-") as folder,
+        Status(console, "preparing the ranks"),
         hold_nvme(request.config, plan, request.run_folder, console),
     ):
         # Variables and compiled ops before the ranks, which inherit or load them.
@@ -309,9 +313,9 @@ def run_request(request: RunRequest, console: Console, ahead: RankGroup | None =
         path = Path(folder) / "request.json"
         path.write_text(request.to_json())
         limits = Limits(request.config.launch.hang_timeout, request.config.launch.stop_timeout)
-        run_ranks(
-            ["-m", "llmtune.run.rank", str(path)], plan.world_size, log, console.say, limits, ahead
-        )
+        command = ["-m", "llmtune.run.rank", str(path)]
+        show = partial(Status, console)
+        run_ranks(command, plan.world_size, log, console.say, limits, ahead, show)
     if FinishedRecord.read(request.run_folder) is None:
         raise LlmtuneError(
             f"all ranks ended without an error, but the run is not finished; see {log}"

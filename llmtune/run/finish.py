@@ -132,7 +132,7 @@ def maybe_export(run: Path, export: ExportConfig, console: Console) -> None:
     # Export, unless an earlier start has; then only its upload may be missing.
     exported = layout.export_folder(run, export.format)
     if export.dry_run or not is_export_of(exported, trained, export):
-        export_run(run, config, exported, console.say)
+        export_run(run, config, exported, console)
     elif export.upload:
         # Cut off when the export was done: what is there already is not sent again.
         upload_export(exported, export.upload, export.upload_private, False, console.say)

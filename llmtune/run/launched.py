@@ -39,6 +39,7 @@ from llmtune.run.rank import exit_now, limit_own_memory, make_own_swap, show_pha
 from llmtune.security.terminal import to_terminal
 from llmtune.storage import layout
 from llmtune.track.console import Console
+from llmtune.track.status import Status
 from llmtune.train.begun import begun_train
 from llmtune.train.request import RunRequest
 from llmtune.train.run_folder import RunFolder, open_run_folder
@@ -64,10 +65,11 @@ def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
     rank = launcher.rank
     console = Console(stream if rank == 0 else None)
     try:
-        # What the process group needs; rank 0 builds the rest when it has planned.
-        ensure_ops(accelerator, Placement(0), console.say)
-        load_ops(accelerator, Placement(0))
         with ExitStack() as stack:
+            stack.enter_context(Status(console, "starting the ranks"))
+            # What the process group needs; rank 0 builds the rest when it has planned.
+            ensure_ops(accelerator, Placement(0), console.say)
+            load_ops(accelerator, Placement(0))
             stack.enter_context(raise_stops(NOT_BEGUN))
             watch = RankWatchdog(rank, folder.path, lambda text: _tell(stream, text))
             stack.callback(watch.remove)
@@ -104,7 +106,8 @@ def _train_launched(
         if rank.is_first:
             try:
                 stack.enter_context(hold_lock(lock_file(folder)))
-                prepared = _prepare_first(composed, target, folder, console, rank.world_size)
+                with Status(console, "preparing the model and the data"):
+                    prepared = _prepare_first(composed, target, folder, console, rank.world_size)
                 if prepared is not None:
                     stack.enter_context(
                         hold_nvme(prepared.config, prepared.plan, prepared.run_folder, console)
@@ -252,6 +255,7 @@ def _finish_first(composed: Composed, target: RunTarget, console: Console) -> No
 
     console.say(finished_message(target.folder))
     with (
+        Status(console, "ending the run"),
         raise_stops(NOT_EXPORTED),
         recorded_end(target.folder, composed.config, console.say),
     ):

@@ -38,7 +38,7 @@ from llmtune.run.check_model import check_model, check_quantized
 from llmtune.run.task import prepare_rows, resolve_labels
 from llmtune.storage.signature import read_signer
 from llmtune.task.task import find_task
-from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console
+from llmtune.track.console import Console, bar
 from llmtune.track.service import check_packages
 from llmtune.train.mirror_owner import resolve_run_id
 from llmtune.train.resume import resume_point
@@ -130,24 +130,16 @@ def watch_tokenizing(console: Console) -> ProgressCallback:
     def watch(progress: TokenizeProgress) -> None:
         nonlocal shown
         now = time.monotonic()
-        if (
-            now - shown < (0.2 if console.is_terminal else PLAIN_INTERVAL_SECONDS)
-            or progress.seconds < 1
-        ):
+        if now - shown < console.interval_seconds or progress.seconds < 1:
             return
         shown = now
-        share = "" if progress.share is None else f"{_bar(progress.share)} {progress.share:4.0%}  "
+        share = "" if progress.share is None else f"{bar(progress.share)} {progress.share:4.0%}  "
         console.progress(
             f"tokenizing {progress.source}  {share}{format_count(progress.rows)} rows  "
             f"{format_count(int(progress.tokens / progress.seconds))} tokens/s"
         )
 
     return watch
-
-
-def _bar(share: float, width: int = 20) -> str:
-    done = round(share * width)
-    return "#" * done + "." * (width - done)
 
 
 def _check_head(

@@ -6,16 +6,16 @@ then reads REQUEST from standard input. Ranks of other launchers are in :mod:`ll
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import sys
+import time
 import traceback
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from llmtune.engine.phases.heartbeat import PhaseLog
 from llmtune.launch.launchers.environment import (
     FAILURE_DIR,
     launched_ranks_on_node,
@@ -30,13 +30,12 @@ from llmtune.launch.supervise.rank_report import (
 from llmtune.launch.supervise.stacks import answer_with_stacks
 from llmtune.process import no_collection
 from llmtune.storage import layout
-from llmtune.storage.rank_files import import_file, meeting_file, phase_file
+from llmtune.storage.rank_files import heard_file, import_file, meeting_file, phase_file
 from llmtune.track.console import Console
-from llmtune.track.status import Status
+from llmtune.track.status import HANDED_OVER_SECONDS, Status
 from llmtune.tuner.tuner import TUNERS
 
 if TYPE_CHECKING:
-    from llmtune.engine.phases.heartbeat import PhaseLog
     from llmtune.train.request import RunRequest
 
 
@@ -46,10 +45,11 @@ def main(arguments: list[str]) -> NoReturn:
     # Slurm sends it to every process of a job; the supervisor forwards it as SIGTERM.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
-    answer_with_stacks(Path(os.environ[FAILURE_DIR]), rank)
+    folder = Path(os.environ[FAILURE_DIR])
+    answer_with_stacks(folder, rank)
 
     # The request; a rank that was started ahead does its imports until there is one.
-    request_file, imported = arguments[0], import_file(Path(os.environ[FAILURE_DIR]), rank)
+    request_file, imported = arguments[0], import_file(folder, rank)
     if request_file == "--ahead":
         request_file = _import_and_wait(arguments[1], imported)
     text = Path(request_file).read_text()
@@ -61,13 +61,19 @@ def main(arguments: list[str]) -> NoReturn:
         sys.stderr.write(imported.read_text(errors="replace"))
     trace = False
     try:
-        from llmtune.train.request import RunRequest
+        console = Console(stream if rank == 0 else None)
+        console.said_at = time.monotonic() - HANDED_OVER_SECONDS
+        phases = PhaseLog(phase_file(folder, rank))
+        with show_phases(console, phases):
+            if rank == 0:
+                heard_file(folder).touch()
+            from llmtune.train.request import RunRequest
 
-        request = RunRequest.from_json(text)
-        trace = request.config.trace
-        limit_own_memory(request)
-        make_own_swap(request)
-        _train(request, Console(stream if rank == 0 else None))
+            request = RunRequest.from_json(text)
+            trace = request.config.trace
+            limit_own_memory(request)
+            make_own_swap(request)
+            _train(request, console, phases)
     except BaseException as error:
         exit_now(report_failure(error, rank, stream, trace))
     exit_now(0)
@@ -107,26 +113,22 @@ def import_libraries(tuner: str) -> None:
     TUNERS.find(tuner).import_libraries()
 
 
-def _train(request: RunRequest, console: Console) -> None:
+def _train(request: RunRequest, console: Console, phases: PhaseLog) -> None:
     from llmtune.engine.distributed import barrier, init_ranks
-    from llmtune.engine.phases.heartbeat import PhaseLog
     from llmtune.launch.preflight.deepspeed_ops import load_ops
     from llmtune.train.build import run_job
 
     if request.plan.hardware.accelerator == "cuda":
         bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())
     load_ops(request.plan.hardware.accelerator, request.plan.placement)
-    folder = Path(os.environ[FAILURE_DIR])
-    phases = PhaseLog(phase_file(folder, int(os.environ["RANK"])))
-    with show_phases(console, phases):
-        rank = init_ranks(phases=phases, meeting=meeting_file(folder))
-        run_job(request, rank, console)
+    rank = init_ranks(phases=phases, meeting=meeting_file(Path(os.environ[FAILURE_DIR])))
+    run_job(request, rank, console)
     barrier(rank)
 
 
-def show_phases(console: Console, phases: PhaseLog) -> AbstractContextManager[object]:
-    """Show the phase on this rank's console while it takes long; nothing on a silent console."""
-    return Status(console, phases.describe) if console.is_heard else contextlib.nullcontext()
+def show_phases(console: Console, phases: PhaseLog) -> Status:
+    """Show the phase on this rank's console while it takes long."""
+    return Status(console, phases.describe, phases.describe_place)
 
 
 def limit_own_memory(request: RunRequest) -> None:

@@ -16,6 +16,8 @@ LOG = "train.log"
 SAMPLES = "samples.json"
 LOSS_PLOT = "loss.png"
 TIME = "time.json"
+PROFILE = "profile"
+PROFILE_SUMMARY = "profile/summary.md"
 CONFUSION_TABLE = "confusion_matrix.json"
 CONFUSION_PLOT = "confusion_matrix.png"
 FINISHED = "finished.json"
@@ -58,6 +60,11 @@ STATE_SLICES = "llmtune_slices"
 STATE_STORAGES = "llmtune_storages"
 #: A parameter's master weight among its tensors in a state file.
 MASTER_WEIGHT = "master"
+
+
+def trace_file(run: Path, rank: int) -> Path:
+    """Return the file of a rank with the trace of some steps."""
+    return run / PROFILE / f"trace-{rank:05d}.json.gz"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -19,7 +19,7 @@ class PhaseRecord:
     """The phase that a rank is in, and its memory; readable however the rank ends."""
 
     phase: str = "start"
-    """One of ``start load answer forward backward step evaluate save``."""
+    """One of ``start load answer data forward backward step evaluate save trace finish``."""
     step: int = 0
     """The optimizer step under way, from 1; 0 before the first."""
     peak_bytes: int = 0

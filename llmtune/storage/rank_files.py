@@ -16,6 +16,8 @@ file               written by                      read by
 ``import-R.txt``   rank R started ahead: what its  rank R: copied into the log when there is one
                    imports print
 ``meeting``        ranks, ``torch``'s file store   ranks: their process group
+``heard``          rank 0, empty, when it begins   supervisor: until then it says itself what is
+                   to write to the console         being done
 =================  ==============================  ================================================
 
 Six more are elsewhere. ``request.json``, the work of an attempt
@@ -47,6 +49,11 @@ from llmtune.storage.plain_json import parse_json
 def phase_file(folder: Path, rank: int) -> Path:
     """Return the file in which a rank keeps its :class:`PhaseRecord`."""
     return folder / f"phase-{rank}.json"
+
+
+def heard_file(folder: Path) -> Path:
+    """Return the file that is there as soon as rank 0 writes to the console."""
+    return folder / "heard"
 
 
 def read_phase(folder: Path, rank: int) -> PhaseRecord:

@@ -19,6 +19,8 @@ CAPACITY = 10_000
 #: Seconds that a tracker has at the end, by how the run ended; a user or a scheduler waits for a
 #: run that stops.
 FINISH_SECONDS = {Outcome.finished: 300.0, Outcome.stopped: 20.0, Outcome.failed: 20.0}
+#: The same for a finished run whose files are stored.
+FINISH_SECONDS_WITH_FILES = 3600.0
 _POLL_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
@@ -30,13 +32,21 @@ class BackgroundTracker:
     One that cannot be opened, fails or hangs is left out, and the user is told what it lacks.
     """
 
-    def __init__(self, title: str, open_tracker: Callable[[], Tracker], say: Callable[[str], None]):
+    def __init__(
+        self,
+        title: str,
+        open_tracker: Callable[[], Tracker],
+        say: Callable[[str], None],
+        stores_files: bool = False,
+    ):
         """
         Args:
             title: The tracker's name for people.
             open_tracker: Opens it; called in the other thread.
             say: Shows a line to the user; called from both threads.
+            stores_files: It stores models at the end, for which it gets more time.
         """
+        self._stores_files = stores_files
         self._title = title
         self._open = open_tracker
         self._say = say
@@ -63,7 +73,10 @@ class BackgroundTracker:
 
     def finish(self, outcome: Outcome) -> None:
         """Queue the end; :meth:`wait` waits for it."""
-        self._deadline = time.monotonic() + FINISH_SECONDS[outcome]
+        seconds = FINISH_SECONDS[outcome]
+        if self._stores_files and outcome is Outcome.finished:
+            seconds = FINISH_SECONDS_WITH_FILES
+        self._deadline = time.monotonic() + seconds
         self._calls.put(lambda tracker: self._close(tracker, outcome))
 
     def wait(self, beat: Callable[[], None]) -> None:

@@ -16,7 +16,13 @@ from llmtune.track.tracker import Outcome, Record
 from llmtune.units import format_bytes, format_seconds
 
 #: Seconds between progress lines where the output is no terminal.
-PLAIN_INTERVAL_SECONDS = 10.0
+PLAIN_INTERVAL_SECONDS = 6.0
+#: Seconds between progress lines on a terminal.
+TERMINAL_INTERVAL_SECONDS = 0.2
+
+
+#: The ``time.monotonic()`` of this process's last line, on whatever console; at first of its start.
+_last_said = time.monotonic()
 
 
 class Console:
@@ -41,13 +47,20 @@ class Console:
         # Other threads show their status in between. Reentrant, since a signal's handler may write
         # while the main thread does.
         self._lock = threading.RLock()
-        self.said_at = time.monotonic()
+        self.said_at = _last_said
         """The ``time.monotonic()`` of the last line."""
+        self.watched_by: list[object] = []
+        """Those that show what is being done while nothing is written; the last one speaks."""
 
     @property
     def is_terminal(self) -> bool:
         """Tell whether a line can be overwritten."""
         return self._rich.is_terminal
+
+    @property
+    def interval_seconds(self) -> float:
+        """Return the seconds between two lines about how far something is."""
+        return TERMINAL_INTERVAL_SECONDS if self.is_terminal else PLAIN_INTERVAL_SECONDS
 
     def say(self, text: str) -> None:
         """Write a line or a paragraph."""
@@ -101,9 +114,11 @@ class Console:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        global _last_said
         with self._lock:
             yield
-            self.said_at = time.monotonic()
+            _last_said = time.monotonic()
+            self.said_at = _last_said
 
     def _close_line(self) -> None:
         if self._line_open:
@@ -145,6 +160,12 @@ class _LastingStream:
         return getattr(self._stream, name)
 
 
+def bar(share: float, width: int = 20) -> str:
+    """Draw a share, 0 to 1, with letters."""
+    done = round(min(max(share, 0.0), 1.0) * width)
+    return "#" * done + "." * (width - done)
+
+
 class ProgressLine:
     """Shows step, loss, speed, time left and memory of a run."""
 
@@ -155,6 +176,7 @@ class ProgressLine:
         # happens once, and says nothing about the speed.
         self._first: tuple[float, int] | None = None
         self._shown = float("-inf")
+        self._logged = time.monotonic()
 
     def log(self, record: Record) -> None:
         """Show a training record from time to time, and every evaluation."""
@@ -166,12 +188,17 @@ class ProgressLine:
         now = time.monotonic()
         self._first = self._first or (now, record["step"])
         last = record["step"] >= self._total
-        if not (self._console.is_terminal or last or now - self._shown >= PLAIN_INTERVAL_SECONDS):
+        # The next record may come too late.
+        next_at = now + (now - self._logged)
+        self._logged = now
+        is_due = next_at - self._shown >= PLAIN_INTERVAL_SECONDS
+        if not (self._console.is_terminal or last or is_due):
             return
         self._shown = now
         left = self._time_left(now, record["step"])
+        done = f"{bar(record['step'] / self._total)}  " if self._console.is_terminal else ""
         self._console.progress(
-            f"step {record['step']}/{self._total}  loss {record['loss']:.4f} "
+            f"{done}step {record['step']}/{self._total}  loss {record['loss']:.4f} "
             f" {record['tokens_per_second']:.0f} tokens/s  ETA {left}  memory"
             f" {format_bytes(record['memory_bytes'])}"
         )

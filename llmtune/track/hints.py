@@ -31,6 +31,7 @@ _LEAST_USED = 0.6
 _NORM_FACTOR, _NORM_TIMES = 10, 3
 _LOSS_STEPS = 100
 _SHM_SHARE = 0.9
+_SLOW_RANK_FACTOR, _SLOW_RANK_OF_STEP = 1.3, 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +244,23 @@ def find_slow_links(history: History) -> str | None:
     )
 
 
+def find_slow_rank(history: History) -> str | None:
+    """Find a rank that all others wait for."""
+    record = history.steps[-1] if history.steps else {}
+    if "slowest_rank" not in record:
+        return None
+    slowest, others = record["slowest_rank_seconds"], record["other_ranks_seconds"]
+    lost = slowest - others
+    if slowest <= _SLOW_RANK_FACTOR * others or lost <= _SLOW_RANK_OF_STEP * record["seconds"]:
+        return None
+    return (
+        f"rank {record['slowest_rank']} takes {slowest:.3f} s for the rows and the forward pass of"
+        f" a step, the others {others:.3f} s (median), and all wait for it: look at what else runs"
+        " on its GPU and cores, and at its clock and temperature (nvidia-smi, top, llmtune doctor"
+        " on its machine)"
+    )
+
+
 Rule = Callable[[History], str | None]
 
 RULES: Sequence[Rule] = (
@@ -251,6 +269,7 @@ RULES: Sequence[Rule] = (
     find_slow_links,
     find_idle_gpus,
     find_slowed_gpu,
+    find_slow_rank,
     find_full_shm,
     find_flat_loss,
     find_exploding_norm,

@@ -24,6 +24,8 @@ PHASES = {
     "evaluate": "held-out loss",
     "answer": "sample answers",
     "save": "saving",
+    "trace": "writing a trace",
+    "finish": "waiting for trackers and copies",
     "rest": "everything else",
 }
 

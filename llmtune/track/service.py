@@ -37,6 +37,8 @@ class TrackedRun:
     """The plan as plain values: those of :meth:`llmtune.plan.plan.Plan.to_dict`."""
     first_step: int = 0
     """The step that this start resumes at; 0 for a new run."""
+    write_report: Callable[[], None] = lambda: None
+    """Writes the report of the run as it is now; takes seconds, and does not raise."""
 
     def __post_init__(self) -> None:
         """Redact every text, however the run is described."""
@@ -151,6 +153,6 @@ def check_packages(config: TrackerConfig) -> None:
 def open_services(run: TrackedRun) -> list[BackgroundTracker]:
     """Begin to open the chosen services, each in a thread of its own."""
     return [
-        BackgroundTracker(service.title, partial(service.open, run), run.say)
+        BackgroundTracker(service.title, partial(service.open, run), run.say, run.config.artifacts)
         for service in resolve_services(run.config)
     ]

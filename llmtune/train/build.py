@@ -34,7 +34,7 @@ from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
 from llmtune.plan.param_groups import groups_of_model
 from llmtune.plan.steps import evaluation_interval, save_interval
-from llmtune.report.refresh import ReportRefresher
+from llmtune.report.refresh import ReportRefresher, write_report_now
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
@@ -52,6 +52,8 @@ from llmtune.train.hooks.build_hooks import build_hooks
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
 from llmtune.train.hooks.packing_probe import check_module
+from llmtune.train.hooks.rank_seconds import RankSeconds
+from llmtune.train.hooks.step_profile import StepProfile
 from llmtune.train.line_sums import LineSums
 from llmtune.train.loop import Job, run
 from llmtune.train.model_files import render_model_files, resolve_weight_files
@@ -84,10 +86,12 @@ def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
         outcome = Outcome.failed
         try:
             run(job)
+            rank.phases.enter("finish")
             job.saver.close(MIRROR_SECONDS)
             outcome = Outcome.finished
         except StoppedError:
             outcome = Outcome.stopped
+            rank.phases.enter("finish")
             job.saver.close(MIRROR_SECONDS_AFTER_STOP)
             raise
         finally:
@@ -126,6 +130,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         run=request.run_folder,
     )
     loader = build_loader(request, rank, tokenizer, collator)
+    profile = StepProfile(config.profile, request, rank, console)
     return Job(
         rank=rank,
         module=module,
@@ -149,9 +154,11 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
             say=console.say,
         ),
         trackers=build_trackers(request, rank, console, start.step),
-        hooks=build_hooks(request, rank, console, module, tokenizer),
+        hooks=[profile, *build_hooks(request, rank, console, module, tokenizer)],
+        trace_step=profile.step,
         stop=stop,
         start=start,
+        ranks=RankSeconds(rank),
         utilization=find_utilization(plan, request.row_length, config.precision),
         gradients=GradientCheck(module, console.say),
     )
@@ -354,6 +361,7 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, first_step
     """Build what receives the records: on rank 0 a file, the console and the chosen services."""
     if not rank.is_first:
         return Trackers([])
+    cache, writes_report = find_cache(request.config.paths), request.config.report.write
     run = TrackedRun(
         config=request.config.tracker,
         folder=request.run_folder,
@@ -362,12 +370,14 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, first_step
         plan=request.plan.to_dict(),
         first_step=first_step,
         say=console.say,
+        write_report=partial(write_report_now, request.run_folder, cache)
+        if writes_report
+        else lambda: None,
     )
     metrics = MetricsFile(request.run_folder / layout.METRICS)
     progress = ProgressLine(console, request.steps.total_steps)
     hints = Hints(console.say)
     trackers: list[Tracker] = [metrics, progress, hints, *open_services(run)]
-    if request.config.report.write:
-        cache = find_cache(request.config.paths)
+    if writes_report:
         trackers.append(ReportRefresher(request.run_folder, cache, console.say))
     return Trackers(trackers, console.say)

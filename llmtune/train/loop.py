@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -28,6 +29,7 @@ from llmtune.track.utilization import Utilization
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
+from llmtune.train.hooks.rank_seconds import RankSeconds
 from llmtune.train.line_sums import LineSums
 from llmtune.train.memory_usage import used_memory_bytes
 from llmtune.train.schedule import learning_rate_at
@@ -106,9 +108,12 @@ class Job:
     hooks: list[Hook]
     stop: Stop
     start: TrainingState
+    ranks: RankSeconds
     utilization: Utilization = field(default_factory=Utilization)
     gradients: GradientCheck | None = None
     """Looks for trained tensors that no gradient reaches."""
+    trace_step: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+    """Makes the context in which a step is done, by its number."""
 
 
 def run(job: Job) -> TrainingState:
@@ -136,7 +141,9 @@ def run(job: Job) -> TrainingState:
         progress.data_position, last - progress.step, progress.reached
     )
     while progress.step < last and not ends_early(job.best, progress.best):
-        progress = train_step(job, progress, batches)
+        with job.trace_step(progress.step + 1):
+            progress = train_step(job, progress, batches)
+        job.ranks.after_step()
         if job.evaluations.is_due(progress.step):
             progress = evaluate(job, progress)
         if job.saves.is_due(progress.step) or is_new_best(job, progress):
@@ -205,7 +212,7 @@ def train_step(job: Job, progress: TrainingState, batches: Iterator[StepBatch]) 
         pause = job.saver.pause_seconds()
         if pause is not None:
             record["save_pause_seconds"] = pause
-        record |= to_record(job.rank.phases.clock.take())
+        record |= to_record(job.rank.phases.clock.take()) | job.ranks.take()
         job.trackers.log(record)
         line = LineSums()
 

@@ -72,7 +72,7 @@ def test_a_part_counts_in_its_phase_too_and_in_no_other() -> None:
         with clock.part("gather", ("forward", "backward")):
             timer.now += 2
     clock.enter("rest")
-    assert clock.take() == {"forward": 3, "evaluate": 3, "gather": 2}
+    assert clock.take() == {"forward": 3, "evaluate": 3, "gather": 2, "gather in forward": 2}
 
 
 def test_a_streams_events_are_read_only_when_it_has_reached_them() -> None:

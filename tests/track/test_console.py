@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from types import SimpleNamespace
 
 import pytest
 
-from llmtune.track.console import Console, ProgressLine
+from llmtune.track.console import PLAIN_INTERVAL_SECONDS, Console, ProgressLine
+from llmtune.track.status import QUIET_SECONDS
 from tests.track.records import record
+
+
+class Terminal(io.StringIO):
+    """A stream that somebody looks at."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_the_progress_line_has_what_a_person_looks_for() -> None:
@@ -35,6 +44,33 @@ def test_the_time_left_is_that_of_steps_and_not_of_what_came_before_them(
         progress.log(record(step))
     found = [text.partition("ETA ")[2].split()[0] for text in out.getvalue().splitlines()]
     assert found == ["-", "12:40", "12:00", "0:00"]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 2.9, 4.0, 5.9])
+def test_records_are_shown_before_the_silence_is_long(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a step takes, up to the time after which the status speaks."""
+    clock, shown = [0.0], [0.0]
+
+    class Watched(Console):
+        def progress(self, text: str, passing: bool = False) -> None:
+            shown.append(clock[0])
+
+    monkeypatch.setattr("llmtune.track.console.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    progress = ProgressLine(Watched(io.StringIO()), total_steps=1000)
+    for step in range(1, 200):
+        clock[0] += seconds
+        progress.log(record(step))
+    gaps = [later - earlier for earlier, later in itertools.pairwise(shown)]
+    assert max(gaps) <= PLAIN_INTERVAL_SECONDS < QUIET_SECONDS
+    assert min(gaps[1:]) > PLAIN_INTERVAL_SECONDS - 2 * seconds
+
+
+def test_a_terminal_has_a_bar() -> None:
+    out = Terminal()
+    ProgressLine(Console(out), total_steps=4).log(record(1))
+    assert "#####...............  step 1/4" in out.getvalue()
 
 
 def test_brackets_in_answers_are_no_markup() -> None:

@@ -49,6 +49,10 @@ def test_a_healthy_run_has_none() -> None:
     [
         ({"data_seconds": 0.34}, ["waiting for data takes 34 %", "dataloader_num_workers"]),
         ({"gather_seconds": 0.5}, ["wait 56 %", "zero=2"]),
+        (
+            {"slowest_rank": 3, "slowest_rank_seconds": 0.9, "other_ranks_seconds": 0.6},
+            ["rank 3 takes 0.900 s", "the others 0.600 s", "nvidia-smi"],
+        ),
         ({"loss": 3.0}, ["does not fall", "3.0000", "optim.learning_rate"]),
         ({"grad_norm": 30.0, "since": 60}, ["was 30 in 3 of the last 20", "max_grad_norm"]),
         ({"machine": Machine(shm_used=0.95, shm_free_bytes=3_000_000)}, ["95 % full", "3.0 MB"]),
@@ -63,7 +67,14 @@ def test_what_is_wrong_is_said_once_with_its_number(case: dict[str, Any], words:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"data_seconds": 0.1}, {"gather_seconds": 0.36}, {"grad_norm": 10.0, "since": 60}],
+    [
+        # Neither a share of a rank's own time nor a share of a step is much by itself.
+        {"slowest_rank": 3, "slowest_rank_seconds": 0.78, "other_ranks_seconds": 0.6},
+        {"slowest_rank": 3, "slowest_rank_seconds": 0.15, "other_ranks_seconds": 0.05},
+        {"data_seconds": 0.1},
+        {"gather_seconds": 0.36},
+        {"grad_norm": 10.0, "since": 60},
+    ],
     ids=str,
 )
 def test_a_limit_itself_is_allowed(changed: dict[str, Any]) -> None:

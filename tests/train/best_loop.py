@@ -25,6 +25,7 @@ from llmtune.engine.train_module import StepResult
 from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.steps import StepsPlan, evaluation_interval, save_interval
 from llmtune.track.tracker import Record
+from llmtune.train.hooks.rank_seconds import RankSeconds
 from llmtune.train.loop import Job, run
 from llmtune.train.training_state import TrainingState
 
@@ -180,5 +181,6 @@ def train(
             arm=lambda: None, requested=lambda: is_stopped, agree=lambda *_: [False, False, False]
         ),
         start=start,
+        ranks=RankSeconds(RANK),
     )
     run(job)

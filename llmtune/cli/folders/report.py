@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from llmtune.cli.arguments import Options
@@ -17,6 +18,8 @@ from llmtune.report.script import describe_missing, find_missing
 from llmtune.report.write import write_page
 from llmtune.security.terminal import to_json_line
 from llmtune.storage import layout
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 
 #: The page about several runs, beside the first one.
 _COMPARISON = "compare.html"
@@ -40,15 +43,17 @@ def run(composed: Composed, options: Options) -> int:
         raise ConfigError(f"report: a folder is named twice: {', '.join(options.folders)}")
     if missing := find_missing():
         raise MissingPrerequisiteError(describe_missing(missing))
-    runs = [read_run(folder) for folder in folders]
-    compared = compare_runs(runs)
+    with Status(Console(sys.stderr), "reading the runs"):
+        runs = [read_run(folder) for folder in folders]
+        compared = compare_runs(runs)
 
     # The page of one run is where a training puts it.
     config = composed.config
     default = folders[0] / layout.REPORT if len(runs) == 1 else folders[0].parent / _COMPARISON
     file = Path(config.report.output).expanduser() if config.report.output else default
-    page = build_run_page(runs[0]) if len(runs) == 1 else build_compare_page(runs)
-    write_page(page, file, find_cache(config.paths))
+    with Status(Console(sys.stderr), "drawing the page"):
+        page = build_run_page(runs[0]) if len(runs) == 1 else build_compare_page(runs)
+        write_page(page, file, find_cache(config.paths))
 
     with stdout_for_us() as write:
         if options.as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from llmtune.config.groups.verbs.runs import Prune, RunsConfig
 from llmtune.errors import EXIT_DONE, CheckpointError, ConfigError
 from llmtune.report.run_list import RunEntry, list_runs
 from llmtune.security.terminal import to_json_line
+from llmtune.track.console import Console
+from llmtune.track.status import Status
 from llmtune.units import counted, format_bytes, format_seconds
 
 #: Where runs are without ``output_dir``.
@@ -32,9 +35,10 @@ def run(composed: Composed, options: Options) -> int:
             f"runs takes one folder with run folders in it, not {', '.join(options.folders)}"
         )
     folder = Path(options.folders[0] if options.folders else _DEFAULT).expanduser()
-    entries = list_runs(folder)
     settings = composed.config.runs
-    pruned = _prune(entries, settings)
+    with Status(Console(sys.stderr), "reading the run folders"):
+        entries = list_runs(folder)
+        pruned = _prune(entries, settings)
     with stdout_for_us() as write:
         if options.as_json:
             values: dict[str, Any] = {"runs": [entry.to_dict() for entry in entries]}

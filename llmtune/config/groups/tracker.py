@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class TrackerMode(Enum):
@@ -31,6 +32,13 @@ class TrackerConfig:
     """Project the run belongs to; MLflow calls it an experiment."""
     entity: str | None = None
     """User or team at W&B."""
+    artifacts: bool = False
+    """Store files of a finished run at W&B: what was trained, the best checkpoint, the report.
+
+    They are those for using a model: the optimizer's state is left out.
+    """
+    artifact_max_bytes: Any = "2GB"
+    """Largest model or checkpoint that ``artifacts`` stores; a larger one is left out and named."""
     prometheus_port: int = 9464
     """Port of Prometheus' endpoint, ``/metrics``."""
     prometheus_host: str = "127.0.0.1"

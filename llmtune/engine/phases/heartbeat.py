@@ -17,13 +17,22 @@ from llmtune.storage.phase_record import PhaseRecord
 
 #: From this share of its limit on, a rank's end is taken for a lack of memory.
 _NEAR_LIMIT = 0.9
-#: Phases that may take long, in words.
-_LONG_PHASES = {
+#: Phases that are no part of a step, in words.
+_PHASES = {
     "start": "starting the ranks",
     "load": "loading the model",
     "answer": "answering held-out prompts",
     "evaluate": "taking the held-out loss",
     "save": "saving",
+    "trace": "writing the trace of the steps",
+    "finish": "waiting for trackers and copies",
+}
+#: Those of a step.
+_STEP_PHASES = {
+    "data": "waiting for data",
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "step": "optimizer step",
 }
 #: Seconds between two readings of a GPU's memory.
 _DEVICE_SECONDS = 0.5
@@ -32,7 +41,8 @@ _DEVICE_SECONDS = 0.5
 class PhaseLog:
     """The phase, step and peak memory of one rank.
 
-    Phases are ``start load answer data forward backward step evaluate save``. The supervisor
+    Phases are ``start load answer data forward backward step evaluate save trace finish``. The
+    supervisor
     detects a hang by a record that no longer changes; therefore every write increments ``beats``.
     """
 
@@ -46,6 +56,7 @@ class PhaseLog:
         self._device_peak = (0, 0)
         self._device_peak_at = 0.0
         self._phase = "start"
+        self._how_far = ""
         self._first_step: int | None = None
         self._beats = 0
         self._lock = threading.Lock()
@@ -61,22 +72,34 @@ class PhaseLog:
         finally:
             self.enter(before)
 
-    def enter(self, phase: str) -> None:
-        """Record the phase, with one system call. Called from the main thread."""
+    def enter(self, phase: str, how_far: str = "") -> None:
+        """Record the phase, with one system call. Called from the main thread.
+
+        Args:
+            how_far: As for :meth:`tell`.
+        """
         self.clock.enter(phase)
         with self._lock:
-            self._phase = phase
+            self._phase, self._how_far = phase, how_far
             if self._first_step is None and phase == "forward":
                 self._first_step = self.step
             self._write()
 
-    def describe(self) -> str | None:
-        """Describe what the rank does; None after its first step, because each step logs a line."""
-        if self._phase in _LONG_PHASES:
-            return _LONG_PHASES[self._phase]
-        return (
-            f"step {self.step}, the first of this start" if self.step == self._first_step else None
-        )
+    def tell(self, how_far: str) -> None:
+        """Note how far the phase is, for people: ``batch 3 of 8``."""
+        self._how_far = how_far
+
+    def describe(self) -> str:
+        """Describe what the rank does."""
+        if self._phase in _PHASES:
+            return _PHASES[self._phase]
+        is_first = self._first_step in (None, self.step)
+        return f"step {self.step}, the first of this start" if is_first else f"step {self.step}"
+
+    def describe_place(self) -> str:
+        """Describe how far the phase is; empty where that is not known."""
+        parts = [_STEP_PHASES.get(self._phase, ""), self._how_far]
+        return ", ".join(filter(None, parts))
 
     def beat(self) -> None:
         """Record that long work within a phase makes progress. Called from any thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -72,6 +72,8 @@ class PhaseClock:
         """
         self.totals: dict[str, float] = {}
         """Seconds of each phase, and of each part, since the start."""
+        self.listener: Callable[[str], None] | None = None
+        """Told of each phase that begins, in the thread that trains."""
         self._timer = timer or HostTimer()
         self._phase, self._since = REST, self._timer.mark()
         self._unread: deque[tuple[str, Any, Any]] = deque()
@@ -82,10 +84,14 @@ class PhaseClock:
         now = self._timer.mark()
         self._unread.append((self._phase, self._since, now))
         self._phase, self._since = phase, now
+        if self.listener is not None:
+            self.listener(phase)
 
     @contextmanager
     def part(self, name: str, phases: Collection[str]) -> Iterator[None]:
         """Measure a part of the current phase, which counts in both.
+
+        ``gather`` is then the part in all phases, and ``gather in forward`` that in one of them.
 
         Args:
             phases: Those in which it is measured.
@@ -93,9 +99,10 @@ class PhaseClock:
         if self._phase not in phases:
             yield
             return
-        begin = self._timer.mark()
+        own, begin = f"{name} in {self._phase}", self._timer.mark()
         yield
-        self._unread.append((name, begin, self._timer.mark()))
+        end = self._timer.mark()
+        self._unread += [(name, begin, end), (own, begin, end)]
 
     def read(self) -> None:
         """Add what has become known to the totals."""

@@ -1,7 +1,8 @@
 """Run the ranks of this machine once: one failure ends all, and a signal lets them save."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 from llmtune.launch.processes.log_filter import wait_for_filters
@@ -12,7 +13,10 @@ from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.signals import StopRequests, remember_stops
 from llmtune.launch.supervise.stacks import save_stacks
 from llmtune.launch.supervise.supervisor import EndReason, Limits, Supervisor, WatchResult
-from llmtune.storage.rank_files import FailureReport
+from llmtune.storage.rank_files import FailureReport, heard_file
+
+Show = Callable[[Callable[[], str | None]], AbstractContextManager[object]]
+"""Makes a context that shows the user, while nothing is written, what a function describes."""
 
 
 def run_ranks(
@@ -22,6 +26,7 @@ def run_ranks(
     say: Callable[[str], None],
     limits: Limits | None = None,
     ahead: RankGroup | None = None,
+    show: Show = lambda _: nullcontext(),
 ) -> None:
     """Run ``command`` once per rank until all ranks have ended.
 
@@ -30,6 +35,7 @@ def run_ranks(
         log: The file that messages refer to; stack traces are saved beside it.
         say: Prints a line to the user.
         ahead: Ranks that were started ahead and wait for the last argument of ``command``.
+        show: Shows what is being done as long as rank 0 does not.
 
     Raises:
         RanOutOfMemoryError: Memory ran out in a rank.
@@ -44,6 +50,7 @@ def run_ranks(
         with remember_stops() as stops:
             group = ahead or RankGroup(command, world_size)
             stack.callback(group.close)
+            stack.enter_context(show(partial(describe_ranks, group)))
             if ahead is not None:
                 ahead.tell(command[-1])
             result, stacks = _watch_to_end(group, log.parent, say, limits, stops)
@@ -54,6 +61,18 @@ def run_ranks(
     error = outcome.to_error(limits)
     if error is not None:
         raise error
+
+
+def describe_ranks(group: RankGroup) -> str | None:
+    """Describe what is being done as long as rank 0 says nothing of it: before and after it ran."""
+    if not heard_file(group.folder).exists():
+        return "starting the ranks"
+    try:
+        has_ended = group.ranks[0].exit_code() is not None
+    except ChildProcessError:
+        # Waited for by the other thread in this moment.
+        has_ended = True
+    return "waiting for all ranks to end" if has_ended else None
 
 
 def _watch_to_end(

@@ -7,7 +7,7 @@ from llmtune.storage.phase_record import PhaseRecord
 from llmtune.storage.rank_files import read_phase, read_raw_phase
 
 #: Phases that follow the step which they name.
-_AFTER_STEP = ("evaluate", "save", "answer")
+_AFTER_STEP = ("evaluate", "save", "answer", "trace", "finish")
 #: Phases in which nothing is recorded for long: imports, weights, answers that are generated.
 _WITHOUT_NOTES = ("start", "load", "answer")
 _WITHOUT_NOTES_FACTOR = 10

@@ -1,15 +1,26 @@
 """Weights & Biases, on rank 0 only; its failures never end a run."""
 
+import logging
 import os
 import re
 from pathlib import Path
 
-from llmtune.config.groups.tracker import TrackerMode
-from llmtune.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, MissingPrerequisiteError
+from llmtune.config.byte_sizes import parse_bytes
+from llmtune.config.groups.tracker import TrackerConfig, TrackerMode
+from llmtune.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    EXIT_UNEXPECTED,
+    ConfigError,
+    MissingPrerequisiteError,
+)
 from llmtune.security.trust import require_own
+from llmtune.track.artifacts import ArtifactFiles, find_too_large, list_artifacts
 from llmtune.track.service import SERVICES, Service, TrackedRun
 from llmtune.track.tracker import Outcome, Record
 
+_LIMIT = "tracker.artifact_max_bytes"
+log = logging.getLogger(__name__)
 _SETTING = re.compile(r"^\s*([^\s=:#;\[][^\s=:]*)\s*[=:]", re.MULTILINE)
 #: Settings that ``wandb init`` and ``wandb offline`` write about a project.
 _HARMLESS = {"project", "entity", "mode", "disabled"}
@@ -32,6 +43,7 @@ class WandbTracker:
         import wandb
 
         check_working_folder()
+        self._tracked = run
         config, mode = run.config, run.config.mode
         if mode is TrackerMode.online and not _has_key():
             mode = TrackerMode.offline
@@ -69,7 +81,46 @@ class WandbTracker:
 
     def finish(self, outcome: Outcome) -> None:
         """Upload the rest, and close the run; W&B shows one that did not finish as failed."""
+        if self._tracked.config.artifacts and outcome is Outcome.finished:
+            self._tracked.write_report()
+            for files in list_artifacts(self._tracked.folder):
+                self._store(files)
         self._run.finish(exit_code=_EXIT_CODES[outcome])
+
+    def _store(self, files: ArtifactFiles) -> None:
+        """Store files as an artifact, a version of that of earlier starts; never fail."""
+        import wandb
+
+        limit = parse_bytes(self._tracked.config.artifact_max_bytes, _LIMIT)
+        if problem := find_too_large(files, limit):
+            self._tracked.say(f"W&B: {problem}")
+            return
+        kind = "report" if files.kind == "report" else "model"
+        try:
+            artifact = wandb.Artifact(f"{files.kind}-{self._tracked.run_id}", type=kind)
+            for file in files.files:
+                artifact.add_file(
+                    str(file),
+                    name=file.relative_to(files.folder).as_posix(),
+                    # A copy is only made of what may change before it is sent.
+                    policy="mutable" if files.may_change else "immutable",
+                    skip_cache=True,
+                )
+            self._run.log_artifact(artifact, aliases=["latest", *files.aliases])
+        except Exception as error:
+            log.exception("W&B does not store the %s", files.kind)
+            self._tracked.say(
+                f"W&B: the {files.kind} is not stored ({type(error).__name__}: {error}); it is in"
+                f" {files.folder}"
+            )
+
+
+def _find_problem(config: TrackerConfig) -> str | None:
+    try:
+        parse_bytes(config.artifact_max_bytes, _LIMIT)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def check_working_folder() -> None:
@@ -101,4 +152,13 @@ def _has_key() -> bool:
     return netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
 
 
-SERVICES.register(Service(name="wandb", title="W&B", open=WandbTracker, package="wandb"))
+SERVICES.register(
+    Service(
+        name="wandb",
+        title="W&B",
+        open=WandbTracker,
+        package="wandb",
+        own_keys=("artifacts", "artifact_max_bytes"),
+        find_problem=_find_problem,
+    )
+)

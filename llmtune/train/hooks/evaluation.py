@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.data.load.collate import Collator
+from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.load.loader import iterate_eval
 from llmtune.data.store.token_store import Rows
 from llmtune.engine.distributed import gather_rows
@@ -46,13 +46,23 @@ class Evaluator:
         batches = iterate_eval(
             self.rows, self.batch_size, rank.rank, rank.world_size, self.collator, self.max_rows
         )
-        result = self.module.evaluate(batches, self.task.observe, interrupted)
+        result = self.module.evaluate(self._told(batches), self.task.observe, interrupted)
         if result is None:
             return None
         observed = {name: gather_rows(rows, rank) for name, rows in result.observed.items()}
         self.table = self.task.count(observed, self.labels)
         metrics = self.task.metrics(result.loss, observed, self.labels)
         return {"step": progress.step, "eval_loss": result.loss, **metrics}
+
+    def _told(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and tell people how far the evaluation is."""
+        rank = self.module.rank
+        assert self.rows is not None
+        rows = min(len(self.rows), self.max_rows or len(self.rows))
+        count = -(-rows // (self.batch_size * rank.world_size))
+        for number, batch in enumerate(batches, start=1):
+            rank.phases.tell(f"batch {number} of {count}")
+            yield batch
 
     def write_table(self) -> None:
         """Write which classes were taken for which by the newest evaluation."""

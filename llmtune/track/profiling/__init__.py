@@ -1,0 +1,1 @@
+"""The trace of some steps: read, shared out, and told in plain words (``debug=profile``)."""
