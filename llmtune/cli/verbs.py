@@ -112,6 +112,12 @@ def _runs(composed: Composed, options: Options) -> int:
     return run(composed, options)
 
 
+def _sweep(composed: Composed, options: Options) -> int:
+    from llmtune.cli.sweep import run
+
+    return run(composed, options)
+
+
 def _doctor(composed: Composed, options: Options) -> int:
     from llmtune.cli.doctor import run
 
@@ -163,6 +169,11 @@ VERBS = {
     "runs": Verb(
         run=_runs,
         summary="list run folders with state, step, loss and size: runs [FOLDER]",
+        loads_libraries=False,
+    ),
+    "sweep": Verb(
+        run=_sweep,
+        summary="train with many settings, a run folder each, and name the best",
         loads_libraries=False,
     ),
     "doctor": Verb(

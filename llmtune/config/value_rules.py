@@ -53,6 +53,8 @@ _POSITIVE = (
     "chat.max_new_tokens",
     "predict.max_new_tokens",
     "predict.top_k",
+    "hparams_search.trials",
+    "hparams_search.timeout",
 )
 
 _NOT_NEGATIVE = (
@@ -73,6 +75,9 @@ _NOT_NEGATIVE = (
     "chat.temperature",
     "predict.temperature",
     "predict.seed",
+    "hparams_search.pruner_startup_trials",
+    "hparams_search.pruner_warmup_steps",
+    "hparams_search.seed",
     "seed",
 )
 

@@ -1,4 +1,4 @@
-"""The names of the files and folders of a run folder."""
+"""The names of the files and folders of a run folder, and of a sweep's."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ TENSORBOARD = "tensorboard"
 MLFLOW = "mlflow"
 SKIPPED_STEPS = "skipped_steps.json"
 
+#: Of a sweep's folder, in which every trial has a run folder.
+STUDY = "study.db"
+
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
 COMPLETE = "COMPLETE"
@@ -58,6 +61,11 @@ STATE_SLICES = "llmtune_slices"
 STATE_STORAGES = "llmtune_storages"
 #: A parameter's master weight among its tensors in a state file.
 MASTER_WEIGHT = "master"
+
+
+def trial_folder(sweep: Path, number: int) -> Path:
+    """Return the run folder of a trial: ``trial-0003``."""
+    return sweep / f"trial-{number:04d}"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
