@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import TYPE_CHECKING
 
 from llmtune.cli.arguments import Options
 from llmtune.cli.folders.columns import align
@@ -23,13 +24,16 @@ from llmtune.storage import layout
 from llmtune.storage.lock import hold_lock
 from llmtune.sweep.loop import Limits, SweepLoop
 from llmtune.sweep.page import write_sweep_page
+from llmtune.sweep.record import check_record
 from llmtune.sweep.results import SweepResults, read_results
 from llmtune.sweep.runner import TrialRunner
-from llmtune.sweep.settings import SweepSettings, check_record, resolve_sweep
 from llmtune.sweep.study import Study, open_study
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 from llmtune.train.run_folder import open_run_folder
+
+if TYPE_CHECKING:
+    from llmtune.sweep.settings import SweepSettings
 
 
 def run(composed: Composed, options: Options) -> int:
@@ -46,6 +50,8 @@ def run(composed: Composed, options: Options) -> int:
         write = stack.enter_context(stdout_for_us()) if options.as_json else sys.stdout.write
         console = Console(sys.stderr if options.as_json else sys.stdout)
         with Status(console, "checking the search"):
+            from llmtune.sweep.settings import resolve_sweep
+
             settings = resolve_sweep(composed, options.config_dir)
         _check_folder(settings)
         folder = open_run_folder(settings.folder, console.say).path
@@ -107,7 +113,7 @@ def _run_trials(study: Study, settings: SweepSettings, console: Console) -> None
     limits = Limits(trials=search.trials, seconds=search.timeout, command=settings.command_line)
     with remember_stops() as stops:
         runner = TrialRunner(settings.folder, settings.command, settings.objective.metric, stops)
-        loop = SweepLoop(study, runner, limits, stops, console.say)
+        loop = SweepLoop(study, runner, limits, stops=stops, say=console.say)
         try:
             loop.run(lambda: _write_report(_read(study, settings), settings, console))
         except LlmtuneError:

@@ -86,7 +86,6 @@ def draw_parallel(
     """Draw a line for each finished trial through its settings, colored by its value."""
     import altair as alt
 
-    values = {trial.number: trial.value or 0.0 for trial in trials}
     order = [axis.name for axis in axes]
     x = alt.X(
         "axis:N",
@@ -96,18 +95,6 @@ def draw_parallel(
         axis=alt.Axis(labelAngle=-25, labelLimit=170, grid=False),
     )
     y = alt.Y("height:Q", scale=alt.Scale(domain=[0, 1]), axis=None)
-    rows = [
-        {
-            "axis": axis.name,
-            "height": short(axis.heights[number][0]),
-            "set": axis.heights[number][1],
-            "trial": number,
-            "result": short(values[number]),
-        }
-        for axis in axes
-        for number in values
-        if number in axis.heights
-    ]
     colors = [_WORST, _BEST] if objective.maximize else [_BEST, _WORST]
     color = alt.Color(
         "result:Q",
@@ -121,7 +108,7 @@ def draw_parallel(
         alt.Tooltip("set:N", title="value"),
         alt.Tooltip("result:Q", title=objective.metric, format=".6~g"),
     ]
-    base = chart_of(rows).encode(x=x, y=y, color=color, detail="trial:N")
+    base = chart_of(_to_rows(axes, trials)).encode(x=x, y=y, color=color, detail="trial:N")
     lines = base.mark_line(strokeWidth=2, opacity=0.8)
     points = base.mark_point(filled=True, size=45, opacity=1).encode(tooltip=tooltip)
     posts = chart_of([{"axis": axis, "from": 0, "to": 1} for axis in order])
@@ -142,6 +129,23 @@ def draw_parallel(
         text=f"A line for each of {len(trials)} finished trials through {', '.join(order)}; the"
         f" table of trials has the same numbers. Strong lines are good ({objective.goal}).",
     )
+
+
+def _to_rows(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return where the line of each trial crosses each axis."""
+    values = {trial.number: trial.value or 0.0 for trial in trials}
+    return [
+        {
+            "axis": axis.name,
+            "height": short(axis.heights[number][0]),
+            "set": axis.heights[number][1],
+            "trial": number,
+            "result": short(value),
+        }
+        for axis in axes
+        for number, value in values.items()
+        if number in axis.heights
+    ]
 
 
 def draw_history(name: str, title: str, objective: Objective, trials: Sequence[Trial]) -> Chart:

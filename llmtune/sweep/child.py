@@ -34,11 +34,11 @@ class ChildEnd:
     """The end of a child."""
 
     exit_code: int
-    """As ``Popen`` has it: negative for a signal."""
+    """The number that ``Popen`` has: negative for a signal."""
     out: str = ""
-    """What a quiet child wrote to standard output."""
+    """The standard output of a quiet child."""
     error: str = ""
-    """The reason that it gave, without ``error:``."""
+    """The reason that it gave, without the word ``error``."""
 
     @property
     def is_stopped(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from llmtune.config.keys import ALIASES, is_free, known_keys
 from llmtune.config.schema import Config
 from llmtune.config.stored import redact_config, to_plain
 from llmtune.data.read.parse_sources import check_local_files
-from llmtune.errors import CheckpointError, ConfigError
-from llmtune.report.settings_table import flatten, show
+from llmtune.errors import ConfigError
+from llmtune.report.settings_table import flatten
 from llmtune.run.attempt import resolve_run_target
 from llmtune.run.settings import find_problems
 from llmtune.run.task import adopt_task
@@ -68,7 +68,7 @@ class SweepSettings:
     """The sweep's own command line."""
 
     def to_record(self) -> dict[str, Any]:
-        """Return what must not change between two starts, as plain values."""
+        """Return what must not change between two starts (:mod:`llmtune.sweep.record`)."""
         searched = {parameter.key for parameter in self.space}
         settings = flatten(to_plain(redact_config(self.config)))
         return {
@@ -133,34 +133,6 @@ def resolve_sweep(composed: Composed, config_dir: str | None) -> SweepSettings:
         ),
         command_line=_describe_command(composed, config_dir),
     )
-
-
-def find_record_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Find what differs from the sweep that a folder was begun with, in words."""
-    found = []
-    if before["goal"] != now["goal"]:
-        found.append(f"hparams_search.metric: {before['goal']} there, {now['goal']} now")
-    for name, prefix in (("space", f"{PREFIX}."), ("settings", "")):
-        old, new = before[name], now[name]
-        for key in sorted(old.keys() | new.keys()):
-            there, here = (show(values[key]) if key in values else "-" for values in (old, new))
-            if there != here:
-                found.append(f"{prefix}{key}: {there} there, {here} now")
-    return found
-
-
-def check_record(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with another search, or with trials of another job.
-
-    Raises:
-        CheckpointError: With what differs.
-    """
-    if changes := find_record_changes(before, now):
-        raise CheckpointError(
-            f"{folder} holds another sweep:\n"
-            + "\n".join(f"  {change}" for change in changes)
-            + "\nTake the old values, or another output_dir="
-        )
 
 
 def _is_of_sweep(override: str) -> bool:

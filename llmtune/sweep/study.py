@@ -241,15 +241,15 @@ def open_study(
     Raises:
         CheckpointError: The file is damaged, of another version of Optuna, or another user's.
     """
-    direction = "maximize" if objective.maximize else "minimize"
+    directions = optuna.study.StudyDirection
     with _seen_errors():
         study = optuna.create_study(
             storage=_open_storage(folder / layout.STUDY),
             study_name=_NAME,
-            direction=direction,
+            direction=directions.MAXIMIZE if objective.maximize else directions.MINIMIZE,
             load_if_exists=True,
         )
-    return Study(study, space, objective, search, prunes)
+    return Study(study, space, objective, search=search, prunes=prunes)
 
 
 def _open_storage(file: Path) -> optuna.storages.RDBStorage:
@@ -282,11 +282,10 @@ def _to_distribution(parameter: Parameter) -> BaseDistribution:
     if parameter.choices:
         return CategoricalDistribution(parameter.choices)
     if parameter.is_integer:
-        low, high = int(parameter.low), int(parameter.high)
-        step = int(parameter.step or 1)
+        low, step = int(parameter.low), int(parameter.step or 1)
         # Optuna asks for a range that ends with a step.
-        high = low + (high - low) // step * step
-        return IntDistribution(low, high, log=parameter.is_log, step=step)
+        last = low + (int(parameter.high) - low) // step * step
+        return IntDistribution(low, last, log=parameter.is_log, step=step)
     values = parameter.list_values()
     high = parameter.high if values is None else float(values[-1] or 0.0)
     return FloatDistribution(parameter.low, high, log=parameter.is_log, step=parameter.step)

@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,18 +44,20 @@ class Children:
         return self._train if isinstance(self._train, ChildEnd) else self._train(poll)
 
 
+#: Steps of the training.
+TOTAL = 6
 FITS, DONE = ChildEnd(exit_code=0, out='{"fits": true}'), ChildEnd(exit_code=0)
 
 
-def write(folder: Path, *values: float | None, total: int = 6, **finished: object) -> Path:
+def write(folder: Path, *values: float | None, **finished: Any) -> Path:
     """The run folder of a training that has evaluated every two steps."""
     run = folder / "trial-0003"
     run.mkdir(exist_ok=True)
     lines = [{"step": 2 * n, "eval_loss": value} for n, value in enumerate(values)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "plan.json").write_text(json.dumps({"steps": {"total_steps": total}}))
+    (run / "plan.json").write_text(json.dumps({"steps": {"total_steps": TOTAL}}))
     if finished:
-        FinishedRecord(step=total, **finished).write(run)  # type: ignore[arg-type]
+        FinishedRecord(step=TOTAL, **finished).write(run)
     return run
 
 
@@ -70,7 +73,11 @@ def run(
 
 
 def test_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    children = Children(FITS, lambda _: write(tmp_path, 2.0, 1.0, tokens=1) and DONE)
+    def train(_: Callable[[], bool]) -> ChildEnd:
+        write(tmp_path, 2.0, 1.0, tokens=1)
+        return DONE
+
+    children = Children(FITS, train)
     end = run(tmp_path, children, monkeypatch)
     assert end == TrialEnd(state=TrialState.finished, value=1.0)
     job = ["--config-dir", "/mine", "model=tiny", "tuner.lora_r=8", "optim.learning_rate=1e-05"]
@@ -148,7 +155,7 @@ def test_a_failure_while_the_sweep_is_stopped_is_tried_again(
 )
 def test_the_value_is_that_of_the_published_model(
     values: tuple[float, ...],
-    finished: dict[str, object],
+    finished: dict[str, Any],
     value: float,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -10,7 +10,8 @@ import pytest
 from llmtune.config.compose import compose_config, config_groups
 from llmtune.config.groups.verbs.hparams_search import HparamsSearchConfig
 from llmtune.errors import CheckpointError, ConfigError
-from llmtune.sweep.settings import SweepSettings, check_record, resolve_sweep
+from llmtune.sweep.record import check_record
+from llmtune.sweep.settings import SweepSettings, resolve_sweep
 from llmtune.task.task import TASKS
 from tests.support import TINY
 

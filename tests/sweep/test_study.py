@@ -61,11 +61,11 @@ def test_settings_are_within_the_space_and_follow_from_the_seed(
         runs.append(values)
     assert runs[0] == runs[1]
     assert len({str(values) for values in runs[0]}) == 14
-    for values in runs[0]:
-        rate, steps = values["optim.learning_rate"], values["schedule.warmup_steps"]
+    for tried in runs[0]:
+        rate, steps = tried["optim.learning_rate"], tried["schedule.warmup_steps"]
         assert isinstance(rate, float)
         assert 1e-5 <= rate <= 1e-2
-        assert values["tuner.lora_r"] in (8, 16, 32)
+        assert tried["tuner.lora_r"] in (8, 16, 32)
         assert isinstance(steps, int)
         assert 0 <= steps <= 10
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.resources
 import importlib.util
 import json
@@ -104,8 +105,7 @@ def test_every_swept_parameter_is_a_key_and_every_end_composes(name: str) -> Non
 )
 @pytest.mark.parametrize("name", SWEEPS)
 def test_each_passes_the_schema_of_wandbs_own_package(name: str) -> None:
-    import jsonschema
-
+    jsonschema: Any = importlib.import_module("jsonschema")
     schema = json.loads((importlib.resources.files("sweeps") / "config/schema.json").read_text())
     validator = jsonschema.Draft7Validator(schema)
     assert [error.message for error in validator.iter_errors(SWEEPS[name])] == []
