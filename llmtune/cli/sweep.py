@@ -64,7 +64,7 @@ def run(composed: Composed, options: Options) -> int:
         if options.as_json:
             write(to_json_line(results.to_json(), letters=True) + "\n")
         else:
-            console.say("\n".join(_to_lines(results)))
+            console.say("\n".join(["", *to_lines(results)]))
     if results.best is None:
         raise _no_value(results)
     return EXIT_DONE
@@ -93,7 +93,7 @@ def _open_study(settings: SweepSettings) -> Study:
     record = settings.to_record()
     if before := study.read_record():
         check_record(settings.folder, before, record)
-    else:
+    if record != before:
         study.write_record(record)
     return study
 
@@ -112,7 +112,9 @@ def _run_trials(study: Study, settings: SweepSettings, console: Console) -> None
     )
     limits = Limits(trials=search.trials, seconds=search.timeout, command=settings.command_line)
     with remember_stops() as stops:
-        runner = TrialRunner(settings.folder, settings.command, settings.objective.metric, stops)
+        runner = TrialRunner(
+            settings.folder, settings.command, settings.objective.metric, stops, console
+        )
         loop = SweepLoop(study, runner, limits, stops=stops, say=console.say)
         try:
             loop.run(lambda: _write_report(_read(study, settings), settings, console))
@@ -140,8 +142,9 @@ def _write_report(results: SweepResults, settings: SweepSettings, console: Conso
         console.say(str(error))
 
 
-def _to_lines(results: SweepResults) -> list[str]:
-    lines = ["", *align(results.head, [results.row(trial) for trial in results.trials])]
+def to_lines(results: SweepResults) -> list[str]:
+    """Return the table of a sweep, its best trial, and which keys mattered."""
+    lines = [*align(results.head, [results.row(trial) for trial in results.trials])]
     best = results.best
     if best is not None:
         settings = (f"{key}={results.show_value(best, key)}" for key in best.values)
@@ -165,6 +168,7 @@ def _no_value(results: SweepResults) -> LlmtuneError:
     text = f"no trial of {results.folder} has finished"
     if reasons:
         text += f"; the last one failed: {reasons[-1]}"
-    runs = [results.run_folder(trial).exists() for trial in results.trials]
     # Where nothing was started, nothing fits.
-    return LlmtuneError(text) if any(runs) else DoesNotFitError(text)
+    has_begun = any(results.run_folder(trial).exists() for trial in results.trials)
+    nothing_fits = bool(reasons) and not has_begun
+    return DoesNotFitError(text) if nothing_fits else LlmtuneError(text)

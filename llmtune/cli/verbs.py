@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmtune.errors import ConfigError
+
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Arguments, Options
     from llmtune.config.composed import Composed
@@ -44,12 +46,18 @@ def compose(verb: Verb, arguments: Arguments) -> Composed:
         return compose_config(arguments.overrides, arguments.options.config_dir)
     from llmtune.run.settings import find_problems
 
-    return compose_config(
+    composed = compose_config(
         arguments.overrides,
         arguments.options.config_dir,
         planning=verb.plans,
         more_rules=find_problems,
     )
+    if any(key.split(".")[0] == "hparams_search" for key in composed.keys):
+        raise ConfigError(
+            f"{arguments.verb} is one run, and does not read hparams_search: take the verb sweep,"
+            " as in python -m llmtune sweep hparams_search=lora"
+        )
+    return composed
 
 
 def _train(composed: Composed, options: Options) -> int:

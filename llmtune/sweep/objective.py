@@ -32,6 +32,12 @@ class Objective:
         """The metric with its better end, such as ``min eval_loss``."""
         return f"{'max' if self.maximize else 'min'} {self.metric}"
 
+    @classmethod
+    def from_goal(cls, goal: str) -> Objective:
+        """Undo :attr:`goal`."""
+        end, _, metric = goal.partition(" ")
+        return cls(metric, end == "max")
+
 
 def resolve_objective(config: Config) -> Objective:
     """Return the objective of a sweep: by default that by which a run chooses its best model.

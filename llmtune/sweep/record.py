@@ -1,7 +1,7 @@
 """Compare a sweep with the one that its folder was begun with.
 
 A record has the ``goal``, the ``space`` by key, and the ``settings`` of the trials by dotted key,
-those alone that change a result.
+those alone that change a result. These must not change; ``trials`` and ``command`` may.
 """
 
 from __future__ import annotations

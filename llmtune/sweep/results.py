@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtune.config.groups.verbs.hparams_search import HparamsSearchConfig
+from llmtune.errors import CheckpointError
+from llmtune.security.redaction import redact_values
 from llmtune.storage import layout
+from llmtune.storage.plain_fields import from_plain
 from llmtune.sweep.objective import Objective
 from llmtune.sweep.runner import TrialCommand
-from llmtune.sweep.space import Parameter, Scalar, show
-from llmtune.sweep.study import Study
+from llmtune.sweep.space import Parameter, Scalar, read_space, show
+from llmtune.sweep.study import Study, open_study, read_record
 from llmtune.sweep.trial import Trial, TrialState
 
 _ABSENT = "-"
@@ -67,11 +71,11 @@ class SweepResults:
         return show(trial.values[key]) if key in trial.values else _ABSENT
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values, without secrets."""
         best = None
         if self.best is not None:
             best = self._trial_to_json(self.best) | {"command": self.best_command}
-        return {
+        values: dict[str, Any] = {
             "folder": str(self.folder),
             "state": self.state,
             "goal": self.objective.goal,
@@ -79,6 +83,8 @@ class SweepResults:
             "best": best,
             "importance": self.importance,
         }
+        clean: dict[str, Any] = redact_values(values)
+        return clean
 
     def _trial_to_json(self, trial: Trial) -> dict[str, Any]:
         settings: dict[str, Scalar] = dict(trial.values)
@@ -105,3 +111,24 @@ def read_results(study: Study, folder: Path, asked: int, command: TrialCommand) 
         importance=study.importance(),
         command=command,
     )
+
+
+def read_stored_results(folder: Path) -> SweepResults:
+    """Read the results of a sweep's folder, as its last start has stored them.
+
+    Raises:
+        CheckpointError: Its file is damaged, another user's, or of a sweep that has not begun.
+    """
+    record = read_record(folder)
+    try:
+        space, problems = read_space(record["space"])
+        objective = Objective.from_goal(record["goal"])
+        asked, command = int(record["trials"]), from_plain(TrialCommand, record["command"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds a sweep that has not begun, or of another version"
+        ) from error
+    if problems:
+        raise CheckpointError(f"{folder}: {problems[0]}")
+    study = open_study(folder, space, objective, HparamsSearchConfig(), prunes=False)
+    return read_results(study, folder, asked, command)

@@ -18,7 +18,9 @@ from llmtune.sweep.child import ChildEnd, run_child
 from llmtune.sweep.metric_file import MetricFile
 from llmtune.sweep.space import to_overrides
 from llmtune.sweep.trial import Trial, TrialEnd, TrialState
+from llmtune.track.console import Console
 from llmtune.track.metrics import read_metrics
+from llmtune.track.status import Status
 
 #: Whether a trial should be ended early, after an evaluation at an optimizer step.
 Judge = Callable[[int, float], bool]
@@ -49,8 +51,21 @@ class TrialRunner:
     """Runs the trials of a sweep, one at a time."""
 
     def __init__(
-        self, folder: Path, command: TrialCommand, metric: str, stops: StopRequests
-    ) -> None:
+        self,
+        folder: Path,
+        command: TrialCommand,
+        metric: str,
+        stops: StopRequests,
+        console: Console,
+    ):
+        """
+        Args:
+            folder: The sweep's.
+            metric: A key of evaluation lines.
+            stops: The signals that the sweep has received.
+            console: Shows what is done meanwhile.
+        """
+        self._console = console
         self._folder = folder
         self._command = command
         self._metric = metric
@@ -83,11 +98,9 @@ class TrialRunner:
     def _ask_plan(self, trial: Trial) -> TrialEnd | None:
         """Return the end of a trial that the plan refuses; None for one that can begin."""
         _, *arguments = self._command.describe(trial)
-        end = run_child(
-            ["plan", "--json", *arguments, *self._command.plan_overrides],
-            self._stops,
-            is_quiet=True,
-        )
+        command = ["plan", "--json", *arguments, *self._command.plan_overrides]
+        with Status(self._console, f"planning trial {trial.number}"):
+            end = run_child(command, self._stops, is_quiet=True)
         if end.exit_code == EXIT_DONE:
             return None
         if self._stops.received or end.is_stopped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmtune.report.settings_table import flatten
 from llmtune.run.attempt import resolve_run_target
 from llmtune.run.settings import find_problems
 from llmtune.run.task import adopt_task
+from llmtune.security.redaction import redact_values
 from llmtune.sweep.objective import (
     Objective,
     find_objective_problems,
@@ -68,7 +69,7 @@ class SweepSettings:
     """The sweep's own command line."""
 
     def to_record(self) -> dict[str, Any]:
-        """Return what must not change between two starts (:mod:`llmtune.sweep.record`)."""
+        """Return what is stored of it (:mod:`llmtune.sweep.record`)."""
         searched = {parameter.key for parameter in self.space}
         settings = flatten(to_plain(redact_config(self.config)))
         return {
@@ -79,6 +80,8 @@ class SweepSettings:
                 for key, value in settings.items()
                 if _is_result(key) and key not in searched and key.split(".")[0] not in searched
             },
+            "trials": self.config.hparams_search.trials,
+            "command": redact_values(asdict(self.command)),
         }
 
 

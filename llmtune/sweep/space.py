@@ -61,7 +61,8 @@ class Parameter:
         if self.choices:
             return {"choices": list(self.choices)}
         plain: dict[str, Any] = {"low": self.low, "high": self.high, "log": self.is_log}
-        return plain if self.step is None else plain | {"step": self.step}
+        is_plain = self.step is None or (self.is_integer and self.step == 1)
+        return plain if is_plain else plain | {"step": self.step}
 
     def describe(self) -> str:
         """Describe the values for people."""

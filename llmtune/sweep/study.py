@@ -133,7 +133,9 @@ class Study:
         """
         frozen = self._find(trial)
         is_newest = frozen.last_step is None or step >= frozen.last_step
-        with _seen_errors():
+        with _seen_errors(), warnings.catch_warnings():
+            # NumPy warns of a value that is not finite, which ends the trial.
+            warnings.simplefilter("ignore")
             self._study._storage.set_trial_intermediate_value(frozen._trial_id, step, value)
             return is_newest and bool(self._pruner.prune(self._study, self._find(trial)))
 
@@ -250,6 +252,18 @@ def open_study(
             load_if_exists=True,
         )
     return Study(study, space, objective, search=search, prunes=prunes)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what the sweep in a folder was begun with; empty where it has not begun.
+
+    Raises:
+        CheckpointError: As :func:`open_study`.
+    """
+    with _seen_errors():
+        study = optuna.load_study(study_name=_NAME, storage=_open_storage(folder / layout.STUDY))
+    record: dict[str, Any] = study.user_attrs.get(_RECORD, {})
+    return record
 
 
 def _open_storage(file: Path) -> optuna.storages.RDBStorage:

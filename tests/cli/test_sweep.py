@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.config.compose import compose_config
+from llmtune.sweep.settings import resolve_sweep
 from llmtune.sweep.space import Parameter
-from llmtune.sweep.trial import Trial, TrialState
+from llmtune.sweep.trial import Trial, TrialEnd, TrialState
 from tests.support import ROOT, TINY, Finished, losses, run_cli
-from tests.sweep.fakes import make_study
+from tests.sweep.fakes import FakeRunner, make_loop, make_study
 
 JOB = [
     *("sweep", *TINY, "data.train=stdlib_docs@40", "data.val_set_size=8", "launch.nproc=1"),
@@ -145,3 +147,33 @@ def test_a_folder_with_something_else_is_refused(
     (tmp_path / "notes.txt").touch()
     assert main([*JOB, f"output_dir={tmp_path}"]) == 5
     assert "is not empty and holds no sweep (notes.txt)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["plan"]])
+def test_verbs_of_one_run_do_not_pass_over_a_search(
+    verb: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*verb, "model=tiny", "hparams_search=lora"]) == 2
+    assert "does not read hparams_search: take the verb sweep" in capfd.readouterr().err
+
+
+def test_report_writes_the_page_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmtune.report.write.read_script", lambda _: "the script")
+    settings = resolve_sweep(compose_config([*JOB[1:], f"output_dir={tmp_path}"]), None)
+    study = make_study(tmp_path, SPACE)
+    done = TrialEnd(state=TrialState.finished, value=2.5)
+    make_loop(study, FakeRunner(lambda _: done), 2).run()
+    assert main(["report", str(tmp_path)]) == 5
+    assert "holds a sweep that has not begun" in capfd.readouterr().err
+    study.write_record(settings.to_record())
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    values = json.loads(capfd.readouterr().out)
+    assert values["best"]["number"] == 0
+    assert values["state"] == "2 of 20 trials"
+    assert values["best"]["command"].startswith("python -m llmtune train model=tiny")
+    assert "the script" in (tmp_path / "report.html").read_text()
+    assert main(["report", str(tmp_path), f"output={tmp_path}/x.html"]) == 0
+    assert "best: trial 0 with eval_loss 2.5" in capfd.readouterr().out
+    assert (tmp_path / "x.html").is_file()

@@ -15,6 +15,7 @@ from llmtune.storage.rank_files import FinishedRecord
 from llmtune.sweep.child import ChildEnd
 from llmtune.sweep.runner import TrialCommand, TrialRunner
 from llmtune.sweep.trial import Trial, TrialEnd, TrialState
+from llmtune.track.console import Console
 
 TRIAL = Trial(number=3, values={"tuner.lora_r": 8, "optim.learning_rate": 1e-05})
 COMMAND = TrialCommand(
@@ -69,7 +70,11 @@ def run(
     stops: StopRequests | None = None,
 ) -> TrialEnd:
     monkeypatch.setattr("llmtune.sweep.runner.run_child", children)
-    return TrialRunner(folder, COMMAND, "eval_loss", stops or StopRequests()).run(TRIAL, judge)
+    return make_runner(folder, "eval_loss", stops).run(TRIAL, judge)
+
+
+def make_runner(folder: Path, metric: str, stops: StopRequests | None = None) -> TrialRunner:
+    return TrialRunner(folder, COMMAND, metric, stops or StopRequests(), console=Console(None))
 
 
 def test_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +176,7 @@ def test_a_value_that_is_not_finite_is_none(
     end = run(tmp_path, Children(FITS, DONE), monkeypatch)
     assert (end.state, end.reason) == (TrialState.failed, "eval_loss is not finite")
     monkeypatch.setattr("llmtune.sweep.runner.run_child", Children(FITS, DONE))
-    other = TrialRunner(tmp_path, COMMAND, "eval_f1", StopRequests()).run(TRIAL, lambda *_: False)
+    other = make_runner(tmp_path, "eval_f1").run(TRIAL, lambda *_: False)
     assert other.reason == "eval_f1 is not in its evaluations (eval_loss)"
 
 
