@@ -17,7 +17,7 @@ from llmtune.sweep.space import Parameter, Scalar, show
 from llmtune.sweep.trial import Trial, TrialState
 
 #: From the worst trial to the best; both can be seen on light and on dark paper.
-_WORST, _BEST = "#8b949e", "#0969da"
+_WORST, _BEST = "#8b949e", "#2f81f7"
 _HEIGHT = 320
 #: Choices that an axis writes.
 _MOST_TICKS = 12
@@ -95,20 +95,17 @@ def draw_parallel(
         axis=alt.Axis(labelAngle=-25, labelLimit=170, grid=False),
     )
     y = alt.Y("height:Q", scale=alt.Scale(domain=[0, 1]), axis=None)
-    colors = [_WORST, _BEST] if objective.maximize else [_BEST, _WORST]
-    color = alt.Color(
-        "result:Q",
-        title=objective.metric,
-        scale=alt.Scale(range=colors),
-        legend=alt.Legend(format=".4~g", gradientLength=160),
-    )
+    # By rank: one value far from the others would give all of them one color.
+    color = alt.Color("rank:Q", scale=alt.Scale(range=[_BEST, _WORST]), legend=None)
     tooltip = [
         alt.Tooltip("trial:Q", title="trial"),
         alt.Tooltip("axis:N", title="key"),
         alt.Tooltip("set:N", title="value"),
         alt.Tooltip("result:Q", title=objective.metric, format=".6~g"),
     ]
-    base = chart_of(_to_rows(axes, trials)).encode(x=x, y=y, color=color, detail="trial:N")
+    base = chart_of(_to_rows(axes, objective, trials)).encode(
+        x=x, y=y, color=color, detail="trial:N"
+    )
     lines = base.mark_line(strokeWidth=2, opacity=0.8)
     points = base.mark_point(filled=True, size=45, opacity=1).encode(tooltip=tooltip)
     posts = chart_of([{"axis": axis, "from": 0, "to": 1} for axis in order])
@@ -126,14 +123,19 @@ def draw_parallel(
         name=name,
         title=title,
         spec=finish_chart(alt.layer(*layers), height=_HEIGHT),
-        text=f"A line for each of {len(trials)} finished trials through {', '.join(order)}; the"
-        f" table of trials has the same numbers. Strong lines are good ({objective.goal}).",
+        text=f"A line for each of {len(trials)} finished trials through {', '.join(order)}, from"
+        f" blue for the best ({objective.goal}) to gray for the worst. The table of trials has the"
+        " same numbers.",
     )
 
 
-def _to_rows(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return where the line of each trial crosses each axis."""
+def _to_rows(
+    axes: Sequence[Axis], objective: Objective, trials: Sequence[Trial]
+) -> list[dict[str, Any]]:
+    """Return where the line of each trial crosses each axis; the best has rank 0."""
     values = {trial.number: trial.value or 0.0 for trial in trials}
+    order = sorted(values, key=lambda number: values[number], reverse=objective.maximize)
+    ranks = {number: rank for rank, number in enumerate(order)}
     return [
         {
             "axis": axis.name,
@@ -141,6 +143,7 @@ def _to_rows(axes: Sequence[Axis], trials: Sequence[Trial]) -> list[dict[str, An
             "set": axis.heights[number][1],
             "trial": number,
             "result": short(value),
+            "rank": ranks[number],
         }
         for axis in axes
         for number, value in values.items()

@@ -89,6 +89,7 @@ def test_lines_go_from_axis_to_axis(tmp_path: Path) -> None:
     heights = {row["trial"]: row["height"] for row in rows if row["axis"] == "eval_loss"}
     assert results.best is not None
     assert heights[results.best.number] == min(heights.values()) == 0
+    assert {row["rank"] for row in rows if row["trial"] == results.best.number} == {0}
 
 
 @pytest.mark.parametrize("trials", [0, 1, 2, 3])
