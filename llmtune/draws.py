@@ -49,6 +49,8 @@ class Draw(StrEnum):
     """The direction in which a number is rounded to bf16. [step, name of the parameter]"""
     answer = "answer"
     """The tokens of a sampled answer. [row]"""
+    trial = "trial"
+    """The settings of a trial of a sweep. [number of the trial, try]"""
 
 
 def generator(seed: int, draw: Draw, *position: int) -> np.random.Generator:

@@ -126,6 +126,11 @@ LAYERS: dict[str, set[str]] = {
         "export",
         *("launch", "doctor", "run"),
     },
+    "sweep": {
+        *("security", "storage", "config", "metrics", "task", "tuner", "optimizer", "plan"),
+        *("track", "report", "data", "model", "engine", "checkpoint", "train", "export"),
+        *("launch", "doctor", "run"),
+    },
     "cli": {
         "security",
         "storage",
@@ -142,7 +147,7 @@ LAYERS: dict[str, set[str]] = {
         "checkpoint",
         "train",
         "export",
-        *("launch", "doctor", "run", "predict"),
+        *("launch", "doctor", "run", "predict", "sweep"),
     },
 }
 #: Folders within a folder, from the lowest to the highest; what stands beside them is above all of
@@ -160,7 +165,7 @@ ROOMS: dict[str, list[str]] = {
 }
 
 #: Who may see the whole ``Config``.
-SEES_CONFIG = {"config", "plan", "run", "predict", "cli"}
+SEES_CONFIG = {"config", "plan", "run", "predict", "sweep", "cli"}
 SEES_CONFIG_FILES = {
     f"train/{name}.py"
     for name in ("build", "request", "run_folder", "resume", "begun", "mirror_owner")
@@ -788,7 +793,7 @@ WHOLE_PROGRAM = {"architectures", "cuda", "extend", "faults", "suite"}
 #: Tests beside those that mirror a module or a folder of their room: each covers a subject.
 SUBJECTS = {
     "checkpoint": {"resume_matrix"},
-    "cli": {"bad_input", "main_job", "pipeline", "secrets", "silence", "start", "sweep"},
+    "cli": {"bad_input", "main_job", "pipeline", "secrets", "silence", "start"},
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
     "data": {"growing_batch", "huge_rows", "malformed", "spellings"},
     "engine": {
@@ -806,6 +811,7 @@ SUBJECTS = {
         *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),
         "templates",
     },
+    "sweep": {"kills", "wandb_files"},
     "task": {"classifier_runs", "plain_loop"},
     "train": {
         "begin_from_path",

@@ -49,6 +49,7 @@ def test_draws_that_change_get_a_new_version() -> None:
         "dropout": [21, 80, 65],
         "rounding": [19, 18, 54],
         "answer": [94, 7, 76],
+        "trial": [32, 75, 55],
     }
     assert torch_seed(42, Draw.dropout, 5, 1) == 2212730291861137966
     assert DRAWS_VERSION == 3

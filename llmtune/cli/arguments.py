@@ -128,9 +128,10 @@ def _read_option(arguments: Arguments, rest: list[str]) -> None:
 def _explain_unknown(option: str) -> str:
     if option in ("-m", "--multirun"):
         return (
-            f"{option}: a command is one run. Start one command per value, such as for r in 8 16;"
-            " do python -m llmtune tuner.lora_r=$r run_name=r$r; done, or a W&B sweep as in"
-            " conf/sweep/lora.yaml"
+            f"{option}: a command is one run, and sweep is the verb for many: python -m llmtune"
+            " sweep hparams_search=lora, or hparams_search.sampler=grid"
+            " hparams_search.space.tuner.lora_r.choices=[8,16] for every value; or a W&B sweep as"
+            " in conf/sweep/lora.yaml"
         )
     from llmtune.config.foreign import meant_by
     from llmtune.config.keys import known_keys

@@ -63,20 +63,22 @@ examples
   python -m llmtune report runs/a runs/b
                                          compare runs: a page, and a table
   python -m llmtune runs                 what is in runs/, with state, loss and size
+  python -m llmtune sweep hparams_search=lora hparams_search.trials=20
+                                         20 trainings with other settings, and the best
   deepspeed scripts/train.py model=llama3_70b zero=3
                                          the same training; torchrun works too
 
 options
   --cfg job          print the composed configuration and stop
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
-  --json             plan, data, eval, predict, verify, doctor, report, runs: print one JSON
-                     object
+  --json             plan, data, eval, predict, verify, doctor, report, runs, sweep: print one
+                     JSON object
   --fix              doctor: fix what is safe to fix
   --mirror           verify: then copy to checkpoint.mirror what of a run is not there
   --version, --help
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
-            75 train or predict stopped by a signal, saved: the same command resumes,
+            75 train, predict or sweep stopped by a signal, saved: the same command resumes,
             130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM,
             and with its terminal (SIGHUP)
 

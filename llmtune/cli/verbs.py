@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmtune.errors import ConfigError
+
 if TYPE_CHECKING:
     from llmtune.cli.arguments import Arguments, Options
     from llmtune.config.composed import Composed
@@ -44,12 +46,18 @@ def compose(verb: Verb, arguments: Arguments) -> Composed:
         return compose_config(arguments.overrides, arguments.options.config_dir)
     from llmtune.run.settings import find_problems
 
-    return compose_config(
+    composed = compose_config(
         arguments.overrides,
         arguments.options.config_dir,
         planning=verb.plans,
         more_rules=find_problems,
     )
+    if any(key.split(".")[0] == "hparams_search" for key in composed.keys):
+        raise ConfigError(
+            f"{arguments.verb} is one run, and does not read hparams_search: take the verb sweep,"
+            " as in python -m llmtune sweep hparams_search=lora"
+        )
+    return composed
 
 
 def _train(composed: Composed, options: Options) -> int:
@@ -112,6 +120,12 @@ def _runs(composed: Composed, options: Options) -> int:
     return run(composed, options)
 
 
+def _sweep(composed: Composed, options: Options) -> int:
+    from llmtune.cli.sweep import run
+
+    return run(composed, options)
+
+
 def _doctor(composed: Composed, options: Options) -> int:
     from llmtune.cli.doctor import run
 
@@ -163,6 +177,11 @@ VERBS = {
     "runs": Verb(
         run=_runs,
         summary="list run folders with state, step, loss and size: runs [FOLDER]",
+        loads_libraries=False,
+    ),
+    "sweep": Verb(
+        run=_sweep,
+        summary="train with many settings, a run folder each, and name the best",
         loads_libraries=False,
     ),
     "doctor": Verb(

@@ -69,14 +69,17 @@ def resolve_best_model(config: Config) -> BestModel | None:
     greater = checkpoint.greater_is_better
     return BestModel(
         metric=metric,
-        greater_is_better=(
-            not metric.endswith(_SMALLER_IS_BETTER) if isinstance(greater, str) else greater
-        ),
+        greater_is_better=is_greater_better(metric) if isinstance(greater, str) else greater,
         is_saved=saves(train),
         load_at_end=load_at_end,
         patience=patience,
         threshold=train.early_stopping_threshold,
     )
+
+
+def is_greater_better(metric: str) -> bool:
+    """Tell by the name of a metric whether a greater value is better."""
+    return not metric.endswith(_SMALLER_IS_BETTER)
 
 
 def metric_key(name: str) -> str:

@@ -217,6 +217,10 @@ MEANINGS: dict[str, str] = {
     "min_lr_ratio": "schedule.min_lr_rate",
     "decay_steps": "schedule.num_decay_steps",
     "warmup_proportion": "schedule.warmup_ratio",
+    # Search.
+    "n_trials": "hparams_search.trials",
+    "num_trials": "hparams_search.trials",
+    "search_space": "hparams_search.space",
     # Machine.
     "deepspeed": "zero=3 (or 0, 1, 2; raw keys of a DeepSpeed file go into zero.deepspeed={...})",
     "deepspeed_config": (

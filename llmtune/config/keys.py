@@ -11,7 +11,7 @@ from typing import Any, get_origin, get_type_hints
 from llmtune.config.schema import Config
 
 #: Dictionaries that take any key.
-FREE = ("model.config", "zero.deepspeed")
+FREE = ("model.config", "zero.deepspeed", "hparams_search.space")
 
 #: Keys that take a file name, a mapping, or a list of both.
 SOURCES = ("data.train", "data.eval", "predict.input")

@@ -21,8 +21,8 @@ from llmtune.config.nearest import nearest
 from llmtune.config.stored import first_line
 from llmtune.errors import ConfigError
 
-#: Groups of overlays; every other group needs an option.
-_MAY_BE_NULL = {"experiment", "debug"}
+#: Groups that are off by default; every other group needs an option.
+_MAY_BE_NULL = {"experiment", "debug", "hparams_search"}
 
 #: Groups that users give the name of a file or of the hub -> the key that takes it.
 _NAMED_BY = {"model": "model.name_or_path", "data": "data.train"}
@@ -262,5 +262,6 @@ def _describe_sweep(key: str, value: str) -> str:
     listed = f"; a list is written {key}=[{value}]" if simple and keys.is_free(key) else ""
     return (
         f"{key}={value}: one value, because a command is one run{listed}. Start one command per"
-        f" value ({key}={first} run_name=NAME, ...), or a W&B sweep as in conf/sweep/lora.yaml"
+        f" value ({key}={first} run_name=NAME, ...), or search: python -m llmtune sweep"
+        f" hparams_search.space.{key}.choices=[...]"
     )

@@ -23,6 +23,7 @@ from llmtune.config.groups.tracker import TrackerConfig
 from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.groups.verbs.chat import ChatConfig
+from llmtune.config.groups.verbs.hparams_search import HparamsSearchConfig
 from llmtune.config.groups.verbs.predict import PredictConfig
 from llmtune.config.groups.verbs.report import ReportConfig
 from llmtune.config.groups.verbs.runs import RunsConfig
@@ -64,6 +65,7 @@ class Config:
     target: TargetConfig = field(default_factory=TargetConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     runs: RunsConfig = field(default_factory=RunsConfig)
+    hparams_search: HparamsSearchConfig = field(default_factory=HparamsSearchConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     run_name: str | None = None
     """Name of the run; without it, the names of model, tuner and data."""

@@ -54,6 +54,8 @@ _POSITIVE = (
     "chat.max_new_tokens",
     "predict.max_new_tokens",
     "predict.top_k",
+    "hparams_search.trials",
+    "hparams_search.timeout",
 )
 
 _NOT_NEGATIVE = (
@@ -76,6 +78,9 @@ _NOT_NEGATIVE = (
     "chat.temperature",
     "predict.temperature",
     "predict.seed",
+    "hparams_search.pruner_startup_trials",
+    "hparams_search.pruner_warmup_steps",
+    "hparams_search.seed",
     "seed",
 )
 

@@ -84,17 +84,17 @@ def draw_curves(
             rows += values
             continue
         dash, opacity = ([6, 4], 1.0) if curve.is_dashed else ([1, 0], 0.35)
-        line = _chart_of(values).mark_line(strokeDash=dash, opacity=opacity)
+        line = chart_of(values).mark_line(strokeDash=dash, opacity=opacity)
         layers.append(line.encode(x=x, y=y, color=color))
     base = alt.Chart().encode(x=x, y=y, color=color)
     lines = [base.mark_line(point=len(rows) <= _FEW), _hover(base, number_format)]
-    layers.append(alt.layer(*lines, data=_chart_of(rows).data))
+    layers.append(alt.layer(*lines, data=chart_of(rows).data))
     if marks:
         layers.append(_rules(marks))
     return Chart(
         name=name,
         title=title,
-        spec=_finish(alt.layer(*layers)),
+        spec=finish_chart(alt.layer(*layers)),
         text=_describe_curves(title, curves, marks),
         table=_last_values(title, curves),
     )
@@ -102,7 +102,7 @@ def draw_curves(
 
 def _to_rows(curve: Series) -> list[dict[str, Any]]:
     points = thin(list(curve.points), MOST_POINTS)
-    return [{"step": step, "value": _short(value), "series": curve.name} for step, value in points]
+    return [{"step": step, "value": short(value), "series": curve.name} for step, value in points]
 
 
 def _hover(base: Any, number_format: str) -> Any:
@@ -135,7 +135,7 @@ def _rules(marks: Sequence[Mark]) -> Any:
     import altair as alt
 
     values = [{"step": mark.step, "event": mark.text} for mark in marks]
-    rules = _chart_of(values).mark_rule(strokeDash=[2, 3], strokeWidth=2)
+    rules = chart_of(values).mark_rule(strokeDash=[2, 3], strokeWidth=2)
     return rules.encode(x="step:Q", tooltip=[alt.Tooltip("event:N", title="event")])
 
 
@@ -148,10 +148,10 @@ def draw_bars(name: str, title: str, unit: str, bars: Sequence[tuple[str, float]
     """
     import altair as alt
 
-    values = [{"name": label, "value": _short(value)} for label, value in bars]
+    values = [{"name": label, "value": short(value)} for label, value in bars]
     names = [label for label, _ in bars]
     chart = (
-        _chart_of(values)
+        chart_of(values)
         .mark_bar()
         .encode(
             x=alt.X("value:Q", title=unit, axis=alt.Axis(format="~s", tickCount=5)),
@@ -167,7 +167,7 @@ def draw_bars(name: str, title: str, unit: str, bars: Sequence[tuple[str, float]
     return Chart(
         name=name,
         title=title,
-        spec=_finish(chart, height=max(60, 26 * len(bars))),
+        spec=finish_chart(chart, height=max(60, 26 * len(bars))),
         text=f"Bars of {unit} for {len(bars)} names; the largest is {largest[0]}.",
         table=Table(caption=title, head=["", unit], rows=rows, is_folded=True),
     )
@@ -188,7 +188,7 @@ def draw_timeline(name: str, title: str, events: Sequence[tuple[float, str, str]
     ]
     kinds = list(dict.fromkeys(kind for _, kind, _ in events))
     chart = (
-        _chart_of(values)
+        chart_of(values)
         .mark_point(size=120, filled=True)
         .encode(
             x=alt.X("time:T", title="time (UTC)", scale=alt.Scale(type="utc")),
@@ -203,7 +203,7 @@ def draw_timeline(name: str, title: str, events: Sequence[tuple[float, str, str]
     return Chart(
         name=name,
         title=title,
-        spec=_finish(chart, height=max(70, 36 * len(kinds))),
+        spec=finish_chart(chart, height=max(70, 36 * len(kinds))),
         text=f"{len(events)} events by the clock; the table below lists them.",
     )
 
@@ -222,7 +222,7 @@ def draw_histogram(
     ranges = list(zip(edges[:-1], edges[1:], counts, strict=True))
     values = [{"from": low, "to": high, "count": count} for low, high, count in ranges]
     chart = (
-        _chart_of(values)
+        chart_of(values)
         .mark_bar()
         .encode(
             x=alt.X("from:Q", bin="binned", title="tokens", axis=alt.Axis(format="~s")),
@@ -239,7 +239,7 @@ def draw_histogram(
     return Chart(
         name=name,
         title=title,
-        spec=_finish(chart, height=180),
+        spec=finish_chart(chart, height=180),
         text=f"A histogram of {sum(counts):,} {unit} by their tokens, {edges[0]:,} to"
         f" {edges[-1] - 1:,}.",
         table=Table(caption=title, head=["tokens", unit], rows=rows, is_folded=True),
@@ -263,11 +263,11 @@ def draw_confusion(name: str, title: str, table: ConfusionTable) -> Chart:
                     "true": true,
                     "predicted": predicted,
                     "rows": count,
-                    "share": _short(count / total),
+                    "share": short(count / total),
                 }
             )
     order = list(table.names)
-    base = _chart_of(values).encode(
+    base = chart_of(values).encode(
         x=alt.X("predicted:N", sort=order, title="predicted", axis=alt.Axis(labelLimit=90)),
         y=alt.Y("true:N", sort=order, title="true", axis=alt.Axis(labelLimit=90)),
         tooltip=["true:N", "predicted:N", "rows:Q", alt.Tooltip("share:Q", format=".1%")],
@@ -294,13 +294,13 @@ def draw_confusion(name: str, title: str, table: ConfusionTable) -> Chart:
     return Chart(
         name=name,
         title=title,
-        spec=_finish(alt.layer(*layers), height=max(160, 26 * len(order))),
+        spec=finish_chart(alt.layer(*layers), height=max(160, 26 * len(order))),
         text=f"A matrix of {len(order)} true and predicted classes: {right:,} of {total:,} rows"
         " are on its diagonal.",
     )
 
 
-def _chart_of(rows: Sequence[dict[str, Any]]) -> Any:
+def chart_of(rows: Sequence[dict[str, Any]]) -> Any:
     """Begin a chart with its own data."""
     import altair as alt
 
@@ -308,7 +308,7 @@ def _chart_of(rows: Sequence[dict[str, Any]]) -> Any:
     return alt.Chart(data(values=list(rows)))
 
 
-def _finish(chart: Any, height: int = _HEIGHT) -> dict[str, Any]:
+def finish_chart(chart: Any, height: int = _HEIGHT) -> dict[str, Any]:
     """Give a chart the width of its place, and return Vega-Lite's description of it."""
     import altair as alt
 
@@ -328,7 +328,7 @@ def _write(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Round to six digits, which is more than a picture shows."""
     return float(f"{value:.6g}")
 

@@ -1,4 +1,4 @@
-"""The names of the files and folders of a run folder."""
+"""The names of the files and folders of a run folder, and of a sweep's."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ TRACKER_RUN_ID = "wandb/run_id"
 TENSORBOARD = "tensorboard"
 MLFLOW = "mlflow"
 SKIPPED_STEPS = "skipped_steps.json"
+
+#: Of a sweep's folder, in which every trial has a run folder.
+STUDY = "study.db"
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
@@ -65,6 +68,11 @@ MASTER_WEIGHT = "master"
 def trace_file(run: Path, rank: int) -> Path:
     """Return the file of a rank with the trace of some steps."""
     return run / PROFILE / f"trace-{rank:05d}.json.gz"
+
+
+def trial_folder(sweep: Path, number: int) -> Path:
+    """Return the run folder of a trial: ``trial-0003``."""
+    return sweep / f"trial-{number:04d}"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

@@ -40,6 +40,8 @@ class Task:
     """The key of evaluation records that decides which model is best."""
     greater_is_better: ClassVar[bool]
     """A greater value of that metric is better."""
+    metric_keys: ClassVar[Sequence[str]] = ()
+    """The keys that :meth:`metrics` may return; empty where they are not known beforehand."""
     keeps_best: ClassVar[bool] = True
     """``train.load_best_model_at_end=auto`` takes the best model, not the last."""
     generates: ClassVar[bool] = False

@@ -83,7 +83,7 @@ def documented() -> list[tuple[str, str]]:
     found += [(registry.key, name) for registry in REGISTRIES for name in registry.list()]
     for file in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for key, value in re.findall(
-            r"\b([a-z_]+\.[a-z0-9_]+)=([A-Za-z0-9_.+-]+|\[[^\]]*\])", file.read_text()
+            r"(?<![\w.])([a-z_]+\.[a-z0-9_]+)=([A-Za-z0-9_.+-]+|\[[^\]]*\])", file.read_text()
         ):
             if key in known:
                 found.append((key, value.rstrip(".")))

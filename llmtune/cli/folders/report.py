@@ -43,6 +43,8 @@ def run(composed: Composed, options: Options) -> int:
         raise ConfigError(f"report: a folder is named twice: {', '.join(options.folders)}")
     if missing := find_missing():
         raise MissingPrerequisiteError(describe_missing(missing))
+    if len(folders) == 1 and (folders[0] / layout.STUDY).is_file():
+        return _report_sweep(folders[0], composed, options)
     with Status(Console(sys.stderr), "reading the runs"):
         runs = [read_run(folder) for folder in folders]
         compared = compare_runs(runs)
@@ -64,4 +66,22 @@ def run(composed: Composed, options: Options) -> int:
             if rows:
                 write("".join(f"{line}\n" for line in align(head, rows)) + "\n")
         write(f"page  {file}\n")
+    return EXIT_DONE
+
+
+def _report_sweep(folder: Path, composed: Composed, options: Options) -> int:
+    """Write the page of a sweep, and print its table."""
+    from llmtune.cli.sweep import to_lines
+    from llmtune.sweep.page import build_sweep_page
+    from llmtune.sweep.results import read_stored_results
+
+    results, config = read_stored_results(folder), composed.config
+    output = config.report.output
+    file = Path(output).expanduser() if output else folder / layout.REPORT
+    write_page(build_sweep_page(results), file, find_cache(config.paths))
+    with stdout_for_us() as write:
+        if options.as_json:
+            write(to_json_line({"page": str(file), **results.to_json()}, letters=True) + "\n")
+        else:
+            write("".join(f"{line}\n" for line in to_lines(results)))
     return EXIT_DONE

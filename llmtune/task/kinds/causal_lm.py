@@ -25,6 +25,7 @@ class CausalLanguageModel(Task):
     smoothed_kinds: ClassVar[Sequence[LabelKind | None]] = (None,)
     metric = "eval_loss"
     greater_is_better = False
+    metric_keys = ("eval_perplexity", "eval_token_accuracy")
     keeps_best = False
     generates = True
     judges_rows = False

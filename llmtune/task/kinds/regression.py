@@ -24,6 +24,7 @@ class Regression(Task):
     label_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.value,)
     metric = "eval_mse"
     greater_is_better = False
+    metric_keys = ("eval_mse", "eval_pearson", "eval_spearman")
     default_labels = Labels(kind=LabelKind.value, names=("value",))
 
     def head_settings(self, labels: Labels) -> dict[str, Any]:

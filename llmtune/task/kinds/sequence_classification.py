@@ -26,6 +26,10 @@ class SequenceClassification(Task):
     smoothed_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.name,)
     metric = "eval_f1"
     greater_is_better = True
+    metric_keys = (
+        *("eval_accuracy", "eval_f1", "eval_f1_micro", "eval_precision", "eval_recall"),
+        *("eval_matthews", "eval_auroc"),
+    )
     default_labels = Labels(kind=LabelKind.name, names=("0", "1"))
 
     def head_settings(self, labels: Labels) -> dict[str, Any]:

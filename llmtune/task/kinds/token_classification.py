@@ -26,6 +26,7 @@ class TokenClassification(Task):
     smoothed_kinds: ClassVar[Sequence[LabelKind | None]] = (LabelKind.tags,)
     metric = "eval_f1"
     greater_is_better = True
+    metric_keys = ("eval_accuracy", "eval_f1", "eval_precision", "eval_recall")
     judges_rows = False
     default_labels = Labels(kind=LabelKind.tags, names=("O", "B-NAME", "I-NAME"))
 

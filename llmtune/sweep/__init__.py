@@ -1,0 +1,1 @@
+"""Search settings: several trainings, each in a run folder of its own."""

@@ -1,0 +1,21 @@
+"""Run llmtune as a child of a sweep: ``python -m llmtune.sweep.trial_program PID ARGUMENT...``.
+
+It ends when the sweep ends, however that is killed. A training then goes on from its newest
+checkpoint, with the next start of the sweep.
+"""
+
+import os
+import runpy
+import sys
+
+from llmtune.errors import EXIT_UNEXPECTED
+from llmtune.process import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()
+    parent, *arguments = sys.argv[1:]
+    # The sweep may have ended before this process asked to be told.
+    if os.getppid() != int(parent):
+        os._exit(EXIT_UNEXPECTED)
+    sys.argv = ["llmtune", *arguments]
+    runpy.run_module("llmtune", run_name="__main__", alter_sys=True)
