@@ -1,5 +1,6 @@
-"""Stacked experts in a run on fake tensors: their product, and adapters, of which each keeps a
-whole sum.
+"""Stacked experts in a run on fake tensors.
+
+Their product is computed in any dtype, and each of their adapters keeps a whole sum.
 """
 
 from __future__ import annotations
