@@ -113,7 +113,11 @@ def _run_trials(study: Study, settings: SweepSettings, console: Console) -> None
     limits = Limits(trials=search.trials, seconds=search.timeout, command=settings.command_line)
     with remember_stops() as stops:
         runner = TrialRunner(
-            settings.folder, settings.command, settings.objective.metric, stops, console
+            settings.folder,
+            settings.command,
+            settings.objective.metric,
+            stops=stops,
+            console=console,
         )
         loop = SweepLoop(study, runner, limits, stops=stops, say=console.say)
         try:
