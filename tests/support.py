@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,19 +98,50 @@ def product(
     return [cell for cell in itertools.product(*factors) if allowed(*cell)]
 
 
+def once_each(cells: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Some of these cells, in which every value of each factor occurs: those with the values that
+    the cells before have least.
+    """
+    seen: Counter[Any] = Counter()
+    chosen: list[tuple[Any, ...]] = []
+    for factor in range(len(cells[0])):
+        for value in dict.fromkeys(cell[factor] for cell in cells):
+            if seen[factor, value]:
+                continue
+            best = min(
+                (cell for cell in cells if cell[factor] == value),
+                key=lambda cell: sum(seen[place] for place in enumerate(cell)),
+            )
+            chosen.append(best)
+            seen.update(enumerate(best))
+    return chosen
+
+
 def matrix(
-    *factors: Sequence[Any], size: int, allowed: Callable[..., bool] = lambda *_: True
+    *factors: Sequence[Any],
+    size: int,
+    allowed: Callable[..., bool] = lambda *_: True,
+    once: bool = False,
 ) -> list[Any]:
     """For ``parametrize``: all pairs for the ordinary suite, and every other cell for the slow
     tier.
 
     Cells come in parts of ``size``, which share their process groups; those that are alike from the
     last factor on stand together.
+
+    Args:
+        once: Engines that take long: the ordinary suite has each value once, and the pairs are in
+            the slow tier with the others.
     """
-    chosen = pairs(*factors, allowed=allowed)
+    chosen, ordinary = pairs(*factors, allowed=allowed), "pairs"
+    if once:
+        chosen, ordinary = once_each(chosen), "values"
     others = [cell for cell in product(*factors, allowed=allowed) if cell not in set(chosen)]
     found = []
-    for name, cells, marks in (("pairs", chosen, ()), ("other cells", others, (pytest.mark.slow,))):
+    for name, cells, marks in (
+        (ordinary, chosen, ()),
+        ("other cells", others, (pytest.mark.slow,)),
+    ):
         alike = sorted(
             cells,
             key=lambda cell: [list(f).index(c) for f, c in zip(factors, cell, strict=True)][::-1],

@@ -86,7 +86,7 @@ def test_stages_ranks_and_accumulation_give_the_same_curve(
 
 @pytest.mark.process
 def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path: Path) -> None:
-    cells = product(("full", "lora"), (0, 3))
+    cells = [("full", 3), ("lora", 0)]
     tasks = [
         {
             "overrides": [
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path: Path) 
         for t, z in cells
     ]
     found = train_engines(tasks, 2, tmp_path)
-    for cell, with_it, without in zip(cells, found[:4], found[4:], strict=True):
+    for cell, with_it, without in zip(cells, found[:2], found[2:], strict=True):
         assert largest_difference(with_it["losses"], without["losses"]) < 1e-5, cell
         assert with_it["losses"][0] != with_it["losses"][-1]
 
@@ -131,7 +131,8 @@ def test_a_loss_scale_that_grows_changes_no_step(tmp_path: Path) -> None:
     behind which it grows.
     """
     base = [*FAST, "precision=fp16", "tuner=full"]
-    stages = [("0", "none"), ("1", "none"), ("2", "none"), ("3", "none")]
+    # Each has an optimizer of DeepSpeed's of its own; that of 1 is that of 2.
+    stages = [("0", "none"), ("2", "none"), ("3", "none")]
     # Every value of it is a power of two: as long as fp16 holds the gradients, it changes none of
     # their digits.
     kept, grows = {"cur_scale": 1024.0}, {"cur_scale": 1024.0, "scale_window": 1}

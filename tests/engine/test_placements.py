@@ -132,8 +132,7 @@ def test_a_run_goes_on_exactly_on_nvme_and_from_it(runs: Runs, tmp_path: Path) -
 def test_lora_gives_the_same_curve_with_its_weights_on_nvme(tmp_path: Path) -> None:
     run = [*WIDE, "tuner=lora", "optim.learning_rate=2e-3"]
     found = train_engines(
-        [on(rung, run, tmp_path, first=0, last=4) for rung in ("none", "cpu", "nvme")], 2, tmp_path
+        [on(rung, run, tmp_path, first=0, last=4) for rung in ("none", "nvme")], 2, tmp_path
     )
-    for result in found[1:]:
-        assert largest_difference(result["losses"], found[0]["losses"]) < 1e-3
+    assert largest_difference(found[1]["losses"], found[0]["losses"]) < 1e-3
     assert found[0]["losses"][-1] < found[0]["losses"][0] - 0.02

@@ -693,9 +693,8 @@ def real_model(smollm2: Path) -> tuple[Path, Any, list[int], list[int]]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("f32", "f16")), "q8_0"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", AGREEMENT)
 def test_the_real_model_says_the_same_when_transformers_reads_it(
     kind: str, real_model: Any, tmp_path: Path
 ) -> None:

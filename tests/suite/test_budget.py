@@ -68,6 +68,19 @@ def test_tests_that_run_side_by_side_have_the_speed_that_they_leave_each_other(
     assert "30.1 s of 30.0 s: b" in slow
 
 
+def test_a_machine_that_is_slow_only_in_between_gives_the_suite_more_time(
+    calm: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "LOOK_SECONDS", 0.0)
+    for beside, found in ((2.0, 1), (4.0, 0)):
+        calm[0] = 1.0
+        watched = Budget((900, time.time() - 1360), side_by_side=True)
+        calm[0] = beside
+        watched.pytest_runtest_logreport(report("a", 1))
+        calm[0] = 1.0
+        assert len(watched.judge()) == found, beside
+
+
 def test_a_suite_may_take_half_as_long_again(calm: list[float]) -> None:
     assert Budget((900, time.time() - 1340)).judge() == []
     (problem,) = Budget((900, time.time() - 1360)).judge()

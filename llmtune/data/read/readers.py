@@ -150,9 +150,10 @@ def _read_csv(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterat
 
 
 def _read_builtin(file: DataFile, _source: Source, start: tuple[int, int]) -> Iterator[Block]:
-    rows: Iterable[dict[str, Any]] = read_stdlib_modules()
-    if file.path == "stdlib_docs":
-        rows = map(_to_row, read_stdlib_docs())
+    # Each reads the sources of a part of the standard library.
+    rows: Iterable[dict[str, Any]] = (
+        map(_to_row, read_stdlib_docs()) if file.path == "stdlib_docs" else read_stdlib_modules()
+    )
     yield from collect_blocks(file.path, enumerate(rows, 1), start[0])
 
 

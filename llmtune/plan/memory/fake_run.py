@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
-from llmtune.plan.memory.fake_stacks import adapt_stacks
+from llmtune.plan.memory.fake_stacks import adapt_stacks, any_dtype
 from llmtune.process import hold_interruptions
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.tuner.adapted_layers import linear_layers, matrix_sides
@@ -102,7 +102,8 @@ def trace_layers(
     after: list[int] = []
     on_gpu = settings.accelerator == "cuda"
     kernels = gpu_dropout() if on_gpu else contextlib.nullcontext()
-    with hold_interruptions(), FakeTensorMode(allow_non_fake_inputs=True), kernels:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with hold_interruptions(), fake, kernels, any_dtype():
         _to_fake(model)
         named = _make_inputs(architecture.get_text_config(), settings, dtype)
 

@@ -1,8 +1,11 @@
-"""Adapters on stacked experts in a run on fake tensors: each keeps a whole sum."""
+"""Stacked experts in a run on fake tensors: their product, and adapters, of which each keeps a
+whole sum.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,6 +13,23 @@ from llmtune.config.groups.tuner import TunerConfig
 from llmtune.tuner.lora_settings import lora_rank
 from llmtune.tuner.stacks.read_as import read_as
 from llmtune.tuner.stacks.stacked_weights import find_stacks, is_target
+
+
+@contextmanager
+def any_dtype() -> Iterator[None]:
+    """In the block, experts may be multiplied in any dtype.
+
+    torch's grouped product computes fp32 and fp16 too, but on fake tensors it knows bf16 alone.
+    transformers' own product keeps and makes the same tensors.
+    """
+    from transformers.integrations import moe
+
+    chosen = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = chosen
 
 
 def adapt_stacks(model: Any, tuner: TunerConfig, dtype: Any) -> None:

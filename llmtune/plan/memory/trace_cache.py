@@ -17,6 +17,7 @@ _LIBRARIES = ("torch", "transformers")
 _SOURCES = (
     "activations.py",
     "fake_run.py",
+    "fake_stacks.py",
     "model_shape.py",
     "rank_bytes.py",
     "shapes.py",
