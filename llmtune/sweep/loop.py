@@ -97,7 +97,7 @@ class SweepLoop:
         if trial is None:
             self._say(f"all {counted(done, 'setting')} of hparams_search.space have been tried")
         else:
-            self._say(f"trial {trial.number} of {limits.trials}: {_describe(trial)}")
+            self._say(f"trial {trial.number} ({done + 1} of {limits.trials}): {_describe(trial)}")
         return trial
 
     def _judge_of(self, trial: Trial) -> Judge:

@@ -125,7 +125,11 @@ def test_unknown_verbs_and_options(capsys: pytest.CaptureFixture[str]) -> None:
             2,
             "adapter=b needs its base model: add base=MODEL",
         ),
-        (["-m", "tuner.lora_r=8,16"], 2, "-m: a command is one run. Start one command per value"),
+        (
+            ["-m", "tuner.lora_r=8,16"],
+            2,
+            "-m: a command is one run, and sweep is the verb for many",
+        ),
         (["train", "model=tiny", "--multirun"], 2, "--multirun: a command is one run"),
         (["--config-dir", "/no/such"], 2, "--config-dir /no/such: no such folder"),
         (["--cfg", "hydra"], 2, "only 'job' is known"),

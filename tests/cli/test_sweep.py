@@ -135,6 +135,24 @@ def test_six_trials_killed_in_the_middle_and_started_again(
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.process
+def test_a_bad_trial_is_ended_early_and_one_that_fails_is_recorded(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    done = run_cli(
+        *(text for text in JOB if not text.startswith(("hparams_search.space", "train.max_steps"))),
+        "hparams_search.space.optim.learning_rate.choices=[0.01,1e-7,1e30]",
+        *("hparams_search.sampler=grid", "train.max_steps=60", f"output_dir={folder}", "--json"),
+    )
+    assert done.code == 0, done.err
+    good, bad, failed = json.loads(done.out)["trials"]
+    assert [trial["state"] for trial in (good, bad, failed)] == ["finished", "pruned", "failed"]
+    assert len(losses(Path(good["folder"]))) == 60
+    assert 2 <= len(losses(Path(bad["folder"]))) < 60
+    assert not list(Path(bad["folder"]).glob("checkpoint-*")), "nothing goes on from them"
+    assert "not finite" in failed["reason"]
+
+
 def test_many_values_lead_to_this_verb(capfd: pytest.CaptureFixture[str]) -> None:
     for arguments in (["-m", "tuner.lora_r=8,16"], ["--multirun"]):
         assert main(arguments) == 2

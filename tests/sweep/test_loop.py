@@ -39,7 +39,7 @@ def test_a_sweep_has_as_many_trials_as_it_should(tmp_path: Path) -> None:
         assert is_whole is (tuple(trial.evaluations) == STEPS)
         if is_whole:
             assert trial.value == loss_of(trial, STEPS[-1])
-    assert said[0].startswith("trial 0 of 8: optim.learning_rate=")
+    assert said[0].startswith("trial 0 (1 of 8): optim.learning_rate=")
     # Nothing is left to do, and more can be asked for.
     runner = FakeRunner()
     make_loop(make_study(tmp_path), runner, 8).run()
