@@ -81,6 +81,7 @@ _NOT_NEGATIVE = (
     "hparams_search.pruner_startup_trials",
     "hparams_search.pruner_warmup_steps",
     "hparams_search.seed",
+    "runs.unused_days",
     "seed",
 )
 

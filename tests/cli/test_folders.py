@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from llmtune.cli.arguments import parse
 from llmtune.cli.folders.columns import align
 from llmtune.cli.main import main
 from llmtune.cli.verbs import VERBS
+from llmtune.storage import layout
+from llmtune.storage.lock import hold_lock
 from llmtune.storage.rank_files import FinishedRecord
 from tests.checkpoint.test_finished_runs import FINISHED, write_folder
 from tests.report.run_folder import make_run
@@ -122,6 +125,38 @@ def test_runs_are_listed_and_pruned_when_asked(
     assert not (done / "checkpoint-2").exists()
     assert len(list(begun.glob("checkpoint-*"))) == 3
     assert FinishedRecord.read(done) == FINISHED
+
+
+def test_the_cache_is_pruned_when_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, cache = make_run(tmp_path / "runs" / "a"), tmp_path / "cache"
+    for name in ("models/old/x", "models/lately/x"):
+        (cache / name).parent.mkdir(parents=True)
+        (cache / name).write_text("x")
+    old = cache / "models" / "old"
+    for path in (old / "x", old):
+        os.utime(path, (0, 0))
+    cache.chmod(0o700)
+    command = ["runs", str(run), "runs.prune=cache", f"paths.cache_dir={cache}"]
+
+    # While a run trains, people may look.
+    with hold_lock(run / layout.LOCK):
+        assert main([*command, "runs.dry_run=true"]) == 0
+        out = capfd.readouterr().out
+        assert f"would remove {old}" in out
+        assert "1 part: would free" in out
+        assert main(command) == 2
+        assert "may need what is in the cache" in capfd.readouterr().err
+    assert old.is_dir()
+
+    assert main([*command, "--json"]) == 0
+    values = json.loads(capfd.readouterr().out)
+    assert [item["folder"] for item in values["pruned"]] == [str(old)]
+    assert not old.exists()
+    assert main(command) == 0
+    assert "all of the cache was used in the last 7 days" in capfd.readouterr().out
+    assert (cache / "models" / "lately" / "x").is_file()
+    assert main([*command, "runs.unused_days=-1"]) == 2
+    assert "runs.unused_days=-1" in capfd.readouterr().err
 
 
 def test_columns_are_as_wide_as_their_cells_and_long_cells_are_cut() -> None:

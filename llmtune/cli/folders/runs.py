@@ -1,4 +1,4 @@
-"""``runs``: list run folders, and remove checkpoints of finished ones when asked to."""
+"""``runs``: list run folders; remove checkpoints of finished ones, or of the cache, when asked."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from llmtune.checkpoint.finished_runs import find_removable, prune_finished
 from llmtune.cli.arguments import Options
 from llmtune.cli.folders.columns import align
 from llmtune.cli.output import stdout_for_us
+from llmtune.config.cache_folder import INSTEAD, KEY, locate_cache
 from llmtune.config.composed import Composed
+from llmtune.config.groups.paths import PathsConfig
 from llmtune.config.groups.verbs.runs import Prune, RunsConfig
 from llmtune.errors import EXIT_DONE, CheckpointError, ConfigError
 from llmtune.report.run_list import RunEntry, list_runs
 from llmtune.security.terminal import to_json_line
+from llmtune.security.trust import require_own
+from llmtune.storage.unused_cache import find_unused, remove_entry
 from llmtune.track.console import Console
 from llmtune.track.status import Status
-from llmtune.units import counted, format_bytes, format_seconds
+from llmtune.units import counted, format_bytes, format_seconds, some
 
 #: Where runs are without ``output_dir``.
 _DEFAULT = "runs"
@@ -38,7 +42,10 @@ def run(composed: Composed, options: Options) -> int:
     settings = composed.config.runs
     with Status(Console(sys.stderr), "reading the run folders"):
         entries = list_runs(folder)
-        pruned = _prune(entries, settings)
+        if settings.prune is Prune.cache:
+            pruned = _prune_cache(entries, settings, composed.config.paths)
+        else:
+            pruned = _prune(entries, settings)
     with stdout_for_us() as write:
         if options.as_json:
             values: dict[str, Any] = {"runs": [entry.to_dict() for entry in entries]}
@@ -71,7 +78,7 @@ def _describe_age(seconds: float) -> str:
 
 def _prune(entries: list[RunEntry], settings: RunsConfig) -> list[dict[str, Any]]:
     """Remove what is asked for from finished runs, or find out what would be."""
-    if settings.prune is Prune.nothing:
+    if settings.prune is not Prune.checkpoints:
         return []
     pruned = []
     for entry in entries:
@@ -88,11 +95,40 @@ def _prune(entries: list[RunEntry], settings: RunsConfig) -> list[dict[str, Any]
     return pruned
 
 
+def _prune_cache(
+    entries: list[RunEntry], settings: RunsConfig, paths: PathsConfig
+) -> list[dict[str, Any]]:
+    """Remove what nobody has used for a while from the cache, or find out what that would be.
+
+    Raises:
+        ConfigError: A run may be about to open what it has found there.
+        MissingPrerequisiteError: The cache is another user's.
+    """
+    running = [str(entry.folder) for entry in entries if entry.state == "running"]
+    if running and not settings.dry_run:
+        raise ConfigError(
+            f"runs.prune=cache: {some(running)} may need what is in the cache; wait for the end, or"
+            " take runs.dry_run=true"
+        )
+    cache = locate_cache(paths)
+    if not cache.is_dir():
+        return []
+    require_own(cache, KEY, INSTEAD)
+    unused = find_unused(cache, settings.unused_days * _DAY_SECONDS)
+    if not settings.dry_run:
+        for entry in unused:
+            remove_entry(entry)
+    return [{"folder": str(entry.path), "bytes": entry.nbytes} for entry in unused]
+
+
 def _describe(pruned: list[dict[str, Any]], settings: RunsConfig) -> list[str]:
     would = "would remove" if settings.dry_run else "removed"
+    if not pruned and settings.prune is Prune.cache:
+        return [f"all of the cache was used in the last {counted(settings.unused_days, 'day')}"]
     if not pruned:
         return ["no finished run has a checkpoint that it does not need"]
     freed = format_bytes(sum(item["bytes"] for item in pruned))
     verb = "would free" if settings.dry_run else "freed"
     lines = [f"{would} {item['folder']}  {format_bytes(item['bytes'])}" for item in pruned]
-    return [*lines, f"{counted(len(pruned), 'checkpoint')}: {verb} {freed}"]
+    noun = "checkpoint" if settings.prune is Prune.checkpoints else "part"
+    return [*lines, f"{counted(len(pruned), noun)}: {verb} {freed}"]

@@ -11,6 +11,7 @@ class Prune(Enum):
 
     nothing = "nothing"
     checkpoints = "checkpoints"
+    cache = "cache"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,6 +22,9 @@ class RunsConfig:
     """``checkpoints`` removes those of finished runs but for the last, the best and the published.
 
     The trained model, its exports and the checkpoint from which training could go on stay.
+    ``cache`` removes converted models and prepared rows from ``paths.cache_dir`` that nobody has
+    used for ``unused_days``; they are made again when they are needed.
     """
+    unused_days: float = 7.0
     dry_run: bool = False
     """Only say what would be removed, and how much room that would free."""
