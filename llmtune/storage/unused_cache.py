@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtune.storage import layout
 from llmtune.storage.atomic import ASIDE, remove_folder
 
 #: Folders of the cache whose entries are made again when they are needed.
@@ -20,7 +21,6 @@ ROOMS = (
     "traces",
     "weights",
 )
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def find_unused(cache: Path, seconds: float) -> list[CacheEntry]:
         if not folder.is_dir() or folder.is_symlink():
             continue
         for path in folder.iterdir():
-            if path.is_symlink() or path.name.endswith(_LOCK):
+            if path.is_symlink() or path.name.endswith(layout.LOCK):
                 continue
             entry = _measure(path)
             if entry.unused_seconds >= seconds:
