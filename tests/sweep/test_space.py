@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -62,7 +63,19 @@ def test_the_command_line_goes_over_the_file() -> None:
         space = read(raw)
         assert space.keys() == {"optim.learning_rate", "tuner.lora_r"}
         assert space["optim.learning_rate"].to_plain() == {"low": 1e-5, "high": 1e-2, "log": True}
-        assert space["tuner.lora_r"].to_plain() == {"low": 4, "high": 64, "log": False, "step": 1}
+        assert space["tuner.lora_r"].to_plain() == {"low": 4, "high": 64, "log": False}
+
+
+def test_what_is_stored_of_a_space_is_read_again() -> None:
+    space = [
+        Parameter(key="a", choices=("x", None, True, 1, 0.5)),
+        Parameter(key="b", low=1, high=64, is_log=True, step=1),
+        Parameter(key="c", low=2, high=9, step=3),
+        Parameter(key="d", low=1e-5, high=1.0, is_log=True),
+        Parameter(key="e", low=0.0, high=1.0, step=0.25),
+    ]
+    stored = json.loads(json.dumps({parameter.key: parameter.to_plain() for parameter in space}))
+    assert read_space(stored) == (space, [])
 
 
 @pytest.mark.parametrize(
