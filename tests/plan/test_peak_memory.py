@@ -71,7 +71,7 @@ def test_an_adapter_begins_in_the_memory_that_is_planned(
         begin_from_base(model, start, 0, ALONE)
         taken.append(peak_bytes(reset=False) - before)
     # Buffers of LAPACK and of the C library come with the first call, and stay; small blocks are no
-    # mappings of their own. Products in bf16 take up to 3 MB more, depending on what the process has
+    # mappings of their own. Products in bf16 take up to 3 MB more, by what the process has
     # multiplied before.
     planned = start_bytes(one_layer(rows, columns, rank, start), dtype.itemsize)
     assert 0.85 * planned < min(taken) < 1.05 * planned + 4_000_000
