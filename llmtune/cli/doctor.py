@@ -1,6 +1,5 @@
 """``doctor``: find what on this machine would stop a run, and the command that fixes it."""
 
-import importlib.util
 import itertools
 import sys
 from collections.abc import Iterator
@@ -27,11 +26,10 @@ def inspect_trackers() -> Iterator[Finding]:
     """Tell which experiment trackers could be used, and what would install the others."""
     installed, missing = [], []
     for service in SERVICES.list().values():
-        if service.package is None or importlib.util.find_spec(service.package) is not None:
-            installed.append(service.name)
-        else:
-            wanted = f"llmtune[{service.extra}]" if service.extra else service.package
+        if wanted := service.find_missing():
             missing.append(f"{service.name} (pip install '{wanted}')")
+        else:
+            installed.append(service.name)
     message = ", ".join(installed) or "none is installed"
     if missing:
         message += f"; not installed: {', '.join(missing)}"

@@ -9,7 +9,15 @@ from typing import Any
 _MOST_LETTERS = 300
 #: Keys for the place and the name of a run, which always differ, and groups of other verbs.
 _NO_DIFFERENCE = {"run_name", "output_dir", "resume_from_checkpoint"}
-_NO_TRAINING = (*("chat.", "hparams_search.", "paths.", "predict.", "report.", "runs.", "target."),)
+_NO_TRAINING = (
+    "chat.",
+    "hparams_search.",
+    "paths.",
+    "predict.",
+    "report.",
+    "runs.",
+    "target.",
+)
 _ABSENT = "not set"
 
 

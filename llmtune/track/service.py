@@ -95,6 +95,12 @@ class Service:
         if isinstance(self.open, type):
             check_tracker(self.open)
 
+    def find_missing(self) -> str | None:
+        """Return what ``pip install`` needs for a module that is not there, without importing."""
+        if self.package is None or importlib.util.find_spec(self.package) is not None:
+            return None
+        return f"llmtune[{self.extra}]" if self.extra else self.package
+
 
 SERVICES: Registry[Service] = Registry(
     "tracker.kind", "llmtune.track.services", also=(NONE,), interface=Service
@@ -141,18 +147,22 @@ def check_packages(config: TrackerConfig) -> None:
         MissingPrerequisiteError: One is not.
     """
     for service in resolve_services(config):
-        if service.package is None or importlib.util.find_spec(service.package) is not None:
-            continue
-        wanted = f"llmtune[{service.extra}]" if service.extra else service.package
-        raise MissingPrerequisiteError(
-            f"tracker={service.name}: {service.title} needs the package {service.package}: pip"
-            f" install '{wanted}', or leave {service.name} out"
-        )
+        if wanted := service.find_missing():
+            raise MissingPrerequisiteError(
+                f"tracker={service.name}: {service.title} needs the package {service.package}: pip"
+                f" install '{wanted}', or leave {service.name} out"
+            )
 
 
 def open_services(run: TrackedRun) -> list[BackgroundTracker]:
     """Begin to open the chosen services, each in a thread of its own."""
     return [
-        BackgroundTracker(service.title, partial(service.open, run), run.say, run.config.artifacts)
+        BackgroundTracker(
+            service.title,
+            partial(service.open, run),
+            run.say,
+            # Others have no more time than before.
+            stores_files=run.config.artifacts and "artifacts" in service.own_keys,
+        )
         for service in resolve_services(run.config)
     ]

@@ -42,8 +42,8 @@ class PhaseLog:
     """The phase, step and peak memory of one rank.
 
     Phases are ``start load answer data forward backward step evaluate save trace finish``. The
-    supervisor
-    detects a hang by a record that no longer changes; therefore every write increments ``beats``.
+    supervisor detects a hang by a record that no longer changes; therefore every write increments
+    ``beats``.
     """
 
     def __init__(self, path: Path | None = None):

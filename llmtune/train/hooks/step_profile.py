@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,8 +119,7 @@ class StepProfile:
             file = layout.trace_file(self._run, self._rank.rank)
             try:
                 file.parent.mkdir(exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):
-                    file.unlink()
+                file.unlink(missing_ok=True)
                 profiler.export_chrome_trace(str(file))
                 if self._rank.is_first:
                     self._summarize(file)

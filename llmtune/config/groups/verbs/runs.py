@@ -26,5 +26,6 @@ class RunsConfig:
     used for ``unused_days``; they are made again when they are needed.
     """
     unused_days: float = 7.0
+    """Days after which ``cache`` takes what was neither read nor written for unused."""
     dry_run: bool = False
     """Only say what would be removed, and how much room that would free."""
