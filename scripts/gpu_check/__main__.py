@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,14 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _work_folder(out.parent) as work, _ended_by_signals():
         bench = Bench(machine.device, work, given.timeout or TIMEOUTS[machine.device])
         try:
-            results = run_checks(bench, chosen)
+            results = run_checks(
+                bench, chosen, keep=lambda results: write_json(out, machine, results)
+            )
         finally:
             bench.close()
     return _report(machine, results, out, time.monotonic() - started)
 
 
-def run_checks(bench: Bench, checks: Sequence[Check]) -> list[Result]:
-    """Each in its turn, with a line when it starts and one when it ends."""
+def run_checks(
+    bench: Bench, checks: Sequence[Check], keep: Callable[[Sequence[Result]], None]
+) -> list[Result]:
+    """Each in its turn, with a line when it starts and one when it ends.
+
+    Args:
+        keep: Is given all results after each check, so that a lent machine may go before the end.
+    """
     if bench.device != "cpu":
         # The runs on the CPU need no GPU, and go on beside those that do.
         for check in checks:
@@ -67,6 +75,7 @@ def run_checks(bench: Bench, checks: Sequence[Check]) -> list[Result]:
             f" s{'' if result.passed else f': {result.note}'}"
         )
         results.append(result)
+        keep(results)
     return results
 
 
@@ -98,7 +107,6 @@ def run_check(bench: Bench, check: Check) -> Result:
 
 
 def _report(machine: Machine, results: Sequence[Result], out: Path, seconds: float) -> int:
-    write_json(out, machine, results)
     print_table(make_console(), machine, results)
     counts = {
         state: [result.state for result in results].count(state)

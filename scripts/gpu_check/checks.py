@@ -15,13 +15,17 @@ from pathlib import Path
 
 import psutil
 
+from llmtune.plan.devices.gpus import visible_gpus
+from llmtune.units import format_bytes
 from scripts.gpu_check import jobs
-from scripts.gpu_check.bench import Bench, trained
+from scripts.gpu_check.bench import Bench, SkippedError, trained
 from scripts.gpu_check.commands import RunFailedError, descendants
 from scripts.gpu_check.compare import LOSS_TOLERANCE, Verdict, compare_curves, compare_number
 from scripts.gpu_check.jobs import (
     ADAPTER,
     LARGE_SMOLLM2,
+    PROFILED,
+    QUANTIZED,
     SMALL_SMOLLM2,
     UNDISTURBED,
     UNLIMITED,
@@ -44,6 +48,28 @@ PRECISIONS = (
     ("bf16", "lora", "padded", 1, "none"),
     ("fp16", "full", "padded", 2, "none"),
     ("fp16", "lora", "packed", 0, "none"),
+)
+#: Tuner, stage, rung.
+TUNERS = (
+    ("dora", 0, "none"),
+    ("rslora", 1, "none"),
+    ("lora_plus", 2, "optimizer_cpu"),
+    ("pissa", 3, "none"),
+    ("freeze", 3, "cpu"),
+    ("qlora", 0, "none"),
+    ("qlora", 2, "none"),
+    ("qlora", 3, "none"),
+    ("qlora", 3, "cpu"),
+)
+#: Optimizer, stage, rung.
+OPTIMIZERS = (
+    ("adamw_bf16", 3, "none"),
+    ("adamw_bf16", 2, "optimizer_cpu"),
+    ("adamw_8bit", 3, "none"),
+    ("adamw_8bit", 3, "cpu"),
+    ("muon", 2, "none"),
+    ("lion", 1, "none"),
+    ("adafactor", 0, "none"),
 )
 #: The memory that a run is left of what it needs without a limit: too little for the optimizer's
 #: states.
@@ -74,14 +100,19 @@ def all_checks(device: str, cards: int) -> list[Check]:
             for rung in rungs
         ),
         *(_losses(jobs.precision_job(*cell)) for cell in PRECISIONS),
+        *(_losses(jobs.tuner_job(*cell)) for cell in TUNERS),
+        *(_losses(jobs.optimizer_job(*cell)) for cell in OPTIMIZERS),
         _losses(jobs.ranks_job(cards)),
         _losses(UNDISTURBED),
         Check(name="resume/killed", run=_check_killed),
         Check(name="evaluation/adapter", run=_check_evaluation),
         Check(name="export/merged", run=_check_export),
+        Check(name="export/qlora", run=_check_qlora_export),
+        Check(name="watch/profile", run=_check_profile),
         Check(name="fallback/out-of-memory", run=_check_fallback, jobs=(UNLIMITED,)),
         _losses(SMALL_SMOLLM2),
         Check(name="smollm2/plan", run=_check_plan, alone=device != "cpu"),
+        *(_large(name) for name in jobs.LARGE_WAYS),
     ]
 
 
@@ -272,6 +303,66 @@ def _check_fallback(bench: Bench) -> Verdict:
         tolerance=verdict.tolerance,
         problems=problems,
     )
+
+
+def _check_qlora_export(bench: Bench) -> Verdict:
+    """Merge what was trained on 4-bit weights, and evaluate it against the adapter on them."""
+    run = bench.train(QUANTIZED)
+    merged = bench.folder("export/qlora")
+    bench.commands.llmtune(
+        "export",
+        f"run={run.folder}",
+        "export=safetensors",
+        f"output_dir={merged}",
+        clock=bench.clock,
+    ).check()
+    data = [text for text in QUANTIZED.overrides if text.startswith("data.")]
+    measured = bench.evaluate(f"base={merged}", f"precision={QUANTIZED.precision}", *data)
+    return Verdict(
+        measured={"held_out_loss": measured},
+        expected={"held_out_loss": run.curve.after},
+        tolerance=LOSS_TOLERANCE[QUANTIZED.precision],
+        problems=compare_number(
+            "the held-out loss of the merged model",
+            measured,
+            run.curve.after,
+            LOSS_TOLERANCE[QUANTIZED.precision],
+        ),
+    )
+
+
+def _check_profile(bench: Bench) -> Verdict:
+    """``debug=profile``: on a GPU the parts of a step are its kernels."""
+    folder = bench.folder("watch/profile")
+    run = bench.train_in(folder, PROFILED, "debug=profile")
+    summary = (run.folder / "profile" / "summary.md").read_text()
+    where = "the GPU of rank 0" if bench.device == "cuda" else "the processor of rank 0"
+    problems = [] if where in summary else [f"the summary is not about {where}"]
+    shares = {
+        part: float(share)
+        for part, share in re.findall(
+            r"^\| ([a-z][^|`]*) \| [^|]+ \| ([0-9.]+)% \|$", summary, re.M
+        )
+    }
+    if not 99.0 <= sum(shares.values()) <= 101.0:
+        problems.append(f"the parts add up to {sum(shares.values()):.1f} % of a step")
+    if not shares.get("matrix products", 0.0) > 0.0:
+        problems.append("no matrix product was found")
+    return Verdict(measured=shares, expected={"sum": 100.0}, tolerance=1.0, problems=problems)
+
+
+def _large(name: str) -> Check:
+    """Peak memory and seconds of a step of what fills tens of gigabytes."""
+
+    def run(bench: Bench) -> Verdict:
+        if bench.device == "cpu":
+            raise SkippedError("it is too large for a CPU")
+        if min(gpu.memory_bytes for gpu in visible_gpus()) < jobs.LARGE_BYTES:
+            raise SkippedError(f"it needs a card of {format_bytes(jobs.LARGE_BYTES)}")
+        job = jobs.large_job(name)
+        return compare_plan(bench.train(job).folder, jobs.LARGE_LENGTH)
+
+    return Check(name=f"large/{name}", run=run)
 
 
 class _PeakData:

@@ -80,6 +80,53 @@ SMOLLM2_FULL = (
     "optim.learning_rate=2e-5",
 )
 PLAIN = ("zero=0", "offload=none")
+#: Of each tuner but ``full`` and ``lora``, which the placements and the precisions have.
+TUNERS = {
+    **{name: (f"tuner={name}",) for name in ("dora", "rslora", "lora_plus", "qlora")},
+    # The preset's decomposition begins with random numbers, which a GPU draws otherwise.
+    "pissa": ("tuner=pissa", "tuner.init_lora_weights=pissa"),
+    "freeze": ("tuner=freeze", "tuner.freeze.last_layers=1"),
+}
+#: Overrides and precision of each optimizer but AdamW in fp32. The rate suits what moves each
+#: element by the whole of it.
+OPTIMIZERS = {
+    "adamw_bf16": (("optim=adamw_bf16",), "bf16"),
+    "adamw_8bit": (("optim=adamw_8bit",), "bf16"),
+    "muon": (("optim=muon",), "bf16"),
+    "lion": (("optim=lion", "optim.learning_rate=2e-3"), "fp32"),
+    "adafactor": (("optim=adafactor",), "fp32"),
+}
+LARGE_LENGTH = 2048
+#: Eight layers as wide as those of Llama-3-8B, with random weights: 2.8 billion parameters.
+LARGE = (
+    "model=tiny",
+    "model.config.hidden_size=4096",
+    "model.config.intermediate_size=14336",
+    "model.config.num_hidden_layers=8",
+    "model.config.num_attention_heads=32",
+    "model.config.num_key_value_heads=8",
+    "model.config.head_dim=128",
+    "model.config.vocab_size=128256",
+    "model.config.tie_word_embeddings=false",
+    "model.config.max_position_embeddings=8192",
+    "data.train=stdlib_docs",
+    "data.val_set_size=0",
+    "data.packing=true",
+    f"data.max_seq_length={LARGE_LENGTH}",
+    "train.global_batch_size=4",
+    "train.per_device_train_batch_size=2",
+    "train.max_steps=6",
+    "train.save_strategy=no",
+    "optim.learning_rate=1e-5",
+)
+#: What of it is trained, and with which states.
+LARGE_WAYS = {
+    "qlora": ("tuner=qlora",),
+    "full-adamw_bf16": ("tuner=full", "optim=adamw_bf16"),
+    "full-adamw_8bit": ("tuner=full", "optim=adamw_8bit"),
+}
+#: What the card must have for each of them.
+LARGE_BYTES = 70 * 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +139,8 @@ class Job:
     """Where its states lie, and what of the batch must not change its losses."""
     precision: str = "fp32"
     ranks: int = 1
+    plain: tuple[str, ...] = PLAIN
+    """The placement of the run on the CPU: the simplest that this job has."""
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -108,7 +157,9 @@ class Job:
     def reference(self) -> Job:
         """The same arithmetic on one rank without ZeRO; in fp32 for fp16, which few CPUs have."""
         precision = "fp32" if self.precision == "fp16" else self.precision
-        return Job(name=self.name, overrides=self.overrides, placement=PLAIN, precision=precision)
+        return Job(
+            name=self.name, overrides=self.overrides, placement=self.plain, precision=precision
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +197,40 @@ def precision_job(precision: str, tuner: str, rows: str, stage: int, rung: str) 
     )
 
 
+def tuner_job(tuner: str, stage: int, rung: str) -> Job:
+    """One of the tuners, in fp32, so that a fault is larger than rounding."""
+    placement = (f"zero={stage}", f"offload={rung}", "train.per_device_train_batch_size=4")
+    return Job(
+        name=f"tuner/{tuner}-zero{stage}-{rung}",
+        overrides=(*TINY, *TUNERS[tuner]),
+        placement=placement,
+    )
+
+
+def optimizer_job(optimizer: str, stage: int, rung: str) -> Job:
+    """One of the optimizers, with all parameters trained."""
+    overrides, precision = OPTIMIZERS[optimizer]
+    placement = (f"zero={stage}", f"offload={rung}", "train.per_device_train_batch_size=4")
+    return Job(
+        name=f"optimizer/{optimizer}-zero{stage}-{rung}",
+        overrides=(*TINY, "tuner=full", *overrides),
+        placement=placement,
+        precision=precision,
+        # DeepSpeed has bf16 master weights, and Muon, from stage 1 on.
+        plain=("zero=1", "offload=none") if stage else PLAIN,
+    )
+
+
+def large_job(name: str) -> Job:
+    """What should fill tens of gigabytes as planned."""
+    return Job(
+        name=f"large/{name}",
+        overrides=(*LARGE, *LARGE_WAYS[name]),
+        placement=("zero=3", "offload=none"),
+        precision="bf16",
+    )
+
+
 def ranks_job(ranks: int) -> Job:
     """As many ranks as there are cards, which take their rows and weights from one another."""
     rows = 8 if 8 % ranks == 0 else ranks
@@ -158,6 +243,10 @@ def ranks_job(ranks: int) -> Job:
 
 
 ADAPTER = precision_job("bf16", "lora", "padded", 1, "none")
+QUANTIZED = tuner_job("qlora", 3, "none")
+PROFILED = Job(
+    name="watch/profile", overrides=(*TINY, "tuner=lora", "train.max_steps=8"), precision="bf16"
+)
 UNDISTURBED = Job(name="resume/undisturbed", overrides=LONG, placement=("zero=2", "offload=none"))
 UNLIMITED = Job(name="fallback/out-of-memory", overrides=WIDE, placement=PLAIN, precision="bf16")
 SMALL_SMOLLM2 = Job(

@@ -236,6 +236,30 @@ def test_checks_are_chosen_by_pattern_or_by_part_of_their_name() -> None:
     assert select(checks, ["nothing"]) == []
 
 
+def test_every_tuner_and_every_optimizer_is_checked() -> None:
+    names = [check.name for check in all_checks("cuda", 1)]
+    for group, elsewhere in (("tuner", {"full", "lora"}), ("optimizer", {"adamw"})):
+        folder = ROOT / "conf" / group.replace("optimizer", "optim")
+        checked = {
+            name.split("/")[1].split("-zero")[0] for name in names if name.startswith(f"{group}/")
+        }
+        assert checked | elsewhere == {path.stem for path in folder.glob("*.yaml")}
+
+
+def test_results_are_kept_after_each_check(tmp_path: Path) -> None:
+    kept: list[list[str]] = []
+    bench = Bench("cpu", tmp_path, 1.0)
+    checks = [
+        Check(name=name, run=lambda _: Verdict(measured=1, expected=1, tolerance=0))
+        for name in "ab"
+    ]
+    try:
+        program.run_checks(bench, checks, lambda results: kept.append([r.name for r in results]))
+    finally:
+        bench.close()
+    assert kept == [["a"], ["a", "b"]]
+
+
 def test_without_a_gpu_it_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
