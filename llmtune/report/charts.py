@@ -154,7 +154,7 @@ def draw_bars(name: str, title: str, unit: str, bars: Sequence[tuple[str, float]
         chart_of(values)
         .mark_bar()
         .encode(
-            x=alt.X("value:Q", title=unit, axis=alt.Axis(format="~s", tickCount=5)),
+            x=alt.X("value:Q", title=unit, axis=alt.Axis(format=",~g", tickCount=5)),
             y=alt.Y("name:N", sort=names, title=None, axis=alt.Axis(labelLimit=170)),
             tooltip=[
                 alt.Tooltip("name:N", title=title),

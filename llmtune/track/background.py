@@ -1,7 +1,9 @@
 """A tracker that works in a thread of its own, so that training never waits for it.
 
 Libraries of trackers write to disks and networks within ``log``, or hand over to a process that may
-be gone. Here a record costs the training thread a place in a queue, whatever the library does.
+be gone. Here a record costs the training thread a place in a queue, whatever the library does. The
+other thread looks into the queue a few times in a second: if each record woke it, it would take
+Python's lock from a training thread whose steps are short.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ FINISH_SECONDS = {Outcome.finished: 300.0, Outcome.stopped: 20.0, Outcome.failed
 #: The same for a finished run whose files are stored.
 FINISH_SECONDS_WITH_FILES = 3600.0
 _POLL_SECONDS = 0.5
+#: Seconds between two looks into the queue.
+_PAUSE_SECONDS = 0.25
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ class BackgroundTracker:
         self._lost = 0
         self._step: int | None = None
         self._has_ended = self._is_closing = False
+        self._is_last = threading.Event()
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._work, name=f"track {title}", daemon=True)
         self._thread.start()
@@ -78,6 +83,7 @@ class BackgroundTracker:
             seconds = FINISH_SECONDS_WITH_FILES
         self._deadline = time.monotonic() + seconds
         self._calls.put(lambda tracker: self._close(tracker, outcome))
+        self._is_last.set()
 
     def wait(self, beat: Callable[[], None]) -> None:
         """Wait until the tracker has closed, or its time is over, and tell what it lacks."""
@@ -103,8 +109,10 @@ class BackgroundTracker:
             tracker = self._open()
             check_tracker(tracker)
             while not self._is_closing:
-                what = f"failed after {self._describe_step()}"
-                self._calls.get()(tracker)
+                self._is_last.wait(_PAUSE_SECONDS)
+                while not self._is_closing and not self._calls.empty():
+                    what = f"failed after {self._describe_step()}"
+                    self._calls.get()(tracker)
         except BaseException as error:
             # Nobody but the user is there to catch it, be it a library's SystemExit.
             log.exception("%s %s", self._title, what)

@@ -5,8 +5,9 @@
 All local trackers at once: W&B offline, TensorBoard, MLflow, Trackio and Prometheus. Prints the
 median time of a step of every run, and the differences of the medians of all runs of a kind.
 Anything else that runs on the machine shows. With ``--direct`` no model is trained: the thread that
-would train computes something that takes as long as a step, hands over a record, and the same
-without trackers, block by block in one process. That can be told apart on a busy machine too.
+would train computes something for 20 ms, hands over a record, and the same without trackers, block
+by block in one process. That can be told apart on a busy machine too: by the thread's processor
+time, and by the time on the clock, which has what trackers' threads take from it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ KINDS = {
     ],
     "report": ["report.write=true"],
 }
+#: Small operators of a step with ``--direct``, between which Python runs, as in a small model.
+DIRECT_PRODUCTS = 40
 #: Steps that are not counted: kernels and buffers are made in them.
 WARM_UP = 10
 
@@ -54,22 +57,28 @@ def step_milliseconds(folder: Path, overrides: list[str], steps: int, port: int)
     return 1000 * statistics.median(float(record["seconds"]) for record in records[WARM_UP:])
 
 
-def step_of_processor_milliseconds(log: Any, first: int, steps: int) -> float:
-    """Compute and log so many times; return the median processor time of this thread for it."""
+def direct_milliseconds(log: Any, first: int, steps: int) -> tuple[float, float]:
+    """Compute and log so many times.
+
+    Returns:
+        Medians of this thread's processor time, and of the time on the clock.
+    """
     import torch
 
-    matrix, times = torch.randn(256, 256), []
+    matrix = torch.randn(256, 256)
+    processor, clock = [], []
     for number in range(first, first + steps):
-        began = time.thread_time()
-        for _ in range(40):
+        began, began_on_clock = time.thread_time(), time.perf_counter()
+        for _ in range(DIRECT_PRODUCTS):
             matrix @ matrix
         log({"step": number, "loss": 1.0, "grad_norm": 1.0, "seconds": 0.02, "tokens": 100})
-        times.append(time.thread_time() - began)
-    return 1000 * statistics.median(times)
+        processor.append(time.thread_time() - began)
+        clock.append(time.perf_counter() - began_on_clock)
+    return 1000 * statistics.median(processor), 1000 * statistics.median(clock)
 
 
 def compare_directly(runs: int, steps: int, port: int) -> None:
-    """Print the processor time of a step without trackers and with all of them, block by block."""
+    """Print what a step takes without trackers and with all of them, block by block."""
     from llmtune.config.groups.tracker import TrackerConfig, TrackerMode
     from llmtune.track.service import TrackedRun, open_services
     from llmtune.track.tracker import Outcome, Trackers
@@ -88,20 +97,22 @@ def compare_directly(runs: int, steps: int, port: int) -> None:
             config=config, folder=Path(folder, "run"), name="bench", settings={}, say=say
         )
         trackers = Trackers(open_services(run), say)
-        found: dict[str, list[float]] = {"nothing": [], "trackers": []}
+        found: list[tuple[float, float]] = []
         for number in range(runs + 1):
             first = 1 + number * steps
-            pair = {
-                "nothing": step_of_processor_milliseconds(lambda _: None, 1, steps),
-                "trackers": step_of_processor_milliseconds(trackers.log, first, steps),
-            }
+            without = direct_milliseconds(lambda _: None, 1, steps)
+            tracked = direct_milliseconds(trackers.log, first, steps)
             # They are still opening in the first block.
-            for kind in found if number else ():
-                found[kind].append(pair[kind])
-                say(f"block {number}  {kind:<9} {pair[kind]:8.3f} ms per step")
+            if number == 0:
+                continue
+            found.append((tracked[0] - without[0], tracked[1] - without[1]))
+            say(
+                f"block {number}: processor {without[0]:.3f} and {tracked[0]:.3f} ms, clock"
+                f" {without[1]:.3f} and {tracked[1]:.3f} ms per step"
+            )
         trackers.finish(Outcome.finished)
-    medians = {kind: statistics.median(times) for kind, times in found.items()}
-    say(f"trackers cost {medians['trackers'] - medians['nothing']:+.3f} ms per step")
+    processor, clock = (statistics.median(column) for column in zip(*found, strict=True))
+    say(f"trackers cost {processor:+.3f} ms of the processor, {clock:+.3f} ms per step")
 
 
 def main() -> None:

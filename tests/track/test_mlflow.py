@@ -10,10 +10,12 @@ import pytest
 from llmtune.config.groups.tracker import TrackerConfig
 from llmtune.storage import layout
 from llmtune.track.service import open_services
+from llmtune.track.services.mlflow import MlflowTracker
 from llmtune.track.tracker import Outcome, Trackers
 from tests.track.records import record, tracked_run
 
 mlflow: Any = pytest.importorskip("mlflow")
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +68,22 @@ def test_settings_plan_and_numbers_are_in_the_store(tmp_path: Path) -> None:
 def test_the_next_start_goes_on_with_the_run(tmp_path: Path) -> None:
     states = []
     for number, outcome in enumerate((Outcome.stopped, Outcome.failed, Outcome.finished)):
-        track(tmp_path, outcome, record(number + 1), first_step=number, settings={"seed": number})
+        # The last step of the start before is behind its checkpoint, and is done again.
+        records = [record(step) for step in range(max(1, number), number + 2)]
+        track(tmp_path, outcome, *records, first_step=number, settings={"seed": number})
         client, (run,) = runs_in(tmp_path)
         states.append(run.info.status)
     assert states == ["KILLED", "FAILED", "FINISHED"]
     losses = client.get_metric_history(run.info.run_id, "loss")
     assert sorted(one.step for one in losses) == [1, 2, 3]
+
+
+def test_a_run_that_is_killed_has_failed(tmp_path: Path) -> None:
+    """The process with the client sees that nobody says how the run has ended."""
+    run = tracked_run(tmp_path, [], config=TrackerConfig(kind="mlflow", project="mine"))
+    tracker = MlflowTracker(run)
+    tracker.log(record(1))
+    tracker._process.close()
+    _, (found,) = runs_in(tmp_path)
+    assert found.info.status == "FAILED"
+    assert found.data.metrics["loss"] == 3.0
