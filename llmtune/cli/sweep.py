@@ -28,6 +28,7 @@ from llmtune.sweep.record import check_record
 from llmtune.sweep.results import SweepResults, read_results
 from llmtune.sweep.runner import TrialRunner
 from llmtune.sweep.study import Study, open_study
+from llmtune.sweep.trial import TrialState
 from llmtune.track.console import Console
 from llmtune.track.status import Status
 from llmtune.train.run_folder import open_run_folder
@@ -100,7 +101,7 @@ def _open_study(settings: SweepSettings) -> Study:
 
 def _run_trials(study: Study, settings: SweepSettings, console: Console) -> None:
     search = settings.config.hparams_search
-    done = len(study.list_trials())
+    done = sum(trial.state is not TrialState.unfinished for trial in study.list_trials())
     pruned = "those behind the median are ended early" if settings.prunes else "none is ended early"
     console.page(
         f"sweep of {search.trials} trials in {settings.folder}",

@@ -91,7 +91,7 @@ def draw_parallel(
         "axis:N",
         sort=order,
         title=None,
-        scale=alt.Scale(padding=0.6),
+        scale=alt.Scale(padding=0.9),
         axis=alt.Axis(labelAngle=-25, labelLimit=170, grid=False),
     )
     y = alt.Y("height:Q", scale=alt.Scale(domain=[0, 1]), axis=None)

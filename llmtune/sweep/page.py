@@ -48,7 +48,9 @@ def write_sweep_page(results: SweepResults, cache: Path) -> Path:
 
 def _summary(results: SweepResults) -> list[tuple[str, str]]:
     states = [trial.state for trial in results.trials]
-    rows = [("goal", results.objective.goal), ("trials", f"{len(states)} of {results.asked}")]
+    # A later start may ask for fewer than there are.
+    asked = max(results.asked, len(states))
+    rows = [("goal", results.objective.goal), ("trials", f"{len(states)} of {asked}")]
     ended = (TrialState.finished, TrialState.pruned, TrialState.failed)
     rows += [(state.value, str(states.count(state))) for state in ended if state in states]
     if results.best is not None:

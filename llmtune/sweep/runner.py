@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from llmtune.checkpoint.find import find_checkpoints, remove_checkpoint
-from llmtune.errors import EXIT_DONE, EXIT_UNEXPECTED, DoesNotFitError
+from llmtune.errors import EXIT_DONE, EXIT_UNEXPECTED, CheckpointError, DoesNotFitError
 from llmtune.launch.supervise.signals import StopRequests
 from llmtune.plan.run_record import RunRecord
+from llmtune.security.redaction import redact
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.rank_files import FinishedRecord
@@ -86,6 +89,7 @@ class TrialRunner:
             f"output_dir={run}",
             f"run_name={self._command.name}-{run.name}",
         ]
+        _check_own(run, trial)
         watch = _Watch(run, self._metric, judge)
         # What an earlier start of it wrote, before anything is started.
         watch.look()
@@ -131,6 +135,24 @@ class TrialRunner:
         if end.is_stopped:
             return TrialEnd(state=TrialState.unfinished)
         return _failure(end)
+
+
+def _check_own(run: Path, trial: Trial) -> None:
+    """Refuse a folder that another trial has begun, before anything in it is judged or removed.
+
+    Raises:
+        CheckpointError: Its settings are not those of this trial.
+    """
+    file = run / layout.OVERRIDES
+    if not file.is_file():
+        return
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    lacks = [text for text in to_overrides(trial.values) if redact(text) not in (stored or [])]
+    if lacks:
+        raise CheckpointError(
+            f"{run} holds a run without {lacks[0]}, which is not this sweep's trial"
+            f" {trial.number}; move it away, or take another output_dir="
+        )
 
 
 class _Watch:
@@ -191,7 +213,8 @@ def _read_value(run: Path, metric: str) -> tuple[float | None, str]:
         return None, f"its folder has no {layout.FINISHED}"
     best = finished.best if finished.loaded_best else None
     if best is not None and best.get("metric") == metric:
-        return float(best["value"]), ""
+        reached = float(best["value"])
+        return (reached, "") if math.isfinite(reached) else (None, f"{metric} is not finite")
     records = [record for record in read_metrics(run / layout.METRICS) if "eval_loss" in record]
     if not records:
         return None, "it has no evaluation"

@@ -31,6 +31,7 @@ from llmtune.sweep.objective import (
 )
 from llmtune.sweep.runner import TrialCommand
 from llmtune.sweep.space import PREFIX, Parameter, count_points, read_space, to_overrides
+from llmtune.track.service import check_packages
 from llmtune.train.run_folder import is_identity
 from llmtune.tuner.tuner import TUNERS
 
@@ -91,6 +92,7 @@ def resolve_sweep(composed: Composed, config_dir: str | None) -> SweepSettings:
     Raises:
         ConfigError: With every problem that was found.
         DataError: A file of the data is not there.
+        MissingPrerequisiteError: The package of a tracker is not there.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise ConfigError(
@@ -102,6 +104,7 @@ def resolve_sweep(composed: Composed, config_dir: str | None) -> SweepSettings:
     compose_config(own, config_dir, more_rules=find_problems)
     check_local_files(composed.config.data)
     composed = adopt_task(composed)
+    check_packages(composed.config.tracker)
     config, search = composed.config, composed.config.hparams_search
 
     space, problems = read_space(search.space)

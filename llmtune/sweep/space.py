@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 PREFIX = "hparams_search.space"
@@ -52,9 +53,32 @@ class Parameter:
             return None
         if self.is_integer:
             return range(int(self.low), int(self.high) + 1, int(self.step))
-        # A hair more than the quotient, which may be a hair below a whole number.
-        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return [self.low + number * self.step for number in range(count)]
+        # In decimals, as they were written: 0.1 + 2 * 0.1 is above 0.3 in binary ones.
+        low, step = Decimal(str(self.low)), Decimal(str(self.step))
+        return [float(low + number * step) for number in range(self.count or 0)]
+
+    @property
+    def count(self) -> int | None:
+        """The number of values; None for a range without a step."""
+        if self.choices:
+            return len(self.choices)
+        if self.step is None:
+            return None
+        low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
+        return int((high - low) // step) + 1
+
+    @property
+    def last(self) -> float:
+        """The last value of a range with a step, which may be below its end."""
+        assert self.step is not None
+        return float(Decimal(str(self.low)) + ((self.count or 1) - 1) * Decimal(str(self.step)))
+
+    def snap(self, value: Scalar) -> Scalar:
+        """Return the listed value that is meant, to the last digit; others as they are."""
+        if self.choices or self.step is None or not isinstance(value, float):
+            return value
+        low, step = Decimal(str(self.low)), Decimal(str(self.step))
+        return float(low + round((value - self.low) / self.step) * step)
 
     def to_plain(self) -> dict[str, Any]:
         """Return what tells it from another one, as plain values."""
@@ -93,8 +117,8 @@ def to_overrides(values: Mapping[str, Scalar]) -> list[str]:
 
 def count_points(space: Sequence[Parameter]) -> int | None:
     """Return the number of different settings; None where a range has no step."""
-    sizes = [parameter.list_values() for parameter in space]
-    return math.prod(len(size) for size in sizes if size is not None) if all(sizes) else None
+    counts = [parameter.count for parameter in space]
+    return math.prod(count for count in counts if count) if all(counts) else None
 
 
 def list_points(space: Sequence[Parameter]) -> Iterator[Values]:
@@ -110,9 +134,14 @@ def read_space(raw: Mapping[str, Any]) -> tuple[list[Parameter], list[str]]:
     Returns:
         The parameters that are right, and what is wrong with the others.
     """
-    problems: list[str] = []
+    entries = _merge(raw)
+    problems = [
+        f"{PREFIX}.{key}=null: the space has no such key, so that none can be taken out; it has"
+        f" {', '.join(key for key, entry in entries.items() if entry is not None) or 'none'}"
+        for key in _find_removed(raw)
+    ]
     parameters = []
-    for key, entry in _merge(raw).items():
+    for key, entry in entries.items():
         found = list(_find_entry_problems(f"{PREFIX}.{key}", entry))
         problems += found
         if not found:
@@ -130,6 +159,15 @@ def _merge(raw: Mapping[str, Any]) -> dict[str, Any]:
             replaces = not isinstance(entry, Mapping) or _is_whole(entry)
             entries[key] = entry if before is None or replaces else {**before, **entry}
     return {key: entry for key, entry in entries.items() if entry is not None}
+
+
+def _find_removed(raw: Mapping[str, Any]) -> list[str]:
+    """List keys that are taken out though no file has put them in."""
+    dotted = _flatten({key: value for key, value in raw.items() if "." in key})
+    nested = _flatten({key: value for key, value in raw.items() if "." not in key})
+    there = {key for key, _ in dotted}
+    # Of a name without a dot, what the file says is not there any more.
+    return [key for key, entry in nested if entry is None and "." in key and key not in there]
 
 
 def _flatten(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -171,8 +209,9 @@ def _find_choice_problems(name: str, choices: Any) -> Iterator[str]:
                 f"{name}: {value} is no single value; write a list as a text in quotes, such as"
                 " '[q_proj,v_proj]'"
             )
-    shown = [show(value) for value in choices if isinstance(value, Scalar)]
-    if len(set(shown)) < len(shown):
+    # 1, 1.0 and true are one value to Python, and to the store of trials.
+    values = [value for value in choices if isinstance(value, Scalar)]
+    if len(set(values)) < len(values):
         yield f"{name}={choices}: a value is there twice"
 
 
@@ -195,7 +234,7 @@ def _find_range_problems(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}.low={low}: must be above 0 with log=true"
     elif is_log and step is not None:
         yield f"{name}.step={step}: has no meaning with log=true; leave one of them out"
-    elif step is not None and not 0 < step <= high - low:
+    elif step is not None and not 0 < Decimal(str(step)) <= Decimal(str(high)) - Decimal(str(low)):
         yield f"{name}.step={step}: must be above 0, and at most high - low"
     elif step is not None and _is_whole_range(entry) and not isinstance(step, int):
         yield f"{name}.step={step}: a whole number, because low and high are"

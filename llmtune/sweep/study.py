@@ -44,6 +44,8 @@ _MOST_TRIES = 20
 _MOST_POINTS = 100_000
 #: Seeds of numpy's older generators are smaller.
 _SEEDS = 2**32
+#: Seconds for which another program may use the file.
+_LOCK_SECONDS = 30.0
 
 _STATES = {
     State.RUNNING: TrialState.unfinished,
@@ -228,7 +230,7 @@ class Study:
         study = optuna.create_study(direction=self._study.direction, sampler=sampler)
         study.add_trials(before)
         values: Values = study.ask(self._distributions).params
-        return values
+        return {parameter.key: parameter.snap(values[parameter.key]) for parameter in self._space}
 
 
 def open_study(
@@ -272,7 +274,7 @@ def _open_storage(file: Path) -> optuna.storages.RDBStorage:
         require_own(file, layout.STUDY, "take another output_dir=", CheckpointError)
     # The path is not part of the address, in which some characters have a meaning.
     return optuna.storages.RDBStorage(
-        "sqlite://", engine_kwargs={"creator": lambda: sqlite3.connect(file)}
+        "sqlite://", engine_kwargs={"creator": lambda: sqlite3.connect(file, timeout=_LOCK_SECONDS)}
     )
 
 
@@ -285,7 +287,16 @@ def _seen_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.OptunaError, RuntimeError) as error:
+    except (
+        *(SQLAlchemyError, sqlite3.Error, optuna.exceptions.OptunaError),
+        # What Optuna raises for a file that holds something else.
+        *(RuntimeError, LookupError, ValueError),
+    ) as error:
+        if "database is locked" in str(error):
+            raise CheckpointError(
+                f"{layout.STUDY} of the sweep is used by another program, and has been for"
+                f" {_LOCK_SECONDS:.0f} s; end it, and start the sweep again"
+            ) from error
         raise CheckpointError(
             f"{layout.STUDY} of the sweep cannot be used: {first_line(error)}; take another"
             " output_dir=, or put back a copy of the file"
@@ -300,8 +311,7 @@ def _to_distribution(parameter: Parameter) -> BaseDistribution:
         # Optuna asks for a range that ends with a step.
         last = low + (int(parameter.high) - low) // step * step
         return IntDistribution(low, last, log=parameter.is_log, step=step)
-    values = parameter.list_values()
-    high = parameter.high if values is None else float(values[-1] or 0.0)
+    high = parameter.high if parameter.step is None else parameter.last
     return FloatDistribution(parameter.low, high, log=parameter.is_log, step=parameter.step)
 
 

@@ -14,7 +14,15 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from llmtune.track.tracker import Outcome, Record, SummaryTracker, Tracker, check_tracker
+from llmtune.track.tracker import (
+    AbandonableTracker,
+    LateError,
+    Outcome,
+    Record,
+    SummaryTracker,
+    Tracker,
+    check_tracker,
+)
 
 #: Records that may wait for a tracker. The next ones are lost to it, not to ``metrics.jsonl``.
 CAPACITY = 10_000
@@ -59,6 +67,8 @@ class BackgroundTracker:
         self._step: int | None = None
         self._has_ended = self._is_closing = False
         self._is_last = threading.Event()
+        self._tracker: Tracker | None = None
+        self._is_abandoned = False
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._work, name=f"track {title}", daemon=True)
         self._thread.start()
@@ -85,19 +95,33 @@ class BackgroundTracker:
         self._calls.put(lambda tracker: self._close(tracker, outcome))
         self._is_last.set()
 
-    def wait(self, beat: Callable[[], None]) -> None:
-        """Wait until the tracker has closed, or its time is over, and tell what it lacks."""
+    def wait(
+        self, beat: Callable[[], None], is_stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Wait until the tracker has closed, or its time is over, and tell what it lacks.
+
+        A signal that comes meanwhile leaves it the time of a run that stops.
+        """
+        is_hurried = False
         while self._thread.is_alive() and (left := self._deadline - time.monotonic()) > 0:
             self._thread.join(min(_POLL_SECONDS, left))
             beat()
+            if not is_hurried and is_stopped():
+                is_hurried = True
+                seconds = FINISH_SECONDS[Outcome.stopped]
+                self._deadline = min(self._deadline, time.monotonic() + seconds)
         if self._thread.is_alive():
+            self._is_abandoned = True
+            tracker = self._tracker
+            if tracker is not None and isinstance(tracker, AbandonableTracker):
+                tracker.abandon()
             waiting = self._calls.qsize()
             self._say(
-                f"{self._title} did not close in time and is left alone after"
-                f" {self._describe_step()}; {waiting} more calls wait for it. metrics.jsonl has"
+                f"{self._title} did not close in time and is left alone after it took"
+                f" {_describe(self._step)}; {waiting} more calls wait for it. metrics.jsonl has"
                 " all records"
             )
-        elif self._lost:
+        if self._lost:
             self._say(
                 f"{self._title} took no records for a while and lacks {self._lost} of them;"
                 " metrics.jsonl has all"
@@ -106,15 +130,19 @@ class BackgroundTracker:
     def _work(self) -> None:
         what = "cannot be opened"
         try:
-            tracker = self._open()
+            self._tracker = tracker = self._open()
             check_tracker(tracker)
             while not self._is_closing:
                 self._is_last.wait(_PAUSE_SECONDS)
                 while not self._is_closing and not self._calls.empty():
-                    what = f"failed after {self._describe_step()}"
+                    what = f"failed after {_describe(self._step)}"
                     self._calls.get()(tracker)
         except BaseException as error:
+            if self._is_abandoned:
+                return
             # Nobody but the user is there to catch it, be it a library's SystemExit.
+            if isinstance(error, LateError):
+                what = f"failed after step {error.step}" if error.step is not None else "has failed"
             log.exception("%s %s", self._title, what)
             self._say(
                 f"{self._title} {what} and is left out ({type(error).__name__}: {error});"
@@ -131,8 +159,9 @@ class BackgroundTracker:
         self._is_closing = True
         tracker.finish(outcome)
 
-    def _describe_step(self) -> str:
-        return "no record" if self._step is None else f"step {self._step}"
+
+def _describe(step: int | None) -> str:
+    return "no record" if step is None else f"step {step}"
 
 
 def _summarize(tracker: Tracker, values: Record) -> None:

@@ -27,6 +27,18 @@ class Outcome(Enum):
     failed = "failed"
 
 
+class LateError(Exception):
+    """A tracker failed at a record that it had taken before."""
+
+    def __init__(self, text: str, step: int | None):
+        """
+        Args:
+            step: That of the last record which it has; None where there is none, or none is known.
+        """
+        super().__init__(text)
+        self.step = step
+
+
 class Tracker(Protocol):
     """Receives every record of rank 0, in order."""
 
@@ -49,12 +61,21 @@ class SummaryTracker(Protocol):
 class WaitingTracker(Protocol):
     """A tracker that has more to do after ``finish`` has returned."""
 
-    def wait(self, beat: Callable[[], None], /) -> None:
+    def wait(self, beat: Callable[[], None], is_stopped: Callable[[], bool], /) -> None:
         """Wait until it is done, or its time is over.
 
         Args:
             beat: Called at least every second, to show that the process makes progress.
+            is_stopped: Tells whether the user or a scheduler waits for the process to end.
         """
+
+
+@runtime_checkable
+class AbandonableTracker(Protocol):
+    """A tracker that leaves something behind when it does not end in time."""
+
+    def abandon(self) -> None:
+        """End it, from another thread than that which waits for it."""
 
 
 def check_tracker(tracker: object) -> None:
@@ -111,11 +132,17 @@ class Trackers:
             except Exception as error:
                 self._drop(tracker, error)
 
-    def finish(self, outcome: Outcome, beat: Callable[[], None] = lambda: None) -> None:
+    def finish(
+        self,
+        outcome: Outcome,
+        beat: Callable[[], None] = lambda: None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Close each tracker, and wait for those that have more to do.
 
         Args:
             beat: Called at least every second, to show that the process makes progress.
+            is_stopped: Tells whether the user or a scheduler waits for the process to end.
         """
         for tracker in list(self._trackers):
             try:
@@ -125,7 +152,7 @@ class Trackers:
         # All of them use the time at once.
         for tracker in self._trackers:
             if isinstance(tracker, WaitingTracker):
-                tracker.wait(beat)
+                tracker.wait(beat, is_stopped)
 
     def _drop(self, tracker: Tracker, error: Exception) -> None:
         log.exception("%s failed; the run continues without it", type(tracker).__name__)

@@ -95,7 +95,7 @@ def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
             job.saver.close(MIRROR_SECONDS_AFTER_STOP)
             raise
         finally:
-            job.trackers.finish(outcome, rank.phases.beat)
+            job.trackers.finish(outcome, rank.phases.beat, lambda: stop.is_signaled)
     except Exception:
         # Record the memory in use now, in case it has run out.
         rank.phases.beat()

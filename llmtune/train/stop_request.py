@@ -32,6 +32,11 @@ class Stop:
         for stop_signal in without_ignored(STOP_SIGNALS):
             signal.signal(stop_signal, self._handle)
 
+    @property
+    def is_signaled(self) -> bool:
+        """Tell whether this rank has had a signal."""
+        return self._signaled
+
     def arm(self) -> None:
         """Let signals stop the run after a save, from here on."""
         self._armed = True

@@ -84,23 +84,28 @@ def main() -> None:
         parser.error(f"{min(unknown)} is none of {', '.join(OPTIMIZERS)}")
     with tempfile.TemporaryDirectory() as folder:
         reference = train(REFERENCE, "none", Path(folder) / "reference", arguments.steps)
-        say(f"reference: losses {reference[0]:.4f} to {reference[-1]:.4f}")
-        for name in arguments.names:
+        last = reference[-10:]
+        say(
+            f"reference: losses {reference[0]:.4f} to {reference[-1]:.4f}; mean of the last"
+            f" {len(last)} losses {sum(last) / len(last):.4f}"
+        )
+        own: dict[str, list[float]] = {}
+        # First rungs first: the table is of them.
+        runs = [(name, rung) for name in arguments.names for rung in OPTIMIZERS[name][1]]
+        for name, rung in sorted(runs, key=lambda run: run[1] != OPTIMIZERS[run[0]][1][0]):
             overrides, rungs = OPTIMIZERS[name]
-            own: list[float] = []
-            for rung in rungs:
-                losses = train(overrides, rung, Path(folder) / f"{name}-{rung}", arguments.steps)
-                own = own or losses
-                if rung == rungs[0]:
-                    apart, last = distances(losses, reference), losses[-10:]
-                    say(
-                        f"{name:<19} {rung:<15} from the reference: largest {max(apart):.4f}, mean"
-                        f" {sum(apart) / len(apart):.4f}; mean of the last {len(last)} losses"
-                        f" {sum(last) / len(last):.4f}"
-                    )
-                else:
-                    apart = distances(losses, own)
-                    say(f"{name:<19} {rung:<15} from {rungs[0]}: largest {max(apart):.1e}")
+            losses = train(overrides, rung, Path(folder) / f"{name}-{rung}", arguments.steps)
+            if rung == rungs[0]:
+                own[name] = losses
+                apart, last = distances(losses, reference), losses[-10:]
+                say(
+                    f"{name:<19} {rung:<15} from the reference: largest {max(apart):.4f}, mean"
+                    f" {sum(apart) / len(apart):.4f}; mean of the last {len(last)} losses"
+                    f" {sum(last) / len(last):.4f}"
+                )
+            else:
+                apart = distances(losses, own[name])
+                say(f"{name:<19} {rung:<15} from {rungs[0]}: largest {max(apart):.1e}")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=9464)
     parser.add_argument("--direct", action="store_true")
     given = parser.parse_args()
+    if given.runs < 1 or given.steps <= WARM_UP:
+        parser.error(f"--runs is at least 1, and --steps above {WARM_UP}")
     if given.direct:
         compare_directly(given.runs, given.steps, given.port)
         return

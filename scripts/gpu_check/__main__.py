@@ -35,15 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_NO_GPU
     checks = all_checks(machine.device, machine.cards)
     chosen = select(checks, given.only)
-    if given.list or not chosen:
+    if given.list:
         sys.stdout.write("".join(f"{check.name}\n" for check in checks))
-        return 0 if given.list else EXIT_USAGE
+        return 0
+    if unknown := [pattern for pattern in given.only if not select(checks, [pattern])]:
+        sys.stderr.write(f"error: no check is named like {unknown[0]}; --list names them\n")
+        return EXIT_USAGE
     started = time.monotonic()
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(out.parent) as work, _ended_by_signals():
         bench = Bench(machine.device, work, given.timeout or TIMEOUTS[machine.device])
         try:
+            # Another run's report does not stand for this one.
+            write_json(out, machine, [])
             results = run_checks(
                 bench, chosen, keep=lambda results: write_json(out, machine, results)
             )
@@ -96,7 +101,8 @@ def run_check(bench: Bench, check: Check) -> Result:
         return result(None, skipped=str(reason))
     except RunFailedError as error:
         return result(False, problems=[str(error)])
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:
+        # Of whatever kind: the other checks go on.
         return result(False, problems=[f"{type(error).__name__}: {error}"])
     found = {
         "measured": verdict.measured,
@@ -116,7 +122,7 @@ def _report(machine: Machine, results: Sequence[Result], out: Path, seconds: flo
         f"{', '.join(f'{count} {state}' for state, count in counts.items())} in {seconds:.0f} s;"
         f" {out}"
     )
-    return EXIT_FAILED if counts["failed"] else 0
+    return EXIT_FAILED if counts["failed"] or not counts["passed"] else 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -5,6 +5,7 @@ with.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -173,8 +174,14 @@ class Trained:
     def curve(self) -> Curve:
         """From its ``metrics.jsonl``."""
         lines = list(map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines()))
-        held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
-        return Curve([line["loss"] for line in lines if "loss" in line], held_out[0], held_out[-1])
+        # A number that is not finite is null there.
+        held_out = [_number(line["eval_loss"]) for line in lines if "eval_loss" in line]
+        losses = [_number(line["loss"]) for line in lines if "loss" in line]
+        return Curve(losses, held_out[0], held_out[-1])
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def placement_job(stage: int, rung: str) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmtune.storage.atomic import write_atomically
 from scripts.gpu_check.machine import Machine
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
@@ -57,7 +59,8 @@ def write_json(path: Path, machine: Machine, results: Sequence[Result]) -> None:
         "checks": [asdict(result) for result in results],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    text = json.dumps(_without_nan(report), indent=1, allow_nan=False)
+    write_atomically(path, text + "\n")
 
 
 def print_table(console: Console, machine: Machine, results: Sequence[Result]) -> None:
@@ -101,3 +104,14 @@ def summarize(measured: Any) -> str:
         elif value is not None:
             parts.append(f"{name.replace('_', ' ')} {value}")
     return ", ".join(parts)
+
+
+def _without_nan(value: Any) -> Any:
+    """Return null where a number is not finite, which JSON has not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return value

@@ -5,6 +5,7 @@ share of the card's peak.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,13 @@ def judge_plan(plan: dict[str, Any], steps: list[dict[str, Any]], length: int) -
     }
     factor = STEP_FACTOR[plan["hardware"]["accelerator"]]
     tolerance = {"peak_share": list(MEMORY_SHARE), "step_factor": factor}
-    return Verdict(
-        measured=measured,
-        expected=expected,
-        tolerance=tolerance,
-        problems=_problems(peak / planned_bytes, seconds / planned_seconds, factor),
-    )
+    problems = _problems(peak / planned_bytes, seconds / planned_seconds, factor)
+    losses = [step["loss"] for step in steps]
+    if any(loss is None or not math.isfinite(loss) for loss in losses):
+        problems.append("a loss is not finite")
+    elif len(set(losses)) < len(losses):
+        problems.append("two steps have the same loss to the last digit")
+    return Verdict(measured=measured, expected=expected, tolerance=tolerance, problems=problems)
 
 
 def planned_peak_bytes(plan: dict[str, Any]) -> int:

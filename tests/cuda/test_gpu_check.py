@@ -210,8 +210,8 @@ def test_the_plan_is_judged_by_what_torch_allocated() -> None:
         "tokens_per_second": 16000.0,
     }
     steps = [
-        {"seconds": seconds, "tokens": 16000, "memory_bytes": 8.1e9}
-        for seconds in (9.0, 2.0, 1.5, 1.0, 1.0, 1.0)
+        {"seconds": seconds, "tokens": 16000, "memory_bytes": 8.1e9, "loss": 6.0 - seconds - number}
+        for number, seconds in enumerate((9.0, 2.0, 1.5, 1.0, 1.0, 1.0))
     ]
     verdict = judge_plan(plan, steps, 1000)
     assert verdict.problems == []
@@ -221,6 +221,9 @@ def test_the_plan_is_judged_by_what_torch_allocated() -> None:
     assert verdict.measured["mfu"] == pytest.approx(16000 * 3 * (2e8 + 2 * 1000 * 500 * 10) / 1e15)
     slow = [{**step, "seconds": 4.0, "memory_bytes": 11e9} for step in steps]
     assert len(judge_plan(plan, slow, 1000).problems) == 2
+    for losses in ([6.0, None, 5.0, 4.0, 3.0, 2.0], [6.0] * 6):
+        wrong = [{**step, "loss": loss} for step, loss in zip(steps, losses, strict=True)]
+        assert len(judge_plan(plan, wrong, 1000).problems) == 1
 
 
 def test_checks_are_chosen_by_pattern_or_by_part_of_their_name() -> None:

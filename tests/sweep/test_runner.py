@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from llmtune.errors import CheckpointError
 from llmtune.launch.supervise.signals import StopRequests
 from llmtune.storage.rank_files import FinishedRecord
 from llmtune.sweep.child import ChildEnd
 from llmtune.sweep.runner import TrialCommand, TrialRunner
+from llmtune.sweep.space import to_overrides
 from llmtune.sweep.trial import Trial, TrialEnd, TrialState
 from llmtune.track.console import Console
 
@@ -208,6 +210,25 @@ def test_a_bad_trial_is_stopped_and_loses_its_checkpoints(
     children = Children(FITS, DONE)
     assert run(tmp_path, children, monkeypatch, judge).state is TrialState.pruned
     assert children.commands == []
+
+
+def test_the_folder_of_another_run_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one of a sweep whose file was replaced by an older copy."""
+    folder = write(tmp_path, 9.0, 4.0, 8.0)
+    checkpoint = folder / "checkpoint-4"
+    checkpoint.mkdir()
+    (checkpoint / "COMPLETE").touch()
+    own = [*COMMAND.overrides, *to_overrides(TRIAL.values), f"output_dir={folder}"]
+    children = Children(FITS, ChildEnd(exit_code=75))
+    (folder / "overrides.yaml").write_text(json.dumps([*own[:1], "tuner.lora_r=16", *own[2:]]))
+    with pytest.raises(CheckpointError, match="holds a run without tuner.lora_r=8"):
+        run(tmp_path, children, monkeypatch, lambda *_: True)
+    assert checkpoint.exists()
+    assert children.commands == []
+    (folder / "overrides.yaml").write_text(json.dumps(own))
+    assert run(tmp_path, children, monkeypatch, lambda *_: True).state is TrialState.pruned
 
 
 def test_the_last_evaluation_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from llmtune.sweep.space import (
     read_space,
     to_overrides,
 )
+from llmtune.sweep.study import _to_distribution
 
 
 def read(raw: dict[str, Any]) -> dict[str, Parameter]:
@@ -68,7 +71,7 @@ def test_the_command_line_goes_over_the_file() -> None:
 
 def test_what_is_stored_of_a_space_is_read_again() -> None:
     space = [
-        Parameter(key="a", choices=("x", None, True, 1, 0.5)),
+        Parameter(key="a", choices=("x", None, True, 2, 0.5)),
         Parameter(key="b", low=1, high=64, is_log=True, step=1),
         Parameter(key="c", low=2, high=9, step=3),
         Parameter(key="d", low=1e-5, high=1.0, is_log=True),
@@ -91,6 +94,7 @@ def test_what_is_stored_of_a_space_is_read_again() -> None:
         ({"choices": "abc"}, ".choices=abc: a list of values"),
         ({"choices": [[1, 2], 3]}, ".choices: [1, 2] is no single value; write a list as a text"),
         ({"choices": [1, 1]}, ".choices=[1, 1]: a value is there twice"),
+        ({"choices": [1, True]}, ".choices=[1, True]: a value is there twice"),
         ({"low": 2, "high": 1}, ": low=2 must be below high=1"),
         ({"low": 1, "high": 1}, ": low=1 must be below high=1"),
         ({"low": "a", "high": 1}, ".low=a: a number"),
@@ -108,6 +112,56 @@ def test_what_is_wrong_is_named_with_its_key(entry: Any, problem: str) -> None:
     parameters, problems = read_space({"train.num_train_epochs": entry})
     assert parameters == []
     assert problems[0].startswith(f"hparams_search.space.train.num_train_epochs{problem}")
+
+
+def test_values_that_differ_in_the_last_digits_are_two() -> None:
+    (parameter,), problems = read_space(
+        {"optim.learning_rate": {"choices": [0.1234567, 0.1234568]}}
+    )
+    assert not problems
+    assert len(parameter.choices) == 2
+
+
+def test_a_key_that_no_file_has_cannot_be_taken_out() -> None:
+    raw = {"tuner.lora_r": {"choices": [8, 16]}, "tuner": {"lora_dropuot": None}}
+    parameters, (problem,) = read_space(raw)
+    assert [parameter.key for parameter in parameters] == ["tuner.lora_r"]
+    assert problem.startswith("hparams_search.space.tuner.lora_dropuot=null: the space has no such")
+    assert read_space({**raw, "tuner": {"lora_r": None}}) == ([], [])
+
+
+@given(
+    st.decimals(-10, 10, places=3),
+    st.integers(1, 50),
+    st.decimals("0.001", 3, places=3),
+    st.decimals(0, 1, places=3),
+)
+def test_each_step_of_a_range_is_a_value_that_optuna_takes(
+    low: Decimal, count: int, step: Decimal, rest: Decimal
+) -> None:
+    """However its ends are rounded in binary numbers, and also where the last step is below."""
+    high = low + count * step + rest * step
+    entry = {"low": float(low), "high": float(high), "step": float(step)}
+    (parameter,), problems = read_space({"optim.weight_decay": entry})
+    assert not problems
+    values = parameter.list_values()
+    assert values is not None
+    assert len(values) == parameter.count
+    assert list(values) == [float(low + number * step) for number in range(len(values))]
+    assert len(values) in (count + 1, count + 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distribution = _to_distribution(parameter)
+    for value in values:
+        assert distribution._contains(distribution.to_internal_repr(value)), value
+        assert parameter.snap(value) == value
+        assert parameter.snap(float(value or 0) + 1e-12) == value
+
+
+def test_points_are_counted_without_a_list_of_them() -> None:
+    entry = {"low": 0.0, "high": 1.0, "step": 1e-12}
+    (parameter,), _ = read_space({"optim.weight_decay": entry})
+    assert count_points([parameter, parameter]) == (10**12 + 1) ** 2
 
 
 def test_all_problems_come_at_once() -> None:

@@ -12,7 +12,7 @@ from llmtune.track.service import TrackedRun
 def record(step: int, **more: Any) -> dict[str, Any]:
     return {
         "step": step,
-        "loss": 3.0 / step,
+        "loss": 3.0 / max(step, 1),
         "tokens_per_second": 5.0,
         "memory_bytes": 10**9,
         **more,

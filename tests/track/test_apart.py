@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from llmtune.track.apart.process import Message, TrackerProcess, TrackerProcessError, _groups
 from tests.support import ROOT
 
+LOG = {"kind": "log", "record": {"step": 7, "loss": Path("a path")}}
 MODULE = "tests.track.apart_notes"
 
 
@@ -57,26 +58,33 @@ def test_records_that_wait_come_together_and_prints_and_signals_disturb_nothing(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(process._process.pid, number)
     for _ in range(5):
-        process.send({"kind": "log"})
+        process.send(LOG)
     process.ask({"kind": "print"})
-    process.ask({"kind": "finish"})
-    process.close()
-    # The last one is the end of the input.
-    assert notes(file) == [["open"], ["sleep"], ["log"] * 5, ["print"], ["finish"], []]
+    # A child of this process, such as a worker that loads data, holds the pipe open.
+    assert process._process.stdin is not None
+    with subprocess.Popen(["sleep", "60"], pass_fds=[process._process.stdin.fileno()]) as child:
+        process.finish({"kind": "finish"})
+        child.kill()
+    assert notes(file) == [["open"], ["sleep"], ["log"] * 5, ["print"], ["finish"]]
 
 
 @pytest.mark.process
-def test_an_error_comes_back_with_its_text(tmp_path: Path) -> None:
-    process, _ = opened(tmp_path)
-    with pytest.raises(TrackerProcessError, match="^ValueError: no such thing$"):
+def test_an_error_comes_back_with_its_text_and_the_last_step(tmp_path: Path) -> None:
+    process, file = opened(tmp_path)
+    process.send(LOG)
+    with pytest.raises(TrackerProcessError, match="^ValueError: no such thing$") as raised:
         process.ask({"kind": "fail"})
-    process.close()
+    assert raised.value.step == 7
+    # The handler may still end what it has begun, and nothing is left of the process.
+    assert notes(file)[-2:] == [["fail"], []]
+    assert process._process.returncode == 1
 
     # Nobody waits for a record; the next ones find out.
     process, _ = opened(tmp_path)
     process.send({"kind": "fail"})
-    with pytest.raises(TrackerProcessError, match="^ValueError: no such thing$"):
+    with pytest.raises(TrackerProcessError, match="^ValueError: no such thing$") as raised:
         send_until(process, 20)
+    assert raised.value.step is None
 
 
 @pytest.mark.process
@@ -86,6 +94,11 @@ def test_one_that_was_killed_or_cannot_start_is_told(tmp_path: Path) -> None:
     with pytest.raises(TrackerProcessError, match="^its process was killed$"):
         send_until(process, 20)
 
+    process, _ = opened(tmp_path)
+    process.kill()
+    with pytest.raises(TrackerProcessError, match="^its process was killed$"):
+        process.finish({"kind": "finish"})
+
     with pytest.raises(TrackerProcessError, match="No module named"):
         TrackerProcess("tests.track.no_such_module").ask({"kind": "open"})
 
@@ -93,7 +106,7 @@ def test_one_that_was_killed_or_cannot_start_is_told(tmp_path: Path) -> None:
 def send_until(process: TrackerProcess, seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        process.send({"kind": "log"})
+        process.send(LOG)
         time.sleep(0.01)
 
 
@@ -103,7 +116,9 @@ from llmtune.track.apart.process import TrackerProcess
 
 process = TrackerProcess(sys.argv[1])
 process.ask({"kind": "open", "file": sys.argv[2]})
-process.send({"kind": "log"})
+process.send({"kind": "log", "record": {"step": 1}})
+process._process.stdin.write("{half of a li")
+process._process.stdin.flush()
 print(process._process.pid, flush=True)
 time.sleep(600)
 """

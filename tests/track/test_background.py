@@ -124,9 +124,34 @@ def test_one_that_hangs_costs_its_time_and_no_more(monkeypatch: pytest.MonkeyPat
     goes_on.set()
     assert time.perf_counter() - started < 10
     assert beats, "the supervisor is told that the rank is alive"
-    (note,) = said
-    assert note.startswith("Notes did not close in time and is left alone after ")
+    note, lost = said
+    assert note.startswith("Notes did not close in time and is left alone after it took ")
     assert "more calls wait for it" in note
+    assert "took no records for a while" in lost
+
+
+def test_a_signal_while_it_hangs_at_the_end_shortens_the_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(background.FINISH_SECONDS, Outcome.stopped, 0.2)
+    goes_on, abandoned, said = threading.Event(), list[bool](), list[str]()
+
+    class Hangs(Notes):
+        def finish(self, outcome: Outcome) -> None:
+            goes_on.wait(30)
+            raise OSError("it was ended")
+
+        def abandon(self) -> None:
+            abandoned.append(True)
+            goes_on.set()
+
+    trackers = Trackers([BackgroundTracker("Notes", Hangs, said.append)])
+    started = time.perf_counter()
+    trackers.finish(Outcome.finished, is_stopped=lambda: time.perf_counter() > started + 0.5)
+    assert 0.5 < time.perf_counter() - started < 10
+    assert abandoned == [True]
+    (note,) = said
+    assert note.startswith("Notes did not close in time and is left alone after it took no record")
 
 
 def test_records_that_find_no_room_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,16 @@ def test_a_run_that_is_killed_has_failed(tmp_path: Path) -> None:
     _, (found,) = runs_in(tmp_path)
     assert found.info.status == "FAILED"
     assert found.data.metrics["loss"] == 3.0
+
+
+def test_the_next_start_writes_what_an_earlier_one_could_not(tmp_path: Path) -> None:
+    """That one was killed before MLflow had its steps, or MLflow itself was."""
+    track(tmp_path, Outcome.failed, record(2))
+    lines = [json.dumps(record(step, eval_loss=2.0 * step)) for step in (0, 1, 2, 3, 4)]
+    (tmp_path / layout.METRICS).write_text("\n".join(lines) + "\n")
+    track(tmp_path, Outcome.finished, record(4), record(5), first_step=3)
+    client, (run,) = runs_in(tmp_path)
+    losses = [one.step for one in client.get_metric_history(run.info.run_id, "loss")]
+    assert sorted(losses) == [0, 1, 2, 3, 4, 5]
+    evaluations = [one.step for one in client.get_metric_history(run.info.run_id, "eval_loss")]
+    assert sorted(evaluations) == [0, 1, 2, 3]

@@ -49,7 +49,7 @@ def test_those_that_have_more_to_do_are_waited_for_when_all_have_been_told() -> 
         def finish(self, outcome: Outcome) -> None:
             told.append(f"finish {self.name}")
 
-        def wait(self, beat: Any) -> None:
+        def wait(self, beat: Any, is_stopped: Any) -> None:
             told.append(f"wait {self.name}")
             beat()
 

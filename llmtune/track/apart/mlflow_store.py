@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from llmtune.storage import layout
 from llmtune.track.apart.process import Handler, Message, serve
+from llmtune.track.metrics import read_metrics
 from llmtune.track.tracker import numbers_of
 
 #: By this tag a resumed start finds its run.
@@ -23,13 +25,13 @@ class MlflowStore(Handler):
     def __init__(self) -> None:
         self._client: Any = None
         self._run_id = ""
-        self._is_resumed = self._has_ended = False
-        self._last_steps: dict[str, int] = {}
+        self._is_resumed = False
+        self._steps: dict[str, set[int]] = {}
 
     def __call__(self, messages: list[Message], /) -> None:
-        """Handle messages of one kind; without an end that was told, the run has failed."""
+        """Handle messages of one kind; without a last one, the run has failed."""
         if not messages:
-            if self._run_id and not self._has_ended:
+            if self._run_id:
                 self._client.set_terminated(self._run_id, "FAILED")
             return
         kind, message = messages[0]["kind"], messages[0]
@@ -42,7 +44,6 @@ class MlflowStore(Handler):
                 self._client.set_tag(self._run_id, key, value)
         else:
             self._client.set_terminated(self._run_id, message["status"])
-            self._has_ended = True
 
     def _open(self, message: Message) -> None:
         """Begin a run, or go on with that of an earlier start."""
@@ -55,6 +56,7 @@ class MlflowStore(Handler):
         if found:
             self._run_id, self._is_resumed = found[0].info.run_id, True
             client.update_run(self._run_id, status="RUNNING")
+            self._fill(message)
             return
         tags = {_RUN_TAG: message["run_id"]}
         begun = client.create_run(experiment, run_name=message["name"], tags=tags)
@@ -64,6 +66,7 @@ class MlflowStore(Handler):
         while batch := list(islice(params, _PARAMS_PER_CALL)):
             client.log_batch(self._run_id, params=batch)
         client.log_dict(self._run_id, message["plan"], layout.PLAN)
+        self._fill(message)
 
     def _find_experiment(self, project: str, artifacts: str | None) -> str:
         if (known := self._client.get_experiment_by_name(project)) is not None:
@@ -83,14 +86,24 @@ class MlflowStore(Handler):
         while batch := list(islice(metrics, _METRICS_PER_CALL)):
             self._client.log_batch(self._run_id, metrics=batch)
 
+    def _fill(self, message: Message) -> None:
+        """Write what earlier starts have not: they may have been killed before MLflow had it."""
+        before = [
+            {"record": record, "milliseconds": message["milliseconds"]}
+            for record in read_metrics(Path(message["metrics"]))
+            if record["step"] <= message["first_step"]
+        ]
+        if before and message["first_step"] > 0:
+            self._log(before)
+
     def _is_known(self, key: str, step: int) -> bool:
         """Tell whether an earlier start has written this step, from behind its last checkpoint."""
         if not self._is_resumed:
             return False
-        if key not in self._last_steps:
+        if key not in self._steps:
             history = self._client.get_metric_history(self._run_id, key)
-            self._last_steps[key] = max((metric.step for metric in history), default=-1)
-        return step <= self._last_steps[key]
+            self._steps[key] = {metric.step for metric in history}
+        return step in self._steps[key]
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

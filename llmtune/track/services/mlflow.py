@@ -8,7 +8,7 @@ import time
 from llmtune.storage import layout
 from llmtune.track.apart.process import TrackerProcess
 from llmtune.track.service import SERVICES, Service, TrackedRun
-from llmtune.track.tracker import Outcome, Record
+from llmtune.track.tracker import Outcome, Record, numbers_of
 
 _STATES = {
     Outcome.finished: "FINISHED",
@@ -32,7 +32,11 @@ class MlflowTracker:
         local = "MLFLOW_TRACKING_URI" not in os.environ
         if local:
             folder.mkdir(parents=True, exist_ok=True)
-        self._process = TrackerProcess("llmtune.track.apart.mlflow_store")
+        self._process = TrackerProcess(
+            "llmtune.track.apart.mlflow_store",
+            # A store in the run folder is no reason to ask a host of MLflow's for anything.
+            defaults={"MLFLOW_DISABLE_TELEMETRY": "true"},
+        )
         self._process.ask(
             {
                 "kind": "open",
@@ -43,22 +47,29 @@ class MlflowTracker:
                 "name": run.name,
                 "settings": run.settings,
                 "plan": run.plan,
+                "first_step": run.first_step,
+                "metrics": str(run.folder / layout.METRICS),
+                "milliseconds": int(1000 * time.time()),
             }
         )
 
     def log(self, record: Record) -> None:
         """Hand the record over, with the time at which it came."""
         now = int(1000 * time.time())
-        self._process.send({"kind": "log", "record": record, "milliseconds": now})
+        numbers = {"step": record["step"], **dict(numbers_of(record))}
+        self._process.send({"kind": "log", "record": numbers, "milliseconds": now})
 
     def summarize(self, values: Record) -> None:
         """Set values of the whole run as tags."""
         self._process.send({"kind": "summarize", "values": values})
 
+    def abandon(self) -> None:
+        """End the process, whatever it waits for."""
+        self._process.kill()
+
     def finish(self, outcome: Outcome) -> None:
         """Close the run, and wait until all is written."""
-        self._process.ask({"kind": "finish", "status": _STATES[outcome]})
-        self._process.close()
+        self._process.finish({"kind": "finish", "status": _STATES[outcome]})
 
 
 SERVICES.register(
