@@ -191,6 +191,15 @@ def find_exploding_norm(history: History) -> str | None:
     )
 
 
+def make_reader(accelerator: str) -> MachineReader:
+    """Make a reader of this machine; a run on the CPU has nothing to do with its GPUs.
+
+    Args:
+        accelerator: Of the plan's hardware.
+    """
+    return MachineReader() if accelerator == "cuda" else MachineReader(read_gpus=list)
+
+
 def find_idle_gpus(history: History) -> str | None:
     """Find that GPUs wait for something."""
     used = [
@@ -282,16 +291,16 @@ class Hints:
     def __init__(
         self,
         say: Callable[[str], None],
-        read_machine: Callable[[], Machine] | None = None,
+        read_machine: Callable[[], Machine],
         rules: Sequence[Rule] = RULES,
     ):
         """
         Args:
             say: Shows a line to the user.
-            read_machine: Called once for each record; reads this machine where none is given.
+            read_machine: Called once for each record.
         """
         self._say = say
-        self._read_machine = read_machine or MachineReader().read
+        self._read_machine = read_machine
         self._rules = list(rules)
         self._history = History()
 

@@ -40,7 +40,7 @@ from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
-from llmtune.track.hints import Hints
+from llmtune.track.hints import Hints, make_reader
 from llmtune.track.metrics import MetricsFile
 from llmtune.track.service import TrackedRun, open_services
 from llmtune.track.tracker import Outcome, Tracker, Trackers
@@ -376,7 +376,7 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, first_step
     )
     metrics = MetricsFile(request.run_folder / layout.METRICS)
     progress = ProgressLine(console, request.steps.total_steps)
-    hints = Hints(console.say)
+    hints = Hints(console.say, make_reader(request.plan.hardware.accelerator).read)
     trackers: list[Tracker] = [metrics, progress, hints, *open_services(run)]
     if writes_report:
         trackers.append(ReportRefresher(request.run_folder, cache, console.say))

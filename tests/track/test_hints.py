@@ -10,7 +10,7 @@ import pytest
 
 from llmtune.plan.devices import gpu_state
 from llmtune.plan.devices.gpu_state import GpuState
-from llmtune.track.hints import READINGS, RULES, Hints, Machine, MachineReader
+from llmtune.track.hints import READINGS, RULES, Hints, Machine, MachineReader, make_reader
 
 HEALTHY: dict[str, Any] = {
     "seconds": 1.0,
@@ -97,7 +97,7 @@ def test_a_short_run_has_none() -> None:
 
 def test_records_without_phases_or_with_a_skipped_step_are_no_reason() -> None:
     hints: list[str] = []
-    tracker = Hints(hints.append)
+    tracker = Hints(hints.append, make_reader("cpu").read)
     for step in range(1, 200):
         tracker.log({"step": step, "loss": 3.0 / step, "grad_norm": 1.0, "seconds": 1.0})
         tracker.log({"step": step, "loss": 9.0, "grad_norm": None, "skipped": True})
@@ -112,6 +112,20 @@ def test_a_machine_without_shared_memory_says_nothing_of_it() -> None:
     reader = MachineReader("/nowhere", read_gpus=list, has_nvlink=lambda: False)
     assert reader.read() == Machine()
     assert reader.read() is reader.read()
+
+
+def test_a_run_on_the_cpu_does_not_look_at_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def read(name: str) -> list[GpuState]:
+        asked.append(name)
+        return [gpu()]
+
+    defaults = ("/nowhere", lambda: read("cuda"), lambda: True)
+    monkeypatch.setattr(MachineReader.__init__, "__defaults__", defaults)
+    assert make_reader("cpu").read().gpus == ()
+    assert make_reader("cuda").read().gpus == (gpu(),)
+    assert asked == ["cuda"]
 
 
 def gpu(index: int = 0, **changed: Any) -> GpuState:
