@@ -30,6 +30,7 @@ from llmtune.sweep.runner import TrialRunner
 from llmtune.sweep.study import Study, open_study
 from llmtune.sweep.trial import TrialState
 from llmtune.track.console import Console
+from llmtune.track.service import check_packages
 from llmtune.track.status import Status
 from llmtune.train.run_folder import open_run_folder
 
@@ -42,6 +43,7 @@ def run(composed: Composed, options: Options) -> int:
 
     Raises:
         ConfigError: The search or the job of its trials cannot work.
+        MissingPrerequisiteError: The package of a tracker is not there.
         CheckpointError: The folder holds something else, or another sweep uses it.
         StoppedError: A signal came; the same command goes on.
         LlmtuneError: Trials fail with the same error, or none has a value.
@@ -54,6 +56,8 @@ def run(composed: Composed, options: Options) -> int:
             from llmtune.sweep.settings import resolve_sweep
 
             settings = resolve_sweep(composed, options.config_dir)
+            # Each trial would end with it, and be used up.
+            check_packages(settings.config.tracker)
         _check_folder(settings)
         folder = open_run_folder(settings.folder, console.say).path
         stack.enter_context(hold_lock(folder / layout.LOCK, "output_dir="))

@@ -48,7 +48,7 @@ class SweepResults:
     def best_command(self) -> str:
         """The command line that trains with the best settings, in a run folder of its own."""
         assert self.best is not None
-        return shlex.join(["python", "-m", "llmtune", *self.command.describe(self.best)])
+        return shlex.join(["python", "-m", "llmtune", *self.command.describe_again(self.best)])
 
     def run_folder(self, trial: Trial) -> Path:
         """Return the run folder of a trial."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -36,6 +36,8 @@ class TrialCommand:
     overrides: list[str]
     plan_overrides: list[str]
     """Further ones for the plan: the data, where nobody has named any."""
+    default_overrides: list[str] = field(default_factory=list)
+    """What trials do without, such as exports, and a run with their settings need not."""
     config_dir: str | None
     name: str
     """Name of the sweep, which is the first part of the names of its runs."""
@@ -47,6 +49,11 @@ class TrialCommand:
 
     def describe(self, trial: Trial) -> list[str]:
         """Return the arguments that train with the settings of a trial, in a folder of its own."""
+        overrides = [*self.overrides, *self.default_overrides]
+        return ["train", *self.options, *overrides, *to_overrides(trial.values)]
+
+    def describe_again(self, trial: Trial) -> list[str]:
+        """Return the arguments of a run of its own with the settings of a trial."""
         return ["train", *self.options, *self.overrides, *to_overrides(trial.values)]
 
 

@@ -31,7 +31,6 @@ from llmtune.sweep.objective import (
 )
 from llmtune.sweep.runner import TrialCommand
 from llmtune.sweep.space import PREFIX, Parameter, count_points, read_space, to_overrides
-from llmtune.track.service import check_packages
 from llmtune.train.run_folder import is_identity
 from llmtune.tuner.tuner import TUNERS
 
@@ -92,7 +91,6 @@ def resolve_sweep(composed: Composed, config_dir: str | None) -> SweepSettings:
     Raises:
         ConfigError: With every problem that was found.
         DataError: A file of the data is not there.
-        MissingPrerequisiteError: The package of a tracker is not there.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         raise ConfigError(
@@ -104,7 +102,6 @@ def resolve_sweep(composed: Composed, config_dir: str | None) -> SweepSettings:
     compose_config(own, config_dir, more_rules=find_problems)
     check_local_files(composed.config.data)
     composed = adopt_task(composed)
-    check_packages(composed.config.tracker)
     config, search = composed.config, composed.config.hparams_search
 
     space, problems = read_space(search.space)
@@ -132,7 +129,8 @@ def resolve_sweep(composed: Composed, config_dir: str | None) -> SweepSettings:
         objective=objective,
         prunes=resolve_pruning(config),
         command=TrialCommand(
-            overrides=[*own, *_default_overrides(composed)],
+            overrides=own,
+            default_overrides=_default_overrides(composed),
             plan_overrides=["data=stdlib_docs"] if "data" in composed.unnamed else [],
             config_dir=config_dir,
             name=folder.resolve().name,

@@ -12,6 +12,7 @@ from llmtune.config.groups.verbs.hparams_search import HparamsSearchConfig
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.sweep.record import check_record
 from llmtune.sweep.settings import SweepSettings, resolve_sweep
+from llmtune.sweep.trial import Trial
 from llmtune.task.task import TASKS
 from tests.support import TINY
 
@@ -29,7 +30,12 @@ def test_the_command_of_a_trial_is_the_sweeps_without_the_search(tmp_path: Path)
     )
     assert found.folder == tmp_path / "mine"
     # TINY asks for no answers already.
-    assert found.command.overrides == [*JOB, "seed=7", "export=none"]
+    assert found.command.overrides == [*JOB, "seed=7"]
+    assert found.command.default_overrides == ["export=none"]
+    trial = Trial(number=0, values={"tuner.lora_r": 8})
+    assert found.command.describe(trial)[-2:] == ["export=none", "tuner.lora_r=8"]
+    # Who trains with these settings again wants a model.
+    assert "export=none" not in found.command.describe_again(trial)
     assert found.command.name == "mine"
     assert (found.objective.metric, found.objective.maximize) == ("eval_loss", False)
     assert found.command_line.startswith("python -m llmtune sweep model=tiny")
@@ -46,9 +52,9 @@ def test_the_folder_is_not_that_of_a_training() -> None:
 def test_exports_and_answers_are_left_out_unless_asked_for() -> None:
     job = ["model=tiny", "data.train=stdlib_docs@40", *SEARCH]
     found = resolve_sweep(compose_config(job), None)
-    assert found.command.overrides[-2:] == ["export=none", "train.sample_answers=false"]
+    assert found.command.default_overrides == ["export=none", "train.sample_answers=false"]
     found = resolve_sweep(compose_config([*job, "export=adapter"]), None)
-    assert "export=none" not in found.command.overrides
+    assert found.command.default_overrides == ["train.sample_answers=false"]
 
 
 def test_the_plan_is_asked_about_the_default_jobs_rows() -> None:
