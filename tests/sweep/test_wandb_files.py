@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +175,22 @@ def test_a_run_that_fails_is_a_failed_run(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_two_agents_on_one_machine_keep_apart(tmp_path: Path) -> None:
     """Their ranks, two of each, meet at the same time."""
+    run_two_agents(tmp_path, {"launch.nproc": 2}, [{}, {}])
+
+
+def run_two_agents(
+    tmp_path: Path, settings: dict[str, Any], variables: Sequence[Mapping[str, str]]
+) -> list[Path]:
+    """Runs at the same time, each with its variables; the run folders."""
     running = []
-    for number in range(2):
-        values = sample("lora", number) | SMALL | {"launch.nproc": 2, "train.max_steps": 6}
+    for number, own in enumerate(variables):
+        values = sample("lora", number) | SMALL | {"train.max_steps": 6} | settings
         with (tmp_path / f"log{number}").open("wb") as log:
             running.append(
                 subprocess.Popen(
                     agent_command("lora", values),
                     cwd=tmp_path,
-                    env={**os.environ, **environment(f"run{number}")},
+                    env={**os.environ, **environment(f"run{number}"), **own},
                     stdout=log,
                     stderr=log,
                 )
@@ -203,3 +211,4 @@ def test_two_agents_on_one_machine_keep_apart(tmp_path: Path) -> None:
             )
         )
     assert max(begin for begin, _ in spans) < min(end for _, end in spans), "not at the same time"
+    return folders

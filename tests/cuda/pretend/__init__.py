@@ -217,6 +217,8 @@ def show_gpus() -> None:
 
     card = gpus.Gpu("NVIDIA A100-SXM4-80GB", _total_memory(), 80)
     count = int(os.environ.get("PRETEND_DEVICES", 2))
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        count = min(count, len(visible.split(",")))
     for module in (gpus, probe):
         patch.object(module, "visible_gpus", lambda: [card] * count).start()
     patch.object(probe, "check_kernels", lambda gpu: None).start()
