@@ -37,7 +37,7 @@ class TrialCommand:
     plan_overrides: list[str]
     """Further ones for the plan: the data, where nobody has named any."""
     default_overrides: list[str] = field(default_factory=list)
-    """What trials do without, such as exports, and a run with their settings need not."""
+    """Overrides of trials alone, such as ``export=none``: a run of its own exports its model."""
     config_dir: str | None
     name: str
     """Name of the sweep, which is the first part of the names of its runs."""
