@@ -53,9 +53,12 @@ class Parameter:
             return None
         if self.is_integer:
             return range(int(self.low), int(self.high) + 1, int(self.step))
+        return [self._at(number) for number in range(self.count or 0)]
+
+    def _at(self, number: int) -> float:
+        """Return a value of a range with a step, counted from 0."""
         # In decimals, as they were written: 0.1 + 2 * 0.1 is above 0.3 in binary ones.
-        low, step = Decimal(str(self.low)), Decimal(str(self.step))
-        return [float(low + number * step) for number in range(self.count or 0)]
+        return float(Decimal(str(self.low)) + number * Decimal(str(self.step)))
 
     @property
     def count(self) -> int | None:
@@ -70,15 +73,13 @@ class Parameter:
     @property
     def last(self) -> float:
         """The last value of a range with a step, which may be below its end."""
-        assert self.step is not None
-        return float(Decimal(str(self.low)) + ((self.count or 1) - 1) * Decimal(str(self.step)))
+        return self._at((self.count or 1) - 1)
 
     def snap(self, value: Scalar) -> Scalar:
         """Return the listed value that is meant, to the last digit; others as they are."""
         if self.choices or self.step is None or not isinstance(value, float):
             return value
-        low, step = Decimal(str(self.low)), Decimal(str(self.step))
-        return float(low + round((value - self.low) / self.step) * step)
+        return self._at(round((value - self.low) / self.step))
 
     def to_plain(self) -> dict[str, Any]:
         """Return what tells it from another one, as plain values."""

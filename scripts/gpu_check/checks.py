@@ -362,7 +362,7 @@ def _large(name: str) -> Check:
         job = jobs.large_job(name)
         return compare_plan(bench.train(job).folder, jobs.LARGE_LENGTH)
 
-    return Check(name=f"large/{name}", run=run)
+    return Check(name=f"large/{name}", run=run, alone=True)
 
 
 class _PeakData:
