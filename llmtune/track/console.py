@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+import psutil
 from rich.console import Console as RichConsole
 from rich.table import Table
 
@@ -21,8 +22,17 @@ PLAIN_INTERVAL_SECONDS = 6.0
 TERMINAL_INTERVAL_SECONDS = 0.2
 
 
+def _process_start() -> float:
+    """Return the ``time.monotonic()`` at which this process began.
+
+    On a busy machine the imports before the first console take seconds, which are silence too.
+    """
+    age_seconds = time.time() - psutil.Process().create_time()
+    return time.monotonic() - max(0.0, age_seconds)
+
+
 #: The ``time.monotonic()`` of this process's last line, on whatever console; at first of its start.
-_last_said = time.monotonic()
+_last_said = _process_start()
 
 
 class Console:

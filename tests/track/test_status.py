@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -98,6 +100,19 @@ def test_the_next_console_of_a_process_knows_of_the_last_line() -> None:
     first.say("a line")
     time.sleep(0.01)
     assert Console(io.StringIO()).said_at == first.said_at
+
+
+@pytest.mark.process
+def test_the_silence_before_the_first_console_counts() -> None:
+    """On a busy machine the imports take seconds."""
+    program = (
+        "import time; time.sleep(1.5); from llmtune.track.console import Console;"
+        " print(time.monotonic() - Console(None).said_at)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert 1.4 < float(done.stdout) < 60
 
 
 def test_a_console_that_nobody_hears_has_no_thread() -> None:
