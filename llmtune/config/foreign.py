@@ -275,16 +275,10 @@ MEANINGS: dict[str, str] = {
     "prompt": "chat.prompt",
 }
 
-_NO_PAGES = (
-    "CUDA's driver pages such states out as it likes, which no plan can count; optim=adamw_8bit"
-    " takes as many bytes, which ZeRO divides among the ranks, and offload=optimizer_cpu holds them"
-    " in host memory"
-)
-
 #: Option of a group that llmtune has not, as other fine-tuners name it -> why, and what to take.
 #: The group's dotted key (:class:`llmtune.registry.Registry`) refuses it with the same words.
 ABSENT_OPTIONS: dict[str, dict[str, str]] = {
-    "optim": dict.fromkeys(("adamw_paged_8bit", "paged_adamw_8bit"), _NO_PAGES)
+    "optim": {"paged_adamw_8bit": "it is called adamw_paged_8bit here"}
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llmtune.config.groups.optim import Rounding
+from llmtune.engine.paged_memory import paged_zeros
 from llmtune.engine.rounding import RandomBits, Run, round_stochastically, rounding_key
 from llmtune.engine.state_slices import StateSlice
 from llmtune.optimizer.block_codes import count_blocks, decode_blocks, encode_blocks
@@ -107,7 +108,7 @@ class ConvertingOptimizer(torch.optim.Optimizer):
             last = self._pieces[id(flat)][-1]
             blocks = last.block + last.blocks
             for name in self._rule.states:
-                state[name] = _zeros(flat, self._rule.storage(name), blocks)
+                state[name] = self._zeros(flat, self._rule.storage(name), blocks)
         return state
 
     @torch.no_grad()
@@ -167,6 +168,16 @@ class ConvertingOptimizer(torch.optim.Optimizer):
         else:
             _store(master, weights, bits)
 
+    def _zeros(self, flat: torch.Tensor, storage: Storage, blocks: int) -> torch.Tensor | Blocks:
+        if not storage.in_blocks:
+            dtype = torch.bfloat16 if storage.element_bytes == 2 else torch.float32
+            return torch.zeros_like(flat, dtype=dtype, requires_grad=False)
+        zeros = paged_zeros if self._rule.is_paged else _zeros
+        return Blocks(
+            codes=zeros((blocks, BLOCK_ELEMENTS), torch.uint8, flat.device),
+            scales=zeros((blocks,), torch.float32, flat.device),
+        )
+
     def _runs(self, pieces: list[Piece], step: int) -> Iterator[Run]:
         """Say which elements of which parameters follow each other in the flat tensor."""
         reached = pieces[0].offset
@@ -175,6 +186,10 @@ class ConvertingOptimizer(torch.optim.Optimizer):
             gap = piece.offset - reached
             yield Run(key=key, first=piece.first, numel=piece.numel, gap=gap)
             reached = piece.offset + piece.numel
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _limit(tensor: torch.Tensor) -> int:
@@ -228,16 +243,6 @@ def _views(
     ]
     flat = values.view(-1)
     return [flat.narrow(0, at, piece.numel) for at, piece in zip(places, pieces, strict=True)]
-
-
-def _zeros(flat: torch.Tensor, storage: Storage, blocks: int) -> torch.Tensor | Blocks:
-    if not storage.in_blocks:
-        dtype = torch.bfloat16 if storage.element_bytes == 2 else torch.float32
-        return torch.zeros_like(flat, dtype=dtype, requires_grad=False)
-    return Blocks(
-        codes=torch.zeros(blocks, BLOCK_ELEMENTS, dtype=torch.uint8, device=flat.device),
-        scales=torch.zeros(blocks, device=flat.device),
-    )
 
 
 def _load(stored: torch.Tensor | Blocks, storage: Storage, pieces: list[Piece]) -> torch.Tensor:

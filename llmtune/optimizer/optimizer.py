@@ -97,6 +97,11 @@ class Optimizer:
     """Format of the master weights: fp32, or bf16, which is the weights' own dtype."""
     rounding: Rounding | None = None
     """Rounding of an update to bf16; None where master weights and states are fp32."""
+    is_paged: bool = False
+    """Its states in 8 bits are in memory that CUDA's driver moves to the host when a GPU is full.
+
+    The plan counts them as the GPU's all the same: what is moved in each step costs its speed.
+    """
     variant: Callable[[Optimizer, OptimConfig], Optimizer] | None = None
     """Returns the optimizer with settings that change what it stores."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
@@ -147,6 +152,8 @@ class Optimizer:
                 f"{self.name} needs update, fp32 states and stages=(0,) beside state_shapes: in the"
                 " other stages parameters have no shape"
             )
+        if self.is_paged and not any(storage.in_blocks for storage in self.storages.values()):
+            raise ValueError(f"{self.name} pages states in 8 bits, and has none")
         if self.converts != (self.rounding is not None) or (self.converts and self.update is None):
             raise ValueError(
                 f"{self.name} needs update and rounding where it stores fewer bytes than fp32"
@@ -290,7 +297,9 @@ class Optimizer:
         if not self.converts:
             return "fp32 master weights and optimizer states"
         formats = dict.fromkeys(self.storage(name).name for name in self.states)
-        return f"{self.master.name} master weights; optimizer states in {' and '.join(formats)}"
+        paged = ", which go to the host where a GPU is full" if self.is_paged else ""
+        stored = " and ".join(formats)
+        return f"{self.master.name} master weights; optimizer states in {stored}{paged}"
 
 
 def _plain(value: Any) -> Any:

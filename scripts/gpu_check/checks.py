@@ -67,6 +67,7 @@ OPTIMIZERS = (
     ("adamw_bf16", 2, "optimizer_cpu"),
     ("adamw_8bit", 3, "none"),
     ("adamw_8bit", 3, "cpu"),
+    ("adamw_paged_8bit", 3, "none"),
     ("muon", 2, "none"),
     ("lion", 1, "none"),
     ("adafactor", 0, "none"),

@@ -93,6 +93,7 @@ TUNERS = {
 OPTIMIZERS = {
     "adamw_bf16": (("optim=adamw_bf16",), "bf16"),
     "adamw_8bit": (("optim=adamw_8bit",), "bf16"),
+    "adamw_paged_8bit": (("optim=adamw_paged_8bit",), "bf16"),
     "muon": (("optim=muon",), "bf16"),
     "lion": (("optim=lion", "optim.learning_rate=2e-3"), "fp32"),
     "adafactor": (("optim=adafactor",), "fp32"),

@@ -187,7 +187,14 @@ def every_option() -> list[tuple[str, str]]:
     )
 
 
-@pytest.mark.parametrize(("group", "option"), every_option())
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        # ``tests/plan/test_models.py`` and ``test_encoders.py`` compose each model.
+        pytest.param(group, option, marks=[pytest.mark.slow] if group == "model" else [])
+        for group, option in every_option()
+    ],
+)
 def test_every_option_of_every_group_composes_and_is_typed(group: str, option: str) -> None:
     extra = ["model.name_or_path=x"] if option == "custom" else []
     extra += ["data.train=x.jsonl"] if group == "data" and option != "stdlib_docs" else []
@@ -201,7 +208,7 @@ def test_no_file_of_conf_is_left_out() -> None:
     composed = {f"{group}/{option}.yaml" for group, option in every_option()}
     rest = {"train.yaml", *(f"sweep/{name}.yaml" for name in ("lora", "full", "classification"))}
     assert set(files) == composed | rest
-    assert len(files) == 139
+    assert len(files) == 140
     for file in files:
         assert yaml.safe_load((CONF / file).read_text()) is not None, file
 

@@ -150,7 +150,9 @@ def composed(cell: Cell, folder: Path) -> dict[str, Any] | list[str]:
     }
 
 
-@pytest.mark.parametrize("cells", matrix(list(EXPERIMENTS), MODELS, NAMES, DATA, TRAIN, size=50))
+@pytest.mark.parametrize(
+    "cells", matrix(list(EXPERIMENTS), MODELS, NAMES, DATA, TRAIN, size=50, once=True)
+)
 def test_each_key_is_what_was_named_or_the_default_jobs_where_nothing_was(
     cells: list[Cell], folder: Path
 ) -> None:

@@ -9,10 +9,12 @@ import inspect
 import re
 from collections.abc import Iterator
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from omegaconf import OmegaConf
 
 from llmtune.config.compose import compose_config, config_groups
 from llmtune.config.groups.data import OnBadRow, Overlong
@@ -112,17 +114,13 @@ def test_every_documented_value_is_taken(key: str, value: str) -> None:
         return
     override = read_override(f"{key}={value}", GROUPS)
     assert isinstance(override, Setting)
-    compose_values({key: override.value})
+    OmegaConf.update(typed_keys(), key, override.value)
 
 
-def compose_values(values: dict[str, Any]) -> Config:
-    """Typed as a composition types them, without composing."""
-    from omegaconf import OmegaConf
-
-    node = OmegaConf.structured(Config)
-    for key, value in values.items():
-        OmegaConf.update(node, key, value)
-    return node  # type: ignore[no-any-return]
+@cache
+def typed_keys() -> Any:
+    """Keys that are typed as a composition types them."""
+    return OmegaConf.structured(Config)
 
 
 @pytest.mark.parametrize("word", ["raise", "error"])

@@ -111,7 +111,9 @@ def prepare_in_bounds(
     return data
 
 
-@pytest.mark.parametrize("size", [2_000_000, 8_000_000, 32_000_000])
+@pytest.mark.parametrize(
+    "size", [2_000_000, 8_000_000, pytest.param(32_000_000, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("overlong", [Overlong.drop, Overlong.truncate])
 @pytest.mark.parametrize("kind", ["text", "chat", "label", "escaped"])
 def test_a_huge_row_takes_twice_its_own_size(

@@ -205,3 +205,25 @@ def test_a_group_of_padding_is_left_alone() -> None:
     optimizer.place([])
     optimizer.step()
     assert not optimizer.state
+
+
+def test_paged_states_are_those_of_8_bits_in_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        asked.append(shape)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(converting_optimizer, "paged_zeros", zeros)
+    known = Flats("adamw_8bit", ANYWHERE).train(4)
+    assert asked == []
+    paged = Flats("adamw_paged_8bit", ANYWHERE)
+    for name, expected in paged.train(4).items():
+        assert torch.equal(known[name], expected), name
+    stored = [
+        blocks
+        for state in paged.optimizer.state.values()
+        for blocks in state.values()
+        if isinstance(blocks, Blocks)
+    ]
+    assert asked == [tuple(t.shape) for blocks in stored for t in (blocks.codes, blocks.scales)]

@@ -135,8 +135,8 @@ def open_onnx(file: Path) -> tuple[Any, Callable[..., torch.Tensor]]:
     ("architecture", "output"),
     [
         ("BertForSequenceClassification", "logits"),
-        ("BertModel", "last_hidden_state"),
-        ("RobertaForSequenceClassification", "logits"),
+        pytest.param("BertModel", "last_hidden_state", marks=pytest.mark.slow),
+        pytest.param("RobertaForSequenceClassification", "logits", marks=pytest.mark.slow),
         ("LlamaForCausalLM", "logits"),
     ],
 )

@@ -287,6 +287,10 @@ def test_storage_is_described() -> None:
     assert in_8bit.describe_storage() == (
         "bf16 master weights; optimizer states in signed 8-bit blocks and unsigned 8-bit blocks"
     )
+    paged = find_optimizer(OptimConfig(kind="adamw_paged_8bit"))
+    assert paged.describe_storage() == (
+        f"{in_8bit.describe_storage()}, which go to the host where a GPU is full"
+    )
 
 
 def test_the_rule_is_that_of_torch() -> None:

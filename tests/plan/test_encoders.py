@@ -131,7 +131,15 @@ def kept_bytes(config: ModelConfig, tuner: TunerConfig, settings: TraceSettings)
 
 @pytest.mark.parametrize(
     "cells",
-    matrix([*OF_KIND], TASKS[:2], ["full", "lora"], ["sdpa", "eager"], ["cuda", "cpu"], size=8),
+    matrix(
+        [*OF_KIND],
+        TASKS[:2],
+        ["full", "lora"],
+        ["sdpa", "eager"],
+        ["cuda", "cpu"],
+        size=8,
+        once=True,
+    ),
 )
 def test_kept_activations_of_a_model_with_a_head_are_within_five_percent(cells: list[Any]) -> None:
     for kind, task, tuner_kind, kernel, accelerator in cells:

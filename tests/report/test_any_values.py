@@ -55,7 +55,7 @@ def replaced(value: Any, path: tuple[Any, ...], other: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=1)
 @given(data=st.data())
 def test_pages_and_lists_are_written(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -36,7 +36,17 @@ def test_everything_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["gone", "cut", "binary", "list", "link", "null"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "gone",
+        "cut",
+        "list",
+        "link",
+        pytest.param("binary", marks=pytest.mark.slow),
+        pytest.param("null", marks=pytest.mark.slow),
+    ],
+)
 def test_no_file_has_to_be_there_or_whole(name: str, damage: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     file = run / name

@@ -23,13 +23,13 @@ class OptimConfig:
     """The optimizer and its settings."""
 
     kind: str = "adamw"
-    """The optimizer: ``adamw``, ``adamw_bf16``, ``adamw_8bit``, ``adafactor``, ``lion``, ``muon``.
+    """The optimizer: one of ``adamw adamw_bf16 adamw_8bit adamw_paged_8bit adafactor lion muon``.
 
     ``adamw_bf16`` is AdamW with bf16 master weights and moments, ``adamw_8bit`` with bf16 master
-    weights and moments in 8 bits. ``lion`` takes the sign of a momentum: one state per parameter
-    instead of two. ``adafactor`` keeps means of rows and columns of squared gradients, under
-    ZeRO 0 alone. ``muon`` makes a momentum orthogonal for matrices of layers, and is AdamW for all
-    others.
+    weights and moments in 8 bits, which ``adamw_paged_8bit`` leaves to the host where a GPU is
+    full. ``lion`` takes the sign of a momentum: one state per parameter instead of two.
+    ``adafactor`` keeps means of rows and columns of squared gradients, under ZeRO 0 alone. ``muon``
+    makes a momentum orthogonal for matrices of layers, and is AdamW for all others.
     """
     learning_rate: int | float | str = "auto"
     """Peak learning rate; ``auto`` follows tuner and model size."""

@@ -14,14 +14,14 @@ from llmtune.optimizer.bf16_master import make_adamw
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.optimizer.storage import SIGNED_8BIT, UNSIGNED_8BIT
 
-OPTIMIZERS.register(
-    make_adamw(
-        name="adamw_8bit",
-        title="AdamW in 8 bits",
-        mean=SIGNED_8BIT,
-        square=UNSIGNED_8BIT,
-        # Two numbers to fp32 and back, the rule's eight kernels, the random bits of the weight, and
-        # the codes of two moments: their scale, quotient, bits, table and product.
-        kernel_bytes=12 + 80 + 100 + 2 * 60,
-    )
+ADAMW_8BIT = make_adamw(
+    name="adamw_8bit",
+    title="AdamW in 8 bits",
+    mean=SIGNED_8BIT,
+    square=UNSIGNED_8BIT,
+    # Two numbers to fp32 and back, the rule's eight kernels, the random bits of the weight, and the
+    # codes of two moments: their scale, quotient, bits, table and product.
+    kernel_bytes=12 + 80 + 100 + 2 * 60,
 )
+
+OPTIMIZERS.register(ADAMW_8BIT)
