@@ -122,6 +122,7 @@ def matrix(
     size: int,
     allowed: Callable[..., bool] = lambda *_: True,
     once: bool = False,
+    parts: int | None = None,
 ) -> list[Any]:
     """For ``parametrize``: all pairs for the ordinary suite, and every other cell for the slow
     tier.
@@ -132,6 +133,7 @@ def matrix(
     Args:
         once: Engines that take long: the ordinary suite has each value once, and the pairs are in
             the slow tier with the others.
+        parts: As many parts are in the ordinary suite; all where None.
     """
     chosen, ordinary = pairs(*factors, allowed=allowed), "pairs"
     if once:
@@ -146,12 +148,26 @@ def matrix(
             cells,
             key=lambda cell: [list(f).index(c) for f, c in zip(factors, cell, strict=True)][::-1],
         )
-        parts = [alike[start : start + size] for start in range(0, len(alike), size)]
+        shared = [alike[start : start + size] for start in range(0, len(alike), size)]
         found += [
-            pytest.param(part, id=f"{name} {number} of {len(parts)}", marks=marks)
-            for number, part in enumerate(parts, 1)
+            pytest.param(
+                part,
+                id=f"{name} {number} of {len(shared)}",
+                marks=marks if parts is None or number <= parts else pytest.mark.slow,
+            )
+            for number, part in enumerate(shared, 1)
         ]
     return found
+
+
+def first(count: int, values: Sequence[Any]) -> list[Any]:
+    """For ``parametrize`` with one name: some values for the ordinary suite, and the others for the
+    slow tier.
+    """
+    return [
+        *values[:count],
+        *(pytest.param(value, marks=pytest.mark.slow) for value in values[count:]),
+    ]
 
 
 def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:

@@ -84,7 +84,17 @@ def curves(
 
 @pytest.mark.parametrize(
     "cells",
-    matrix(PLACEMENTS, TUNERS, PRECISIONS, ROWS, RANKS, size=3, allowed=is_placement, once=True),
+    matrix(
+        PLACEMENTS,
+        TUNERS,
+        PRECISIONS,
+        ROWS,
+        RANKS,
+        size=3,
+        allowed=is_placement,
+        once=True,
+        parts=2,
+    ),
 )
 def test_losses_saves_and_resumed_runs_are_those_of_a_cpu(
     cells: list[Any], curves: dict[Kind, list[float]], cache: Path, tmp_path: Path

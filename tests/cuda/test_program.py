@@ -112,7 +112,7 @@ sys.exit(main.main())
 @pytest.mark.parametrize(
     ("counted", "told"),
     [
-        ("2", ["2 rank(s) started", "planned"]),
+        pytest.param("2", ["2 rank(s) started", "planned"], marks=pytest.mark.slow),
         ("1", ["1 rank(s) started", "planned", "2 rank(s) started"]),
     ],
 )

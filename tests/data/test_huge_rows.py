@@ -29,7 +29,7 @@ from llmtune.data.tokenize.windows import WindowTokenizer
 from llmtune.data.tokenize.workers import make_encoder
 from llmtune.data.tokenized_source import TokenizeProgress
 from llmtune.plan.prepared_data import PreparedData
-from tests.support import peak_bytes
+from tests.support import first, peak_bytes
 
 LONG = "one two three four. "
 
@@ -146,7 +146,7 @@ def test_so_does_one_that_is_the_first_of_its_file(
 
 @pytest.mark.parametrize(
     "size",
-    [2_000_000, 8_000_000, pytest.param(32_000_000, marks=pytest.mark.slow)],
+    first(1, [2_000_000, 8_000_000, 32_000_000]),
 )
 def test_a_huge_text_is_split_in_the_same_memory_and_loses_nothing(
     size: int, tokenizer: Any, tmp_path: Path

@@ -45,7 +45,8 @@ def has_tuner(place: tuple[int, str], tuner: str = "full", *_: Any) -> bool:
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "cells", matrix(PLACES, TUNERS, PRECISIONS, RANKS, size=5, allowed=has_tuner, once=True)
+    "cells",
+    matrix(PLACES, TUNERS, PRECISIONS, RANKS, size=5, allowed=has_tuner, once=True, parts=1),
 )
 def test_states_are_within_one_percent_of_what_deepspeed_allocates(
     cells: list[Any], tmp_path: Path
@@ -139,6 +140,7 @@ def test_so_are_those_of_rows_and_columns(cells: list[Any], tmp_path: Path) -> N
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_so_are_those_of_groups_with_settings_of_their_own(tmp_path: Path) -> None:
     cells = [
         ((3, "none"), "full", "bf16", 2),
@@ -151,6 +153,7 @@ def test_so_are_those_of_groups_with_settings_of_their_own(tmp_path: Path) -> No
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_so_are_those_of_a_model_whose_tables_have_grown(tmp_path: Path) -> None:
     """By so many rows that the plan of the model without them is more than one percent off.
 
@@ -164,7 +167,8 @@ def test_so_are_those_of_a_model_whose_tables_have_grown(tmp_path: Path) -> None
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0, 1])
 def test_so_are_those_of_a_model_of_which_a_part_is_frozen(part: int, tmp_path: Path) -> None:
     """Embeddings and head are frozen; two ranks share the layers without cutting a matrix."""
     cells = [

@@ -194,6 +194,7 @@ def test_an_adapter_is_in_the_graph_without_rounding(tiny_model: Path, tmp_path:
     compare(graph, unmerged, "logits", with_types=False)
 
 
+@pytest.mark.slow
 def test_one_matrix_for_input_and_output_is_in_an_onnx_file_once(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -86,7 +86,9 @@ def compare(delta: ExpectedDelta, base: torch.Tensor, merged: torch.Tensor) -> C
 @pytest.mark.parametrize(
     ("shape", "by_input"), [((700, 4096), False), ((4096, 700), True), ((3000, 64), True)]
 )
-@pytest.mark.parametrize(("rank", "size"), [(64, 1e-2), (64, 1e-5), (1, 1e-3)])
+@pytest.mark.parametrize(
+    ("rank", "size"), [(64, 1e-2), (64, 1e-5), pytest.param(1, 1e-3, marks=pytest.mark.slow)]
+)
 def test_a_right_merge_of_real_sizes_passes_and_a_part_of_one_does_not(
     shape: tuple[int, int], by_input: bool, dora: bool, rank: int, size: float, dtype: torch.dtype
 ) -> None:

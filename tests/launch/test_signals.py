@@ -18,7 +18,7 @@ from llmtune.launch.supervise.signals import END_SECONDS, raise_stops
 from llmtune.launch.supervise.supervisor import Limits
 from llmtune.process import hold_interruptions
 from tests.launch.fakes import alive, end_of, run_fakes, start_supervisor, wait_until
-from tests.support import ROOT, run
+from tests.support import ROOT, first, run
 
 SAVES = """
     def save(*_):
@@ -336,7 +336,7 @@ main.run()
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", first(1, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
 @pytest.mark.parametrize("work", STUBBORN.values(), ids=STUBBORN)
 def test_a_program_that_does_not_end_by_itself_is_ended_with_all_it_started(
     work: str, number: signal.Signals, tmp_path: Path

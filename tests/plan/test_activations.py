@@ -66,7 +66,12 @@ def kept_bytes(config: Any, settings: TraceSettings) -> int:
 @pytest.mark.parametrize(
     "cells",
     matrix(
-        ["full", "lora"], ["sdpa", "eager"], [*DTYPES], [(1, False), (3, False), (3, True)], size=1
+        ["full", "lora"],
+        ["sdpa", "eager"],
+        [*DTYPES],
+        [(1, False), (3, False), (3, True)],
+        size=1,
+        once=True,
     ),
 )
 def test_kept_activations_are_within_five_percent(cells: list[Any]) -> None:

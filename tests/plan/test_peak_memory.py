@@ -59,7 +59,12 @@ def one_layer(rows: int, columns: int, rank: int, start: str) -> ModelShape:
 )
 @pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
 @pytest.mark.parametrize(
-    ("rows", "columns", "rank"), [(768, 768, 8), (2048, 640, 64), (512, 2048, 128)]
+    ("rows", "columns", "rank"),
+    [
+        (768, 768, 8),
+        (2048, 640, 64),
+        pytest.param(512, 2048, 128, marks=pytest.mark.slow),
+    ],
 )
 def test_an_adapter_begins_in_the_memory_that_is_planned(
     rows: int, columns: int, rank: int, start: str, dtype: torch.dtype
