@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.test_resume_matrix import BASE, FIRST, LAST, PLACES, TOLERANCE
-from tests.support import ROOT, largest_difference, product, train_engines
+from tests.support import ROOT, first, largest_difference, product, train_engines
 
 LION = ["optim=lion", "optim.learning_rate=2e-4", "optim.weight_decay=0.1"]
 GROUPS = (
@@ -58,10 +58,7 @@ def tasks(
 @pytest.mark.process
 @pytest.mark.parametrize(
     "places",
-    [
-        [("0", "none"), ("3", "optimizer_nvme")],
-        pytest.param(PLACES, marks=pytest.mark.slow),
-    ],
+    first(1, [[("3", "optimizer_nvme")], PLACES]),
     ids=len,
 )
 def test_lion_is_the_same_on_every_rung_and_resumes_to_the_last_digit(
@@ -73,7 +70,7 @@ def test_lion_is_the_same_on_every_rung_and_resumes_to_the_last_digit(
 @pytest.mark.process
 @pytest.mark.parametrize(
     "places",
-    [[("1", "none"), ("3", "nvme")], pytest.param(PLACES, marks=pytest.mark.slow)],
+    first(1, [[("3", "nvme")], PLACES]),
     ids=len,
 )
 def test_so_are_groups_of_parameters(places: list[tuple[str, str]], tmp_path: Path) -> None:

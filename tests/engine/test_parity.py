@@ -70,7 +70,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("cells", matrix(TUNERS, PRECISIONS, (0, 1, 2, 3), (1, 4), (1, 2), size=6))
+@pytest.mark.parametrize(
+    "cells", matrix(TUNERS, PRECISIONS, (0, 1, 2, 3), (1, 4), (1, 2), size=6, parts=1)
+)
 def test_stages_ranks_and_accumulation_give_the_same_curve(
     cells: list[Cell], plain: dict[Any, Any], tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_fp16_scales_its_loss_and_resumes_with_the_scale(tmp_path: Path) -> None
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_loss_scale_that_grows_changes_no_step(tmp_path: Path) -> None:
     """It is what the loss was multiplied by that the gradients are divided by, also in the step
     behind which it grows.

@@ -28,6 +28,7 @@ def start_to_the_gate(run: Run) -> None:
         run.wait_for("start", rank=rank)
 
 
+@pytest.mark.slow
 def test_a_supervisor_killed_while_they_wait_leaves_none(table: Table, tmp_path: Path) -> None:
     run = Run(tmp_path)
     with table.trial("kill -9 of the supervisor, while ranks wait", GATE, run) as trial:
@@ -65,6 +66,7 @@ def test_a_signal_while_they_wait_ends_all_in_seconds(table: Table, tmp_path: Pa
         trial.resumed = True
 
 
+@pytest.mark.slow
 def test_they_are_ended_where_the_data_is_refused(table: Table, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": []}\n')
@@ -77,6 +79,7 @@ def test_they_are_ended_where_the_data_is_refused(table: Table, tmp_path: Path) 
         trial.resumed = True
 
 
+@pytest.mark.slow
 def test_none_is_started_for_a_finished_run(undisturbed: Undisturbed, tmp_path: Path) -> None:
     reference = undisturbed("zero=2")
     run = Run(tmp_path, ["zero=2"])

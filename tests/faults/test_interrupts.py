@@ -155,13 +155,13 @@ def until_it_tokenizes(console: Path, process: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize(
     ("verb", "number", "times", "target"),
     [
-        ("data", signal.SIGINT, 1, "group"),
         ("data", signal.SIGINT, 2, "group"),
         ("data", signal.SIGTERM, 1, "main process"),
-        ("data", signal.SIGTERM, 2, "group"),
         ("train", signal.SIGINT, 1, "group"),
-        ("train", signal.SIGTERM, 1, "main process"),
-        ("train", signal.SIGHUP, 1, "group"),
+        pytest.param("data", signal.SIGINT, 1, "group", marks=pytest.mark.slow),
+        pytest.param("data", signal.SIGTERM, 2, "group", marks=pytest.mark.slow),
+        pytest.param("train", signal.SIGTERM, 1, "main process", marks=pytest.mark.slow),
+        pytest.param("train", signal.SIGHUP, 1, "group", marks=pytest.mark.slow),
     ],
 )
 def test_tokenizing_ends_with_all_its_workers(

@@ -17,6 +17,7 @@ from llmtune.cli.main import main
 from llmtune.data.prepared_data import open_rows
 from llmtune.plan.run_record import RunRecord
 from tests.predict.models import read_rows, write_rows
+from tests.support import first
 
 pytestmark = pytest.mark.process
 
@@ -38,7 +39,10 @@ WORDS = ("str", "int", "dict", "list", "open")
 LENGTH = 8
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=first(2, ["experts", "qlora with new tokens", "token rows", "new tokens"]),
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has seen a few rows, with a name that says which."""
     folder = tmp_path_factory.mktemp("run")
