@@ -118,7 +118,8 @@ def write_all(
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "cells", matrix(PLACES, TUNERS, PRECISIONS, RANKS, size=4, allowed=has_tuner, once=True)
+    "cells",
+    matrix(PLACES, TUNERS, PRECISIONS, RANKS, size=4, allowed=has_tuner, once=True, parts=2),
 )
 def test_every_placement_goes_on_to_the_last_digit(
     cells: list[Any], plain: dict[Any, list[float]], tmp_path: Path

@@ -129,6 +129,7 @@ def test_a_run_goes_on_exactly_on_nvme_and_from_it(runs: Runs, tmp_path: Path) -
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_lora_gives_the_same_curve_with_its_weights_on_nvme(tmp_path: Path) -> None:
     run = [*WIDE, "tuner=lora", "optim.learning_rate=2e-3"]
     found = train_engines(
