@@ -133,7 +133,8 @@ def matrix(
     Args:
         once: Engines that take long: the ordinary suite has each value once, and the pairs are in
             the slow tier with the others.
-        parts: As many parts are in the ordinary suite; all where None.
+        parts: As many of the parts are in the ordinary suite, from the end, where several ranks
+            are; all where None.
     """
     chosen, ordinary = pairs(*factors, allowed=allowed), "pairs"
     if once:
@@ -153,7 +154,7 @@ def matrix(
             pytest.param(
                 part,
                 id=f"{name} {number} of {len(shared)}",
-                marks=marks if parts is None or number <= parts else pytest.mark.slow,
+                marks=marks if parts is None or number > len(shared) - parts else pytest.mark.slow,
             )
             for number, part in enumerate(shared, 1)
         ]
