@@ -133,8 +133,8 @@ def matrix(
     Args:
         once: Engines that take long: the ordinary suite has each value once, and the pairs are in
             the slow tier with the others.
-        parts: As many of the parts are in the ordinary suite, from the end, where several ranks
-            are; all where None.
+        parts: As many of the ordinary suite's parts stay in it, from the end, where the last factor
+            has its last value; all where None.
     """
     chosen, ordinary = pairs(*factors, allowed=allowed), "pairs"
     if once:
