@@ -86,7 +86,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "cells", matrix(PLACES, PRECISIONS, MICRO, RANKS, size=5, allowed=is_possible, once=True)
+    "cells",
+    matrix(PLACES, PRECISIONS, MICRO, RANKS, size=5, allowed=is_possible, once=True, parts=1),
 )
 def test_every_placement_accumulates_as_many_micro_batches_as_the_step_has(
     cells: list[Cell], plain: dict[str, Any], tmp_path: Path
