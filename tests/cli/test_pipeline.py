@@ -121,6 +121,7 @@ def test_the_same_command_again_says_that_it_is_finished(finished: Path) -> None
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_after_training_any_format_is_written_and_sent(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     command = [
@@ -275,6 +276,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(finished: Path, tmp_path: P
     assert losses(folder) == losses(finished)
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_and_says_so(tmp_path: Path) -> None:
     command = [*BASE, "train.sample_answers=false", "export=none", f"output_dir={tmp_path / 'r'}"]
     assert run_cli(*command, "train.max_steps=3").code == 0
@@ -284,6 +286,7 @@ def test_a_longer_run_goes_on_and_says_so(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "r")) == 5
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_set_aside(
     finished: Path, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_losses_saves_and_resumed_runs_are_those_of_a_cpu(
             _check_waits(cell, whole["waits"])
 
 
+@pytest.mark.slow
 def test_lion_computes_what_it_does_on_a_cpu_and_waits_no_more(cache: Path, tmp_path: Path) -> None:
     lion = ("optim=lion", "optim.learning_rate=2e-4", "optim.weight_decay=0.1")
     cells = [
@@ -178,6 +179,7 @@ def _check_waits(cell: Any, steps: list[dict[str, Any]]) -> None:
         assert max(places.values()) <= 3, (cell, places)
 
 
+@pytest.mark.slow
 def test_hpz_trains_on_the_weights_of_the_files(cache: Path, tmp_path: Path) -> None:
     """Its second slice, from which nodes gather among themselves, is cut before the weights are
     read.

@@ -65,6 +65,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_with_the_optimizer_on_the_host_is_that_of_a_cpu(
     on_cpu: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_ranks_that_are_seeded_apart_draw_apart() -> None:
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_run_with_noise_and_smoothing_resumes_to_the_last_digit(tmp_path: Path) -> None:
     job = [
         *("model=tiny", "data.train=stdlib_docs@60", "data.max_seq_length=256", "tuner=lora"),

@@ -81,6 +81,7 @@ def test_so_are_groups_of_parameters(places: list[tuple[str, str]], tmp_path: Pa
 @pytest.mark.parametrize(
     "precisions", [["bf16"], pytest.param(["fp32", "bf16"], marks=pytest.mark.slow)], ids=len
 )
+@pytest.mark.slow
 def test_adafactor_resumes_to_the_last_digit(precisions: list[str], tmp_path: Path) -> None:
     """On two ranks, of which each wrote a half of the master weights, and on one from theirs."""
     folders = [f"{tmp_path}/{precision}/checkpoint-{FIRST}" for precision in precisions]

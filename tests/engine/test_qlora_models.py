@@ -103,6 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_it_is_bitsandbytes_and_peft_whatever_is_trained(
     cache: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_states_are_within_one_percent_of_what_deepspeed_allocates(
 @pytest.mark.parametrize(
     "places", [[(2, "optimizer_cpu")], pytest.param(PLACES, marks=pytest.mark.slow)], ids=len
 )
+@pytest.mark.slow
 def test_so_are_those_of_an_optimizer_with_one_state(
     places: list[tuple[int, str]], tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_so_are_those_of_low_precision_states(
     ],
     ids=len,
 )
+@pytest.mark.slow
 def test_so_are_those_of_an_optimizer_with_a_rule_for_matrices(
     places: list[tuple[int, str]], tmp_path: Path
 ) -> None:

@@ -65,7 +65,7 @@ def kill(run: Run) -> None:
 @pytest.mark.parametrize(
     ("overrides", "result"),
     [
-        pytest.param(LORA, "adapter", id="LoRA, ZeRO 2, background"),
+        pytest.param(LORA, "adapter", id="LoRA, ZeRO 2, background", marks=pytest.mark.slow),
         pytest.param(FULL, "model", id="full, ZeRO 3, at once", marks=pytest.mark.slow),
     ],
 )

@@ -121,6 +121,7 @@ def test_a_run_that_runs_out_of_memory_finishes_lower_with_the_same_curve(
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_an_explicit_placement_is_not_left(limit: str, curve: list[float], tmp_path: Path) -> None:
     refused = train(JOB, tmp_path / "run", limit, "offload=none")
     assert refused.code == 3, refused.out + refused.err
