@@ -122,11 +122,12 @@ class Command:
 
     def _run_verb(self, arguments: Arguments) -> int:
         from llmtune.track.console import Console
-        from llmtune.track.status import Status
+        from llmtune.track.status import QUIET_AT_START_SECONDS, Status
         from llmtune.track.webhook import hide_address
 
         verb = VERBS[arguments.verb]
-        with Status(Console(sys.stderr), "loading the libraries"):
+        console = Console(sys.stderr)
+        with Status(console, "loading the libraries", quiet_seconds=QUIET_AT_START_SECONDS):
             options = arguments.options
             with raise_stops(NOT_BEGUN) if verb.trains else contextlib.nullcontext():
                 if verb.trains:

@@ -13,6 +13,9 @@ from llmtune.units import format_seconds
 #: Seconds of silence before a line. What is measured of silence is more than that by what threads
 #: wait for a busy machine and for Python's lock; nothing is to be silent for 10 seconds.
 QUIET_SECONDS = 7.0
+#: Of silence before a program's first line. What it imports then holds Python's lock for seconds at
+#: a time, in which no thread can speak: on a slow machine the line comes before that.
+QUIET_AT_START_SECONDS = 3.0
 #: Who takes over from somebody else, such as another process, does not know when that wrote its
 #: last line, and takes it to be so many seconds ago.
 HANDED_OVER_SECONDS = 4.5
