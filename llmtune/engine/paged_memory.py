@@ -8,6 +8,7 @@ the same bytes.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -49,7 +50,7 @@ def paged_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
     with torch.cuda.device(device):
         size = math.prod(shape) * dtype.itemsize
-        address = functional.lib.cget_managed_ptr(size)
+        address = functional.lib.cget_managed_ptr(ctypes.c_size_t(size))
         if not address:
             raise MemoryError(f"CUDA gives no {size} bytes of managed memory")
         memory = ManagedMemory(address, shape, dtype)

@@ -26,10 +26,12 @@ class Driver:
         self.has_memory = has_memory
         self.given: list[Any] = []
 
-    def cget_managed_ptr(self, size: int) -> int | None:
+    def cget_managed_ptr(self, size: ctypes.c_size_t) -> int | None:
+        # A number of Python would be cut to 32 bits.
+        assert isinstance(size, ctypes.c_size_t)
         if not self.has_memory:
             return None
-        self.given.append((ctypes.c_ubyte * size)(*[255] * size))
+        self.given.append((ctypes.c_ubyte * size.value)(*[255] * size.value))
         return ctypes.addressof(self.given[-1])
 
 
