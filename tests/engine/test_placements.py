@@ -102,6 +102,7 @@ def test_every_rung_gives_the_same_curve(runs: Runs) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_on_nvme_and_from_it(runs: Runs, tmp_path: Path) -> None:
     """NVMe to NVMe to the last digit; to and from other placements as closely as they agree with
     each other.

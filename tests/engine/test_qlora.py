@@ -99,6 +99,7 @@ def plain_in_bf16(double_quant: bool, cache: Path) -> list[float]:
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_in_bf16_it_is_theirs_and_resumes_as_if_nothing_had_been(
     cache: Path, tmp_path: Path
 ) -> None:

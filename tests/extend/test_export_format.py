@@ -22,6 +22,7 @@ JOB = [
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_run_ends_with_an_export_in_it(tmp_path: Path) -> None:
     (tmp_path / "conf/export").mkdir(parents=True)
     (tmp_path / "conf/export/names.yaml").write_text("format: names\n")

@@ -20,6 +20,7 @@ ENV = {
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_task_of_a_plugin_trains_and_chooses_the_best_by_its_metric(tmp_path: Path) -> None:
     words = {"pos": ("good", "nice"), "neg": ("bad", "poor")}
     rows = [

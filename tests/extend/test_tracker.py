@@ -11,6 +11,7 @@ from tests.support import run_cli
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_a_run_is_written_down(tmp_path: Path) -> None:
     (tmp_path / "conf/tracker").mkdir(parents=True)
     (tmp_path / "conf/tracker/notebook.yaml").write_text("kind: notebook\nproject: mine\n")

@@ -97,7 +97,14 @@ CHOSEN = {
         victim="supervisor", event="save", step=16, delay=0.8, background=True, zero=2
     ),
 }
-KILLS = [pytest.param(kill, id=f"chosen: {kill}") for kill in CHOSEN.values()]
+KILLS = [
+    pytest.param(
+        kill,
+        id=f"chosen: {kill}",
+        marks=[pytest.mark.slow] if name == "save of the supervisor" else [],
+    )
+    for name, kill in CHOSEN.items()
+]
 KILLS += [
     pytest.param(draw_kill(number), id=f"{number}: {draw_kill(number)}", marks=pytest.mark.slow)
     for number in range(40)

@@ -11,6 +11,7 @@ from llmtune.plan.advice import describe_misfit, list_advice
 from llmtune.plan.ladder import Ladder, Rung, next_candidate
 from llmtune.plan.memory.placement import RUNGS
 from llmtune.plan.resolve import resolve_ladder
+from tests.support import first
 
 REFERENCE = ["model=llama3_70b", "hardware=8xa100_80gb", "data.train=rows.jsonl"]
 FULL = [*REFERENCE, "tuner=full"]
@@ -218,7 +219,10 @@ def test_on_a_cpu_only_nvme_is_below_for_states() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["8xa100_80gb", "8xa100_40gb", "8xh100", "1xh200", "2x3090", "laptop", "16xa100_80gb"]
+    "name",
+    first(
+        3, ["8xa100_80gb", "laptop", "2x3090", "8xa100_40gb", "8xh100", "1xh200", "16xa100_80gb"]
+    ),
 )
 def test_every_named_machine_runs_a_small_model(name: str) -> None:
     ladder = plan("model=smollm2_135m", f"hardware={name}", "train.global_batch_size=16")

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.support import run_cli
+from tests.support import first, run_cli
 
 pytestmark = pytest.mark.process
 
@@ -74,7 +74,7 @@ def held_out(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "placement", [["zero=0"], ["zero=3", "launch.nproc=2"]], ids=["ZeRO 0", "ZeRO 3"]
+    "placement", first(1, [["zero=3", "launch.nproc=2"], ["zero=0"]]), ids=["ZeRO 3", "ZeRO 0"]
 )
 def test_step_0_is_what_eval_says(
     placement: list[str], adapter: Path, evaluated: float, tmp_path: Path

@@ -140,7 +140,7 @@ def test_the_head_that_the_base_had_before_is_left_out_of_what_is_merged(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("form", first(1, ["onnx", "torchscript", "pt"]))
+@pytest.mark.parametrize("form", first(1, ["torchscript", "onnx", "pt"]))
 def test_a_graph_of_a_classifier_computes_what_the_model_does(
     form: str, rows: Path, tmp_path: Path
 ) -> None:

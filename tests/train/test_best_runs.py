@@ -100,6 +100,7 @@ def test_a_whole_model_under_zero_3_is_that_of_the_best_epoch_and_so_is_its_gguf
     assert "the trained model is that of step 27, the last" in without.out
 
 
+@pytest.mark.slow
 def test_an_adapter_and_its_merged_model_are_those_of_an_older_best_checkpoint(
     tmp_path: Path,
 ) -> None:
