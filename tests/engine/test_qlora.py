@@ -70,6 +70,7 @@ def test_every_stage_has_the_curve_of_bitsandbytes_and_peft(
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_other_cells_do_too(ranks: int, plain: dict[bool, list[float]], tmp_path: Path) -> None:
     cells = [cell for cell in product(*FACTORS) if cell not in set(CELLS)]

@@ -59,6 +59,7 @@ def test_kinds_have_the_curve_of_bitsandbytes_and_peft(
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_other_kinds_and_stages_do_too(ranks: int, cache: Path, tmp_path: Path) -> None:
     cells = [(kind, stage) for kind, (stage, of) in CELLS if of == ranks]
