@@ -7,7 +7,7 @@ encoded in blocks of 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,10 +172,10 @@ class ConvertingOptimizer(torch.optim.Optimizer):
         if not storage.in_blocks:
             dtype = torch.bfloat16 if storage.element_bytes == 2 else torch.float32
             return torch.zeros_like(flat, dtype=dtype, requires_grad=False)
-        zeros = paged_zeros if self._rule.is_paged else _zeros
+        zeros: Callable[..., torch.Tensor] = paged_zeros if self._rule.is_paged else torch.zeros
         return Blocks(
-            codes=zeros((blocks, BLOCK_ELEMENTS), torch.uint8, flat.device),
-            scales=zeros((blocks,), torch.float32, flat.device),
+            codes=zeros((blocks, BLOCK_ELEMENTS), dtype=torch.uint8, device=flat.device),
+            scales=zeros((blocks,), dtype=torch.float32, device=flat.device),
         )
 
     def _runs(self, pieces: list[Piece], step: int) -> Iterator[Run]:
@@ -186,10 +186,6 @@ class ConvertingOptimizer(torch.optim.Optimizer):
             gap = piece.offset - reached
             yield Run(key=key, first=piece.first, numel=piece.numel, gap=gap)
             reached = piece.offset + piece.numel
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _limit(tensor: torch.Tensor) -> int:
