@@ -89,7 +89,7 @@ def find_other_split(composed: Composed, target: Target, fingerprint: str) -> st
 def run(composed: Composed, options: Options) -> int:
     """Evaluate all held-out rows in this process."""
     with Status(Console(sys.stderr), "loading the libraries") as status:
-        result = _evaluate(composed, status)
+        result = evaluate(composed, status)
     if options.as_json:
         sys.stdout.write(to_terminal(to_json_line(result) + "\n"))
     else:
@@ -99,7 +99,16 @@ def run(composed: Composed, options: Options) -> int:
     return 0
 
 
-def _evaluate(composed: Composed, status: Status) -> dict[str, Any]:
+def evaluate(composed: Composed, status: Status) -> dict[str, Any]:
+    """Evaluate all held-out rows in this process.
+
+    Returns:
+        The loss per trained token or row, the metrics of the task, and whose rows they are.
+
+    Raises:
+        DataError: Nothing is held out, or a label is unknown to the model.
+        CheckpointError: There is nothing complete at that place.
+    """
     from llmtune.config.cache_folder import open_cache
     from llmtune.data.load.collate import Collator
     from llmtune.data.load.loader import iterate_eval

@@ -1,6 +1,7 @@
 """``export`` and ``merge``: write what was trained as a model folder that other tools load."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from llmtune.cli.arguments import Options
@@ -15,23 +16,37 @@ from llmtune.track.status import Status
 
 def run(composed: Composed, _options: Options) -> int:
     """Export what the command line names."""
-
-    given = composed.config
-    named = given.target
-    if not (named.run or named.checkpoint or named.adapter):
-        raise ConfigError(
-            "export needs run=FOLDER, checkpoint=FOLDER, or base=MODEL adapter=FOLDER"
-        )
     result = Console(sys.stdout)
     # One terminal has one progress line; elsewhere, standard output has the result alone.
     shown = result if result.is_terminal else Console(sys.stderr)
     with Status(shown, "opening the model"):
-        if named.checkpoint and is_zero_checkpoint(Path(named.checkpoint).expanduser()):
-            written = export_zero_checkpoint(given, result.say, shown)
-        else:
-            target = resolve_target(composed)
-            output = output_folder(given, target)
-            written = export_target(target, given, output, result.say, shown)
-    if not given.export.dry_run:
+        written = export(composed, result.say, shown)
+    if not composed.config.export.dry_run:
         result.say(f"exported {written}")
     return 0
+
+
+def export(composed: Composed, say: Callable[[str], None], shown: Console) -> Path:
+    """Export what a configuration names.
+
+    Args:
+        say: Takes lines about the result.
+        shown: Shows the progress.
+
+    Returns:
+        The folder or file that was written, or would be with ``export.dry_run=true``.
+
+    Raises:
+        ConfigError: Nothing is named.
+        ExportError: A merge or an export would be wrong.
+    """
+    config = composed.config
+    named = config.target
+    if not (named.run or named.checkpoint or named.adapter):
+        raise ConfigError(
+            "export needs run=FOLDER, checkpoint=FOLDER, or base=MODEL adapter=FOLDER"
+        )
+    if named.checkpoint and is_zero_checkpoint(Path(named.checkpoint).expanduser()):
+        return export_zero_checkpoint(config, say, shown)
+    target = resolve_target(composed)
+    return export_target(target, config, output_folder(config, target), say, shown)

@@ -3,15 +3,18 @@
 No weight is loaded and no run folder is made.
 """
 
+from __future__ import annotations
+
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmtune.cli.arguments import Options
 from llmtune.cli.output import Output, stdout_for_us
 from llmtune.config.composed import Composed
-from llmtune.errors import DoesNotFitError
+from llmtune.errors import EXIT_DONE, DoesNotFitError
 from llmtune.plan.advice import Advice, describe_misfit, list_advice
 from llmtune.plan.ladder import Candidate, Ladder, Rung
 from llmtune.plan.length.batch_schedule import BatchSchedule
@@ -36,22 +39,66 @@ def run(composed: Composed, options: Options) -> int:
 
 def _plan(composed: Composed, options: Options, write: Output) -> int:
     with Status(Console(sys.stderr), "loading the libraries and planning"):
-        composed = adopt_task(adopt_adapter(composed))
-        config = composed.config
-        ladder = resolve_ladder(config, planning=True)
-        advice = list_advice(config, ladder)
-    misfit = describe_misfit(config, ladder) if ladder.chosen is None else None
+        result = make_plan(composed)
     if options.as_json:
-        write(to_json_line(to_json(composed, ladder, advice, misfit), indent=1) + "\n")
-        return DoesNotFitError.exit_code if misfit else 0
-    write(to_text(composed, ladder, advice))
-    if misfit:
-        raise DoesNotFitError(misfit)
-    return 0
+        write(to_json_line(result.to_json(), indent=1) + "\n")
+        return EXIT_DONE if result.fits else DoesNotFitError.exit_code
+    write(str(result))
+    if result.misfit:
+        raise DoesNotFitError(result.misfit)
+    return EXIT_DONE
 
 
-def to_json(
-    composed: Composed, ladder: Ladder, advice: list[Advice], misfit: str | None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanResult:
+    """What ``plan`` foresees of a job."""
+
+    composed: Composed
+    """The configuration that was planned."""
+    ladder: Ladder
+    """All placements, with their memory in bytes and their speed in tokens per second."""
+    advice: tuple[Advice, ...]
+    """What would save memory, and change the result."""
+    misfit: str | None
+    """None where a placement fits; else the reasons why none does."""
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether a placement fits."""
+        return self.chosen is not None
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """Return the fastest placement that fits."""
+        return self.ladder.chosen
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as ``plan --json`` prints it."""
+        return _to_json(self.composed, self.ladder, self.advice, self.misfit)
+
+    def __str__(self) -> str:
+        """Return the result as ``plan`` prints it."""
+        return _to_text(self.composed, self.ladder, self.advice)
+
+
+def make_plan(composed: Composed) -> PlanResult:
+    """Plan a job.
+
+    Raises:
+        LlmtuneError: The job cannot be planned; one that does not fit can.
+    """
+    composed = adopt_task(adopt_adapter(composed))
+    ladder = resolve_ladder(composed.config, planning=True)
+    return PlanResult(
+        composed=composed,
+        ladder=ladder,
+        advice=tuple(list_advice(composed.config, ladder)),
+        misfit=describe_misfit(composed.config, ladder) if ladder.chosen is None else None,
+    )
+
+
+def _to_json(
+    composed: Composed, ladder: Ladder, advice: Sequence[Advice], misfit: str | None
 ) -> dict[str, Any]:
     """Return the ladder as plain values.
 
@@ -142,7 +189,7 @@ def describe_rows(composed: Composed) -> str:
     return f"{length} (no data is named; data.max_seq_length= plans for others)"
 
 
-def to_text(composed: Composed, ladder: Ladder, advice: list[Advice]) -> str:
+def _to_text(composed: Composed, ladder: Ladder, advice: Sequence[Advice]) -> str:
     """Return the table of rungs, the reasons, and the advice."""
     config, shape, hardware = composed.config, ladder.shape, ladder.hardware
     cpu = hardware.accelerator == "cpu"

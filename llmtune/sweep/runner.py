@@ -11,13 +11,13 @@ import yaml
 
 from llmtune.checkpoint.find import find_checkpoints, remove_checkpoint
 from llmtune.errors import EXIT_DONE, EXIT_UNEXPECTED, CheckpointError, DoesNotFitError
+from llmtune.launch.supervise.child_command import ChildEnd, run_child
 from llmtune.launch.supervise.signals import StopRequests
 from llmtune.plan.run_record import RunRecord
 from llmtune.security.redaction import redact
 from llmtune.storage import layout
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.rank_files import FinishedRecord
-from llmtune.sweep.child import ChildEnd, run_child
 from llmtune.sweep.metric_file import MetricFile
 from llmtune.sweep.space import to_overrides
 from llmtune.sweep.trial import Trial, TrialEnd, TrialState

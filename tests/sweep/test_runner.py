@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from llmtune.errors import CheckpointError
+from llmtune.launch.supervise.child_command import ChildEnd
 from llmtune.launch.supervise.signals import StopRequests
 from llmtune.storage.rank_files import FinishedRecord
-from llmtune.sweep.child import ChildEnd
 from llmtune.sweep.runner import TrialCommand, TrialRunner
 from llmtune.sweep.space import to_overrides
 from llmtune.sweep.trial import Trial, TrialEnd, TrialState

@@ -1,7 +1,7 @@
-"""Run llmtune as a child of a sweep: ``python -m llmtune.sweep.trial_program PID ARGUMENT...``.
+"""Run llmtune as a child: ``python -m llmtune.launch.supervise.child_program PID ARGUMENT...``.
 
-It ends when the sweep ends, however that is killed. A training then goes on from its newest
-checkpoint, with the next start of the sweep.
+It ends when its parent ends, however that is killed. A training then goes on from its newest
+checkpoint, with the next start of the parent.
 """
 
 import os
@@ -14,7 +14,7 @@ from llmtune.process import die_with_parent
 if __name__ == "__main__":
     die_with_parent()
     parent, *arguments = sys.argv[1:]
-    # The sweep may have ended before this process asked to be told.
+    # The parent may have ended before this process asked to be told.
     if os.getppid() != int(parent):
         os._exit(EXIT_UNEXPECTED)
     sys.argv = ["llmtune", *arguments]

@@ -1,4 +1,4 @@
-"""Start llmtune's other verbs as child processes, and hand the signals of the sweep on to them."""
+"""Run a verb of llmtune as a child process, and hand signals on to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POLL_SECONDS = 0.25
 #: Lines at the end of a child's standard error that are kept.
 _MOST_LINES = 40
 _ERROR = "error: "
-_PROGRAM = "llmtune.sweep.trial_program"
+_PROGRAM = "llmtune.launch.supervise.child_program"
 _STOPPED_CODES = {EXIT_STOPPED} | {
     code for number in STOP_SIGNALS for code in (-number, EXIT_BY_SIGNAL + number)
 }
@@ -36,7 +36,7 @@ class ChildEnd:
     exit_code: int
     """The number that ``Popen`` has: negative for a signal."""
     out: str = ""
-    """The standard output of a quiet child."""
+    """The standard output of a child, where it was read."""
     error: str = ""
     """The reason that it gave, without the word ``error``."""
 
@@ -51,6 +51,7 @@ def run_child(
     stops: StopRequests,
     poll: Callable[[], bool] = lambda: False,
     is_quiet: bool = False,
+    shows_out: bool = False,
 ) -> ChildEnd:
     """Run ``python -m llmtune ARGUMENTS`` until it has ended.
 
@@ -58,21 +59,23 @@ def run_child(
         stops: Each signal in it is sent to the child.
         poll: Called several times a second; once it returns true, the child is asked to stop.
         is_quiet: What the child writes is kept, and does not reach the terminal.
+        shows_out: What the child writes goes through ``sys.stdout`` of this process, which in a
+            notebook is not what a child inherits.
     """
     command = [sys.executable, "-m", _PROGRAM, str(os.getpid()), *arguments]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if is_quiet else None,
+        stdout=subprocess.PIPE if is_quiet or shows_out else None,
         stderr=subprocess.PIPE,
-        # Ctrl-C reaches the sweep alone: a child that had it twice would not save.
+        # Ctrl-C reaches this process alone: a child that had it twice would not save.
         start_new_session=True,
     )
     lines: deque[str] = deque(maxlen=_MOST_LINES)
     out: list[str] = []
     readers = [_read(process.stderr, lines.append, None if is_quiet else sys.stderr)]
-    if is_quiet:
-        readers.append(_read(process.stdout, out.append, None))
+    if process.stdout is not None:
+        readers.append(_read(process.stdout, out.append, None if is_quiet else sys.stdout))
     sent, is_asked = 0, False
     try:
         while True:
