@@ -131,6 +131,9 @@ LAYERS: dict[str, set[str]] = {
         *("track", "report", "data", "model", "engine", "checkpoint", "train", "export"),
         *("launch", "doctor", "run"),
     },
+    "serve": {
+        *("security", "storage", "config", "metrics", "task", "tuner", "optimizer", "plan"),
+    },
     "cli": {
         "security",
         "storage",
@@ -147,7 +150,12 @@ LAYERS: dict[str, set[str]] = {
         "checkpoint",
         "train",
         "export",
-        *("launch", "doctor", "run", "predict", "sweep"),
+        *("launch", "doctor", "run", "predict", "sweep", "serve"),
+    },
+    "api": {
+        *("security", "storage", "config", "metrics", "task", "tuner", "optimizer", "plan"),
+        *("track", "report", "data", "model", "engine", "checkpoint", "train", "export"),
+        *("launch", "doctor", "run", "predict", "sweep", "serve", "cli"),
     },
 }
 #: Folders within a folder, from the lowest to the highest; what stands beside them is above all of
@@ -159,13 +167,14 @@ ROOMS: dict[str, list[str]] = {
     "task": ["kinds"],
     "tuner": ["stacks", "token_rows", "kinds"],
     "optimizer": ["kinds"],
+    "serve": ["engines"],
     "model": ["weights", "nf4", "folders"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
     "launch": ["launchers", "preflight", "processes", "supervise"],
 }
 
 #: Who may see the whole ``Config``.
-SEES_CONFIG = {"config", "plan", "run", "predict", "sweep", "cli"}
+SEES_CONFIG = {"config", "plan", "run", "predict", "sweep", "cli", "api"}
 SEES_CONFIG_FILES = {
     f"train/{name}.py"
     for name in ("build", "request", "run_folder", "resume", "begun", "mirror_owner")
@@ -179,6 +188,9 @@ MAX_ARGUMENTS = 7
 MAX_MODULES = 15
 #: Modules of the longest chain of imports that are made when its first one is imported.
 MAX_IMPORT_DEPTH = 9
+#: The packages whose own file imports something: ``import llmtune`` finds the Python API when it is
+#: used, and two rooms have the names of its verbs.
+CALLABLE = {"__init__.py", "plan/__init__.py", "train/__init__.py"}
 
 
 def relative(path: Path) -> str:
@@ -246,7 +258,8 @@ def longest_import_chain(files: list[Path]) -> list[str]:
 def test_no_chain_of_imports_is_too_long() -> None:
     chain = longest_import_chain(FILES)
     assert len(chain) <= MAX_IMPORT_DEPTH, f"{len(chain)} modules: {' > '.join(chain)}"
-    assert [path for path in FILES if path.name == "__init__.py" and imports(path)] == []
+    own = {relative(path) for path in FILES if path.name == "__init__.py" and imports(path)}
+    assert own == CALLABLE
 
 
 def test_a_long_chain_of_imports_is_found_and_named(
@@ -792,6 +805,7 @@ def test_tests_join_ranks_with_their_ops_loaded_under_the_lock() -> None:
 WHOLE_PROGRAM = {"architectures", "cuda", "extend", "faults", "suite"}
 #: Tests beside those that mirror a module or a folder of their room: each covers a subject.
 SUBJECTS = {
+    "api": {"notebook"},
     "checkpoint": {"resume_matrix"},
     "cli": {"bad_input", "main_job", "pipeline", "secrets", "silence", "start"},
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
@@ -811,6 +825,7 @@ SUBJECTS = {
         *("own_code", "owners", "planted_run", "secrets", "signing", "stored_configs", "supply"),
         "templates",
     },
+    "serve": {"answers"},
     "sweep": {"kills", "wandb_files"},
     "task": {"classifier_runs", "plain_loop"},
     "train": {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from llmtune.errors import ConfigError
 
 #: ``"tuner.lora_r=8"``, as it is typed in a shell, or ``{"tuner.lora_r": 8}``.
 Override = str | Mapping[str, Any]
+
+#: A key of a mapping that needs no quotes, of which Hydra's grammar has none there.
+_KEY = re.compile(r"\w[\w./-]*")
 
 
 def to_texts(overrides: tuple[Override, ...]) -> list[str]:
@@ -58,15 +62,24 @@ def _to_texts(override: Override) -> Iterator[str]:
 
 
 def _to_value(key: str, value: Any) -> str:
-    """Return a value as it is typed; numbers, lists and mappings are JSON, which Hydra reads."""
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str):
-        return _quote(value)
-    try:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}={value!r}: {error}") from error
+    """Return a value as it is typed, in Hydra's grammar.
+
+    See https://hydra.cc/docs/advanced/override_grammar/basic/.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return repr(value)
+    if isinstance(value, str | Path):
+        return _quote(str(value))
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_to_value(key, item) for item in value)}]"
+    if isinstance(value, Mapping) and all(_KEY.fullmatch(str(name)) for name in value):
+        items = (f"{name}: {_to_value(key, item)}" for name, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    raise ConfigError(f"{key}={value!r}: no override has such a value")
 
 
 def _quote(text: str) -> str:

@@ -30,6 +30,8 @@ def plan(*overrides: Override, config_dir: str | None = None) -> PlanResult:
         MissingPrerequisiteError: The model's configuration cannot be had.
     """
     composed = compose_verb("plan", overrides, config_dir)
+    from llmtune.cli.output import quieted_libraries
     from llmtune.cli.plan import make_plan
 
-    return make_plan(composed)
+    with quieted_libraries():
+        return make_plan(composed)

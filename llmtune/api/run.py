@@ -25,13 +25,15 @@ class Run:
     """``running``, ``finished``, ``stopped`` or ``failed``."""
     step: int
     """The last optimizer step that has a line in ``metrics.jsonl``; 0 where none has."""
-    config: Config
+    config: Config = field(repr=False)
     """The composed configuration, without secrets."""
     record: RunRecord = field(repr=False)
     """``plan.json``: everything that was derived for the run."""
     metrics: list[dict[str, Any]] = field(repr=False)
-    """The records of ``metrics.jsonl``: those with ``loss`` are of a training step, those with
-    ``eval_loss`` of an evaluation. ``pandas.DataFrame`` takes them as they are."""
+    """The records of ``metrics.jsonl``, which ``pandas.DataFrame`` takes as they are.
+
+    Those with ``loss`` are of a training step, those with ``eval_loss`` of an evaluation.
+    """
     checkpoints: dict[int, Path] = field(repr=False)
     """Step -> the folder of a complete checkpoint, in order."""
     adapter: Path | None
@@ -53,9 +55,11 @@ class Run:
         Raises:
             CheckpointError: There is nothing complete yet, or it is damaged.
         """
+        from llmtune.cli.output import quieted_libraries
         from llmtune.run.artifact import load_model, resolve_target
 
-        return load_model(resolve_target(self._compose("chat", overrides)))
+        with quieted_libraries():
+            return load_model(resolve_target(self._compose("chat", overrides)))
 
     def evaluate(self, *overrides: Override) -> dict[str, Any]:
         """Take the held-out loss and the metrics, as the verb ``eval``.
@@ -68,10 +72,14 @@ class Run:
             CheckpointError: There is nothing complete yet, or it is damaged.
         """
         from llmtune.cli.eval import evaluate
+        from llmtune.cli.output import quieted_libraries
         from llmtune.track.console import Console
         from llmtune.track.status import Status
 
-        with Status(Console(sys.stderr), "loading the libraries") as status:
+        with (
+            quieted_libraries(),
+            Status(Console(sys.stderr), "loading the libraries") as status,
+        ):
             return evaluate(self._compose("eval", overrides), status)
 
     def export(self, *overrides: Override) -> Path:
@@ -87,10 +95,12 @@ class Run:
             ExportError: The export would be wrong, or a package for it is missing.
         """
         from llmtune.cli.export import export
+        from llmtune.cli.output import quieted_libraries
         from llmtune.track.console import Console
 
         console = Console(sys.stderr)
-        return export(self._compose("export", overrides), console.say, console)
+        with quieted_libraries():
+            return export(self._compose("export", overrides), console.say, console)
 
     def _compose(self, verb: str, overrides: tuple[Override, ...]) -> Composed:
         return compose_verb(verb, ({"target.run": self.folder}, *overrides), None)
@@ -118,14 +128,15 @@ def load_run(folder: str | Path) -> Run:
             f"{path}: no run folder (it has no {layout.CONFIG}); name a folder such as runs/NAME"
         )
     facts = read_run(path)
-    metrics = read_metrics(path / layout.METRICS)
+    # Not where the file is a link or a pipe, of which the facts have nothing.
+    metrics = read_metrics(path / layout.METRICS) if facts.metrics.by_key else []
     adapter, model, merged = (path / name for name in (layout.ADAPTER, layout.MODEL, layout.MERGED))
     loadable = [place for place in (merged, model) if is_complete(place)]
     return Run(
         folder=path,
         name=facts.name,
         state=facts.state,
-        step=max((record["step"] for record in metrics), default=0),
+        step=facts.metrics.last_step or 0,
         config=load_config(path / layout.CONFIG),
         record=facts.record,
         metrics=metrics,

@@ -17,7 +17,7 @@ from llmtune.track.status import Status
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from llmtune.data.load.collate import Batch
+    from llmtune.data.load.collate import Batch, Collator
     from llmtune.run.target import Target
     from llmtune.task.labels import Labels
     from llmtune.task.task import Task
@@ -110,14 +110,12 @@ def evaluate(composed: Composed, status: Status) -> dict[str, Any]:
         CheckpointError: There is nothing complete at that place.
     """
     from llmtune.config.cache_folder import open_cache
-    from llmtune.data.load.collate import Collator
     from llmtune.data.load.loader import iterate_eval
     from llmtune.data.prepared_data import open_rows
     from llmtune.data.report.label_checks import find_unknown_labels
     from llmtune.data.rows.problem_report import refuse
     from llmtune.data.store.vocabulary import check_stores
     from llmtune.errors import DataError
-    from llmtune.model.build import sees_padding
     from llmtune.plan.abilities import check_row_length, max_positions
     from llmtune.run.artifact import free_memory_bytes, load_model, resolve_target
     from llmtune.run.task import prepare_rows
@@ -146,12 +144,7 @@ def evaluate(composed: Composed, status: Status) -> dict[str, Any]:
         if isinstance(asked, int)
         else auto_eval_rows(longest, outputs, free_memory_bytes(device))
     )
-    collator = Collator(
-        pad_token_id=tokenizer.pad_token_id,
-        masked=sees_padding(model),
-        token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
-        find_targets=partial(task.make_targets, labels=labels),
-    )
+    collator = _make_collator(model, tokenizer, task, labels)
     batches = iterate_eval(held_out, rows, 0, 1, collator, None)
     status.doing = f"evaluating {data.eval.rows} rows"
     rounds = -(-data.eval.rows // rows)
@@ -166,6 +159,19 @@ def evaluate(composed: Composed, status: Status) -> dict[str, Any]:
         "model": str(target.adapter or target.model_folder),
         **({"warning": note} if note else {}),
     }
+
+
+def _make_collator(model: Any, tokenizer: Any, task: Task, labels: Labels) -> Collator:
+    """Make what joins the held-out rows of a task to batches."""
+    from llmtune.data.load.collate import Collator
+    from llmtune.model.build import sees_padding
+
+    return Collator(
+        pad_token_id=tokenizer.pad_token_id,
+        masked=sees_padding(model),
+        token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
+        find_targets=partial(task.make_targets, labels=labels),
+    )
 
 
 def _told(batches: Iterator[Batch], count: int, status: Status) -> Iterator[Batch]:

@@ -57,6 +57,8 @@ examples
   python -m llmtune predict run=runs/NAME predict.input=rows.jsonl predict.output=out.jsonl
   python -m llmtune chat run=runs/NAME chat.prompt="..."
   python -m llmtune export run=runs/NAME export=safetensors
+  python -m llmtune serve run=runs/NAME  a server with OpenAI's API, for vLLM, transformers
+                                         or llama.cpp, whichever is installed
   python -m llmtune plan model=llama3_70b hardware=8xa100_80gb tuner=full
   python -m llmtune eval base=runs/NAME/merged
   python -m llmtune verify run=runs/NAME

@@ -12,12 +12,18 @@ from llmtune.process import no_collection
 from llmtune.security.redaction import redact
 from llmtune.security.terminal import to_terminal
 
+#: Variables that quiet libraries, unless the user has set them.
+_QUIET = {
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DS_LOG_LEVEL": "error",
+}
+
 
 def quiet_environment() -> None:
     """Quiet libraries that are not imported yet, here and in processes started from here."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
@@ -33,6 +39,29 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def quieted_libraries() -> Iterator[None]:
+    """Quiet libraries in the block alone: the program around it is somebody else's."""
+    import transformers
+
+    found = {name: os.environ.get(name) for name in _QUIET}
+    disabled = logging.root.manager.disable
+    verbosity = transformers.logging.get_verbosity()
+    has_bar = transformers.logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        quiet_libraries()
+        try:
+            yield
+        finally:
+            for name, value in found.items():
+                if value is None:
+                    os.environ.pop(name, None)
+            logging.disable(disabled)
+            transformers.logging.set_verbosity(verbosity)
+            if has_bar:
+                transformers.logging.enable_progress_bar()
 
 
 class Output:

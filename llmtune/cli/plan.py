@@ -51,14 +51,14 @@ def _plan(composed: Composed, options: Options, write: Output) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanResult:
-    """What ``plan`` foresees of a job."""
+    """A job as the plan foresees it."""
 
     composed: Composed
     """The configuration that was planned."""
     ladder: Ladder
     """All placements, with their memory in bytes and their speed in tokens per second."""
     advice: tuple[Advice, ...]
-    """What would save memory, and change the result."""
+    """Changes that would save memory, and change the result."""
     misfit: str | None
     """None where a placement fits; else the reasons why none does."""
 

@@ -102,8 +102,14 @@ def _chat(composed: Composed, options: Options) -> int:
     return run(composed, options)
 
 
+def _serve(composed: Composed, options: Options) -> int:
+    from llmtune.cli.serve import run
+
+    return run(composed, options)
+
+
 def _verify(composed: Composed, options: Options) -> int:
-    from llmtune.cli.verify import run
+    from llmtune.cli.folders.verify import run
 
     return run(composed, options)
 
@@ -164,6 +170,11 @@ VERBS = {
         summary="what a run, checkpoint or model says of every row of a file: labels, scores, text",
     ),
     "chat": Verb(run=_chat, summary="talk to a run, checkpoint or model"),
+    "serve": Verb(
+        run=_serve,
+        summary="start a server with OpenAI's API for what was trained: serve run=runs/NAME",
+        loads_libraries=False,
+    ),
     "verify": Verb(
         run=_verify,
         summary="check checkpoints, adapters and exports against their manifests, every byte",

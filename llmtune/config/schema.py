@@ -27,6 +27,7 @@ from llmtune.config.groups.verbs.hparams_search import HparamsSearchConfig
 from llmtune.config.groups.verbs.predict import PredictConfig
 from llmtune.config.groups.verbs.report import ReportConfig
 from llmtune.config.groups.verbs.runs import RunsConfig
+from llmtune.config.groups.verbs.serve import ServeConfig
 from llmtune.config.groups.verbs.target import TargetConfig
 from llmtune.config.groups.zero import OffloadConfig, ZeroConfig
 
@@ -62,6 +63,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     runs: RunsConfig = field(default_factory=RunsConfig)

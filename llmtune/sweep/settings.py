@@ -38,7 +38,18 @@ _GROUP = "hparams_search"
 #: Keys and groups that are no part of a training's result.
 _NO_TRAINING = {
     *("output_dir", "run_name", "resume_from_checkpoint", "trace", "key", _GROUP),
-    *("chat", "predict", "target", "report", "runs", "paths", "tracker", "export", "debug"),
+    *(
+        "chat",
+        "predict",
+        "serve",
+        "target",
+        "report",
+        "runs",
+        "paths",
+        "tracker",
+        "export",
+        "debug",
+    ),
     *("experiment", "launch", "hardware"),
 }
 #: Keys that choose the rows by which trials are compared, and those that do without ``data.eval``.
