@@ -9,7 +9,8 @@ batch size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from llmtune.config.schema import Config
 from llmtune.plan.batch_sizes import BatchPlan, StepRows
@@ -51,6 +52,13 @@ class Candidate:
     def fits(self) -> bool:
         """Tell whether it stays within the usable share of every memory."""
         return self.lacks is None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Return what tells it from the other candidates of a job, as plain values."""
+        return candidate_key(
+            self.placement, self.batch.micro_batch_size, self.gradient_checkpointing
+        )
 
     def describe(self) -> str:
         """Describe the candidate in one phrase, for messages."""
@@ -98,6 +106,33 @@ class Ladder:
     def cluster(self) -> Cluster:
         """Return the machines and their ranks."""
         return Cluster(self.hardware, self.world_size)
+
+
+def candidate_key(
+    placement: Placement, micro_batch_size: int, gradient_checkpointing: bool
+) -> dict[str, Any]:
+    """Return what tells a candidate from the others of its job, as plain values."""
+    return {
+        **asdict(placement),
+        "micro_batch_size": micro_batch_size,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+
+
+def failure_conditions(
+    hardware: Hardware, world_size: int, memory_limit: str | None
+) -> dict[str, Any]:
+    """Return the conditions under which memory that ran out counts for a later start.
+
+    Args:
+        memory_limit: ``launch.memory_limit``.
+    """
+    return {
+        "world_size": world_size,
+        "device_memory_bytes": hardware.device_memory_bytes,
+        "host_memory_bytes": hardware.host_memory_bytes,
+        "memory_limit": memory_limit,
+    }
 
 
 def choose(candidates: list[Candidate]) -> Candidate | None:

@@ -25,7 +25,7 @@ from llmtune.launch.supervise.rank_group import RankGroup
 from llmtune.launch.supervise.restarts import Restarts
 from llmtune.launch.supervise.signals import raise_stops
 from llmtune.launch.supervise.supervisor import Limits
-from llmtune.plan.ladder import next_candidate
+from llmtune.plan.ladder import failure_conditions, next_candidate
 from llmtune.plan.plan import with_nvme
 from llmtune.plan.resolve import plan_candidate
 from llmtune.plan.run_record import MemoryFailure
@@ -202,26 +202,24 @@ class FallbackRunner:
 
     def _first(self) -> Candidate:
         """Return the ladder's choice, or the rung of an earlier start on the same hardware."""
-        candidate = self.ladder.chosen
-        assert candidate is not None
-        for entry in self.history:
-            if entry.conditions != self._conditions() or entry.candidate != _key(candidate):
-                continue
-            self.tried.append(candidate)
-            following = next_candidate(self.ladder, candidate, self.tried, entry.phase, entry.pool)
-            if following is None or not self._may_move:
-                break
-            self.console.say(
-                f"{candidate.placement.rung} ran out of memory before (plan.json): starting lower"
-            )
-            candidate = following
-        return candidate
+        chosen = self.ladder.chosen
+        assert chosen is not None
+        found = skip_failed(self.ladder, self.history, self.composed.config, self.tried)
+        if found is None:
+            # Nothing is left below. The memory may have been another program's.
+            return self.tried[-1]
+        if found is chosen:
+            return chosen
+        self.console.say(
+            f"{chosen.placement.rung} ran out of memory before (plan.json): starting lower"
+        )
+        return found
 
     def _next(self, failed: Candidate, event: MemoryEvent) -> Candidate:
         # The failure is recorded at once, so that later starts do not try this candidate again.
         self.tried.append(failed)
         entry = MemoryFailure(
-            candidate=_key(failed),
+            candidate=failed.key,
             conditions=self._conditions(),
             time=time.time(),
             **asdict(event),
@@ -245,7 +243,7 @@ class FallbackRunner:
 
     @property
     def _may_move(self) -> bool:
-        return self.composed.config.offload.optimizer is OffloadDevice.auto
+        return may_move(self.composed.config)
 
     def _refusal(self, failed: Candidate, event: MemoryEvent) -> str:
         rung = failed.placement.rung
@@ -262,13 +260,39 @@ class FallbackRunner:
 
     def _conditions(self) -> dict[str, Any]:
         """Return the conditions under which an earlier failure counts."""
-        hardware = self.ladder.hardware
-        return {
-            "world_size": self.ladder.world_size,
-            "device_memory_bytes": hardware.device_memory_bytes,
-            "host_memory_bytes": hardware.host_memory_bytes,
-            "memory_limit": self.composed.config.launch.memory_limit,
-        }
+        limit = self.composed.config.launch.memory_limit
+        return failure_conditions(self.ladder.hardware, self.ladder.world_size, limit)
+
+
+def may_move(config: Config) -> bool:
+    """Tell whether the user left the choice of the rung open."""
+    return config.offload.optimizer is OffloadDevice.auto
+
+
+def skip_failed(
+    ladder: Ladder,
+    history: tuple[MemoryFailure, ...],
+    config: Config,
+    tried: list[Candidate] | None = None,
+) -> Candidate | None:
+    """Return the ladder's choice, or the candidate below those that ran out of memory before.
+
+    Args:
+        history: In the order of their time.
+        tried: Gets the candidates that failed.
+
+    Returns:
+        None where no candidate below is left. A rung that the user named is not left.
+    """
+    candidate, tried = ladder.chosen, [] if tried is None else tried
+    conditions = failure_conditions(ladder.hardware, ladder.world_size, config.launch.memory_limit)
+    for entry in history:
+        if candidate is None or not may_move(config):
+            break
+        if entry.conditions == conditions and entry.candidate == candidate.key:
+            tried.append(candidate)
+            candidate = next_candidate(ladder, candidate, tried, entry.phase, entry.pool)
+    return candidate
 
 
 def place_swap(plan: Plan, composed: Composed, target: RunTarget) -> Plan:
@@ -324,14 +348,6 @@ def run_request(request: RunRequest, console: Console, ahead: RankGroup | None =
 
 def _step(checkpoint: Path | None) -> int:
     return (layout.checkpoint_step(checkpoint) or 0) if checkpoint else 0
-
-
-def _key(candidate: Candidate) -> dict[str, Any]:
-    return {
-        **asdict(candidate.placement),
-        "micro_batch_size": candidate.batch.micro_batch_size,
-        "gradient_checkpointing": candidate.gradient_checkpointing,
-    }
 
 
 def _hint(config: Config) -> str:

@@ -8,14 +8,23 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 import uuid
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from llmtune.config.composed import Composed
-from llmtune.errors import ERRORS_BY_CODE, EXIT_STOPPED, ConfigError, LlmtuneError, StoppedError
+from llmtune.errors import (
+    ERRORS_BY_CODE,
+    EXIT_STOPPED,
+    ConfigError,
+    DoesNotFitError,
+    LlmtuneError,
+    StoppedError,
+)
 from llmtune.launch.launchers.environment import (
     launched_nodes,
     launched_ranks_on_node,
@@ -26,12 +35,23 @@ from llmtune.launch.launchers.launcher import Launcher
 from llmtune.launch.launchers.meeting import await_ranks
 from llmtune.launch.preflight.affinity import bind_to_gpu
 from llmtune.launch.preflight.deepspeed_ops import ensure_ops, load_ops
+from llmtune.launch.supervise.next_rung import (
+    NextRungError,
+    remove_failures,
+    take_failures,
+    tell_next_start,
+)
+from llmtune.launch.supervise.out_of_memory import MemoryEvent
 from llmtune.launch.supervise.rank_report import redirect_output, report_failure, to_user_error
 from llmtune.launch.supervise.rank_watchdog import RankWatchdog
 from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
+from llmtune.plan.advice import check_fits
 from llmtune.plan.devices.probe import resolve_accelerator
+from llmtune.plan.ladder import candidate_key, failure_conditions
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.resolve import resolve_plan
+from llmtune.plan.plan import Plan
+from llmtune.plan.resolve import plan_candidate, resolve_ladder
+from llmtune.plan.run_record import MemoryFailure
 from llmtune.run.adapter import adopt_adapter, check_adapter
 from llmtune.run.attempt import RunTarget, attempt, lock_file, resolve_run_target
 from llmtune.run.describe import describe
@@ -77,6 +97,8 @@ def run_launched(composed: Composed, launcher: Launcher) -> NoReturn:
             meeting = await_ranks(launcher)
             _train_launched(composed, target, folder, console, watch)
             del meeting
+    except NextRungError as error:
+        exit_now(report_failure(error, rank, stream, composed.config.trace))
     except StoppedError as error:
         console.say(str(error))
         exit_now(EXIT_STOPPED)
@@ -142,11 +164,19 @@ def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: RankW
     A rank may then wait long for rank 0, which finishes its copies elsewhere.
     """
     from llmtune.engine.distributed import barrier
+    from llmtune.run.fallback import may_move
     from llmtune.train.build import run_job
 
+    failures: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if may_move(request.config):
+        failures = tell_next_start(
+            request.run_folder, rank.rank, watch.record.parent, partial(_to_failure, request)
+        )
     try:
-        with watch.watch(request.config.launch.hang_timeout):
+        with failures, watch.watch(request.config.launch.hang_timeout):
             run_job(request, rank, console)
+    except NextRungError:
+        raise
     except StoppedError:
         # At the end of the first rank the launcher ends the others. All have saved by now, and a
         # rank that does not come to the barrier has ended.
@@ -154,6 +184,21 @@ def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: RankW
             barrier(rank)
         raise
     barrier(rank)
+
+
+def _to_failure(request: RunRequest, event: MemoryEvent) -> MemoryFailure:
+    """Return memory that ran out, with the placement of this attempt."""
+    plan = request.plan
+    return MemoryFailure(
+        candidate=candidate_key(
+            plan.placement, plan.batch.micro_batch_size, plan.gradient_checkpointing
+        ),
+        conditions=failure_conditions(
+            plan.hardware, plan.world_size, request.config.launch.memory_limit
+        ),
+        time=time.time(),
+        **asdict(event),
+    )
 
 
 def _on_nodes(composed: Composed) -> Composed:
@@ -232,15 +277,48 @@ def _prepare_first(
     from llmtune.run.task import adopt_task
 
     composed = adopt_task(adopt_adapter(composed, target.folder))
-    begun = begun_train(composed.config, target.folder, target.name)
-    plan = place_swap(resolve_plan(composed.config, world_size, begun), composed, target)
+    history = take_failures(folder.path, folder.read_record().history)
+    plan = place_swap(_plan_next(composed, target, world_size, history, console), composed, target)
     check_adapter(composed.config, plan.shape, target.folder)
     inputs = prepare_run(composed, plan, target, folder, console)
-    request = attempt(inputs, plan, inputs.resume_from, console)
+    request = attempt(inputs, plan, inputs.resume_from, console, history)
+    # plan.json has them now.
+    remove_failures(folder.path)
     if request is not None:
         console.page("llmtune", describe(request))
         ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
     return request
+
+
+def _plan_next(
+    composed: Composed,
+    target: RunTarget,
+    world_size: int,
+    history: tuple[MemoryFailure, ...],
+    console: Console,
+) -> Plan:
+    """Plan the ladder's choice, or the rung below those that ran out of memory before.
+
+    Raises:
+        DoesNotFitError: No rung fits, or none below is left.
+    """
+    from llmtune.run.fallback import skip_failed
+
+    config = composed.config
+    ladder = resolve_ladder(
+        config, world_size, begun=begun_train(config, target.folder, target.name)
+    )
+    check_fits(config, ladder)
+    candidate = skip_failed(ladder, history, config)
+    if candidate is None:
+        raise DoesNotFitError(
+            "the run has run out of memory on every rung that would need less of it (history in"
+            f" {target.folder / layout.PLAN}); take a smaller data.max_seq_length, more ranks, or"
+            " offload.nvme_path=/folder/on/a/local/disk"
+        )
+    if candidate is not ladder.chosen:
+        console.say(f"out of memory before (plan.json); taking the rung {candidate.describe()}")
+    return plan_candidate(config, ladder, candidate, launched=True)
 
 
 def _as_answer(error: Exception) -> dict[str, Any]:

@@ -26,6 +26,8 @@ REPORT = "report.html"
 DATA_EXAMPLES = "data_examples.json"
 LOCK = ".lock"
 RESTARTS = "restarts.jsonl"
+#: What a rank of a foreign launcher leaves when it runs out of memory, for the next start.
+MEMORY_FAILURES = ".out-of-memory-*.json"
 SAVE_REQUEST = "SAVE"
 TRACKER_RUN_ID = "wandb/run_id"
 TENSORBOARD = "tensorboard"
@@ -68,6 +70,11 @@ MASTER_WEIGHT = "master"
 def trace_file(run: Path, rank: int) -> Path:
     """Return the file of a rank with the trace of some steps."""
     return run / PROFILE / f"trace-{rank:05d}.json.gz"
+
+
+def memory_failure_file(run: Path, rank: int) -> Path:
+    """Return the file in which a rank says that it ran out of memory."""
+    return run / MEMORY_FAILURES.replace("*", str(rank))
 
 
 def trial_folder(sweep: Path, number: int) -> Path:

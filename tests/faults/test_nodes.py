@@ -15,13 +15,15 @@ import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import BASE, SAVE_STEPS, STEPS, Run, judge_folder, judge_losses
-from tests.support import ROOT
+from tests.support import ROOT, losses
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -454,3 +456,63 @@ def test_a_hostfile_starts_the_ranks_of_all_nodes_from_one(
     assert 'a $HOME `b` "c" 100%n' in config
     assert "{x,y};*" in config
     assert json.loads((run.path / "finished.json").read_text())["step"] == STEPS
+
+
+#: Weights, gradients and states that ZeRO shares make most of a rank's memory.
+LARGE = [
+    *("tuner=full", "model.config.hidden_size=768", "model.config.intermediate_size=3072"),
+    *("model.config.num_hidden_layers=4", "model.config.vocab_size=8192"),
+    *("train.global_batch_size=4", "train.max_steps=4", "train.save_steps=2"),
+    "train.eval_steps=4",
+]
+
+
+def restarting_torchrun(node: int, run: Run) -> tuple[list[str], dict[str, str]]:
+    """It starts the ranks of both nodes again, when one of them fails."""
+    command, env = static_torchrun(node, run)
+    return [command[0], "--max-restarts=2", *command[1:]], env
+
+
+@pytest.mark.parametrize("launcher", [slurm_by_address, restarting_torchrun])
+def test_memory_that_runs_out_on_one_node_moves_both_to_the_next_rung(
+    nodes: Nodes, tmp_path: Path, undisturbed: Undisturbed, launcher: Launcher
+) -> None:
+    """With the exit code that a scheduler answers with the same command, or by torchrun itself."""
+    overrides = [*LARGE, f"offload.nvme_path={tmp_path}/nvme"]
+    run = Run(tmp_path / "shared", overrides, OVERRIDES)
+    launch = partial(with_fault, launcher, "3@1")
+    nodes.start(run, launch)
+    codes = [nodes.end(node) for node in range(2)]
+    if launcher is slurm_by_address:
+        assert codes == [75, 75], nodes.console(0) + nodes.console(1)
+        for node in range(2):
+            assert "out of host memory" in nodes.console(node)
+            assert "The same command takes the next rung" in nodes.console(node)
+        assert [entry["step"] for entry in read_failures(run)] == [3]
+        nodes.start(run, launch)
+        codes = [nodes.end(node) for node in range(2)]
+    assert codes == [0, 0], nodes.console(0) + nodes.console(1)
+    assert "out of memory before (plan.json); taking the rung" in nodes.console(0)
+    assert read_failures(run) == [], "adopted"
+    plan = json.loads((run.path / "plan.json").read_text())
+    (failure,) = plan["history"]
+    assert (failure["rank"], failure["step"], failure["pool"]) == (1, 3, "host")
+    assert failure["candidate"]["optimizer"] == "none"
+    assert plan["placement"]["optimizer"] == "nvme"
+    reference = [loss for loss, _ in undisturbed(*LARGE).losses.values()]
+    assert losses(run.path) == pytest.approx(reference, abs=1e-4)
+    assert nodes.left() == []
+    run.clean()
+
+
+def with_fault(
+    launcher: Launcher, fault: str, node: int, run: Run
+) -> tuple[list[str], dict[str, str]]:
+    """A launcher whose ranks run out of memory where ``fault`` says."""
+    command, env = launcher(node, run)
+    return command, {**env, "FAULT_MEMORY": fault}
+
+
+def read_failures(run: Run) -> list[dict[str, Any]]:
+    """What ranks have left for the next start."""
+    return [json.loads(file.read_text()) for file in run.path.glob(".out-of-memory-*.json")]

@@ -93,6 +93,20 @@ def find_event(
     return None
 
 
+def find_own_event(error: BaseException, folder: Path, rank: int) -> MemoryEvent | None:
+    """Return the event of an error in this rank itself; None where it is about something else.
+
+    Args:
+        folder: That of this rank's :class:`~llmtune.storage.phase_record.PhaseRecord`, which is
+            there as that of rank 0.
+    """
+    pool = memory_pool(error)
+    if pool is None:
+        return None
+    message = str(error).strip() or type(error).__name__
+    return replace(_event(folder, 0, pool, message), rank=rank)
+
+
 def event_at_limit(folder: Path, rank: int, message: str) -> MemoryEvent | None:
     """Return the event that may have ended a rank near its memory limit, whatever it reported."""
     event = _event(folder, rank, "host", message)

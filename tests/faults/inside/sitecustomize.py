@@ -2,12 +2,14 @@
 gates.
 
 Its folder is on ``PYTHONPATH``, so that Python imports it at start-up. It changes no result: it
-only sleeps around functions of the product, which it wraps as their modules are imported.
+only sleeps around functions of the product, which it wraps as their modules are imported, or raises
+in their place.
 
     FAULT_DIR     folder of ``trace-<rank>-<pid>.jsonl`` and of gates
     FAULT_SLOW    JSON: point -> seconds slept there, each time
     FAULT_GATES   JSON: points; the first process to come to one writes ``at <point>`` and waits for
     ``open <point>``
+    FAULT_MEMORY  ``7@1``: rank 1 runs out of memory in step 7, once
     FAULT_MIRROR  a folder: ``broken://`` of fsspec writes to it, and its first
     FAULT_MIRROR_FAILURES uploads fail
 
@@ -73,6 +75,21 @@ def _wait_at(gate: str) -> None:
         time.sleep(0.005)
 
 
+def _run_out_of_memory(module: Any, step: int) -> None:
+    """Let the forward pass raise what torch's allocator raises, where that is asked for."""
+    if os.environ.get("FAULT_MEMORY") != f"{step}@{module.rank.rank}":
+        return
+    try:
+        os.close(os.open(f"{_FOLDER}/out of memory", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    module.model.register_forward_pre_hook(refuse)
+
+
 def _step_of(path: Any) -> int | None:
     match = _STEP_OF_PATH.search(str(path))
     return int(match[1]) if match else None
@@ -104,6 +121,7 @@ def _patch_module(module: Any) -> None:
         step = self.rank.phases.step
         note("step", step)
         reach(f"step:{step}")
+        _run_out_of_memory(self, step)
         result = train_step(self, *arguments, **named)
         note("stepped", step)
         return result
