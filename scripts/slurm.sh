@@ -3,9 +3,11 @@
 #
 #   sbatch --gpus-per-node=8 --cpus-per-task=64 scripts/slurm.sh output_dir=/shared/run model=llama3_8b
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 scripts/slurm.sh output_dir=/shared/run model=llama3_70b
+#   sbatch --array=1-4 --gpus-per-node=1 scripts/slurm.sh output_dir=/shared/run-%a seed=%a model=llama3_8b
 #
 # One task is one machine: llmtune starts the ranks of its GPUs itself, with restarts and the ladder. Several are one rank each,
-# started by srun. Options of sbatch win over the lines below; PYTHON names the interpreter.
+# started by srun. In an array, %a is the task's number in every argument. Options of sbatch win over the lines below; PYTHON
+# names the interpreter.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:USR1@600
@@ -15,6 +17,9 @@
 # Starts in a row that may end without a new checkpoint: what is killed for the same reason each time is not queued for ever.
 most_in_vain=3
 
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
+fi
 run=
 for argument in "$@"; do
     case $argument in output_dir=*) run=${argument#output_dir=} ;; esac

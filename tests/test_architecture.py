@@ -806,7 +806,7 @@ WHOLE_PROGRAM = {"architectures", "cuda", "extend", "faults", "suite"}
 #: Tests beside those that mirror a module or a folder of their room: each covers a subject.
 SUBJECTS = {
     "api": {"notebook"},
-    "checkpoint": {"resume_matrix"},
+    "checkpoint": {"old_runs", "resume_matrix"},
     "cli": {"bad_input", "main_job", "pipeline", "secrets", "silence", "start"},
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
     "data": {"growing_batch", "huge_rows", "malformed", "spellings"},

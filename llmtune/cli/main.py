@@ -80,7 +80,8 @@ options
   --version, --help
 
 exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 export, 7 environment,
-            75 train, predict or sweep stopped by a signal, saved: the same command resumes,
+            75 train, predict or sweep stopped by a signal, saved, or out of memory under a
+            launcher's ranks: the same command resumes,
             130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM,
             and with its terminal (SIGHUP)
 

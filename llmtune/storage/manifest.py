@@ -20,6 +20,10 @@ from llmtune.storage.hashing import hash_bytes, hash_file
 from llmtune.storage.plain_json import parse_json
 from llmtune.storage.signature import Signer, add_sha256
 
+#: The format of what llmtune publishes. A number that is higher than this is refused; a manifest
+#: without one, of llmtune 0.1.0, has the first.
+FORMAT_VERSION = 1
+
 #: Files of a published folder that the manifest does not list.
 _OWN = {layout.MANIFEST, layout.SIGNATURE, layout.COMPLETE}
 
@@ -41,7 +45,8 @@ def write_manifest(
     """
     if signer is not None:
         files = add_sha256(folder, files)
-    manifest = {"llmtune_version": __version__, **about, "files": dict(sorted(files.items()))}
+    versions = {"format_version": FORMAT_VERSION, "llmtune_version": __version__}
+    manifest = {**versions, **about, "files": dict(sorted(files.items()))}
     text = json.dumps(manifest, indent=1).encode()
     written = {layout.MANIFEST: text}
     if signer is not None:
@@ -140,6 +145,13 @@ def _read_checked(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{layout.MANIFEST} cannot be read ({error})"]
     if expected != hash_bytes(text):
         return {}, [f"{layout.MANIFEST} is not the one that {layout.COMPLETE} was written for"]
+    found = manifest.get("format_version", FORMAT_VERSION)
+    if not isinstance(found, int) or found > FORMAT_VERSION:
+        return {}, [
+            f"{layout.MANIFEST} has the format {found!r} of llmtune"
+            f" {manifest.get('llmtune_version')}, and this llmtune {__version__} reads formats up"
+            f" to {FORMAT_VERSION}: install that version"
+        ]
     checked = (_find_file_problem(folder, name, size) for name, (size, _) in files.items())
     problems = [problem for problem in checked if problem]
     present = {
