@@ -4,6 +4,7 @@ the swap folder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ MODEL = [
     "model.config.tie_word_embeddings=false",
     "tuner.lora_r=32",
 ]
+
+SMOLLM2 = ["model=smollm2_135m"]
 
 PLACES = [
     (0, "none"),
@@ -228,7 +231,39 @@ def test_so_are_those_of_dora(places: list[tuple[int, str]], tmp_path: Path) -> 
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def find_wrong(cells: list[Any], tmp_path: Path, *overrides: str) -> list[Any]:
+#: ZeRO 3's rungs that an optimizer claims.
+RUNGS = ("none", "optimizer_cpu", "cpu", "optimizer_nvme", "nvme")
+CLAIMED = {
+    "adamw": RUNGS,
+    "adamw_bf16": RUNGS[:3],
+    "adamw_bf16 optim.rounding=kahan": RUNGS[:3],
+    "adamw_8bit": RUNGS[:3],
+    "adamw_paged_8bit": RUNGS[:3],
+    "muon": RUNGS[:3],
+}
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", CLAIMED)
+def test_so_are_those_of_a_real_model(optimizer: str, tmp_path: Path) -> None:
+    """SmolLM2-135M on two ranks, on every rung that the optimizer claims."""
+    cells = [((3, rung), "full", "bf16", 2) for rung in CLAIMED[optimizer]]
+    wrong = find_wrong(cells, tmp_path, *f"optim={optimizer}".split(), model=SMOLLM2)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_so_are_those_of_rows_and_columns_of_a_real_model(tmp_path: Path) -> None:
+    cells = [((0, "none"), "full", "bf16", 2)]
+    wrong = find_wrong(cells, tmp_path, "optim=adafactor", model=SMOLLM2)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def find_wrong(
+    cells: list[Any], tmp_path: Path, *overrides: str, model: Sequence[str] = MODEL
+) -> list[Any]:
     """Every number of bytes that is planned more than one percent off, and of parameters that is
     not the engine's.
     """
@@ -237,7 +272,7 @@ def find_wrong(cells: list[Any], tmp_path: Path, *overrides: str) -> list[Any]:
         of_ranks = [cell for cell in cells if cell[3] == ranks]
         tasks = [
             {
-                "overrides": [*MODEL, f"tuner={tuner}", *overrides, f"precision={precision}"],
+                "overrides": [*model, f"tuner={tuner}", *overrides, f"precision={precision}"],
                 "stage": stage,
                 "rung": rung,
                 "accumulation": 2 // ranks,
