@@ -138,6 +138,7 @@ LAYERS: dict[str, set[str]] = {
         "metrics",
         "task",
         "tuner",
+        "optimizer",
         "plan",
         "track",
         "report",
