@@ -14,9 +14,10 @@ PAGE = Path(__file__).parent.parent / "docs/from-other-tools.md"
 BEGIN, END = "<!-- table: python -m scripts.foreign_table -->", "<!-- end of table -->"
 INTRODUCTION = f"""# From other tools
 
-Names of keys in transformers, peft, TRL, axolotl, LLaMA-Factory, torchtune and Unsloth, and what to write here.
-The table is made from the hints that llmtune itself gives: `lora_rank=8` is refused with *did you mean 'tuner.lora_r'?*.
-Keys that are not listed have the same name here, below a group: `learning_rate` is `optim.learning_rate`, and [reference.md](reference.md) has them all.
+How keys of transformers, peft, TRL, axolotl, LLaMA-Factory, torchtune and Unsloth are called here.
+llmtune itself gives these hints: `lora_rank=8` is refused, with the key that was meant.
+A key that is not listed has the same name here, below a group: `optim.learning_rate`.
+All of them: [reference.md](reference.md).
 
 A YAML file of your own takes the place of another tool's, with keys below their groups:
 

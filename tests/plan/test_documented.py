@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from llmtune.cli.arguments import parse
+from llmtune.cli.plan import to_text
 from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
+from llmtune.plan.advice import describe_misfit
 from llmtune.plan.batch_sizes import resolve_batch
 from llmtune.plan.memory import activations
 from llmtune.plan.resolve import resolve_ladder
@@ -52,7 +55,7 @@ def find_plans() -> Iterator[Shown]:
     """Commands that train or plan; the experiments are planned by ``test_experiments.py``."""
     for shown in find_commands():
         verb = VERBS[parse(list(shown.words), VERBS).verb]
-        names_any = any(word in ("tuner=NAME", "tuner=my_tuner") for word in shown.words)
+        names_any = {"tuner=NAME", "tuner=my_tuner", "experiment=first"} & set(shown.words)
         is_experiment = any(word.startswith("experiment=") for word in shown.words)
         if (verb.trains or verb.plans) and not names_any and not is_experiment:
             yield shown
@@ -151,6 +154,49 @@ def test_a_planted_command_that_cannot_run_is_found(line: str, problem: str, fol
 
 
 @pytest.mark.usefixtures("estimated")
+def printed_plans(page: str) -> list[tuple[list[str], list[str]]]:
+    """The plans that a page quotes: words of a command, and the lines in the block behind it."""
+    blocks = [
+        token.content.strip("\n").splitlines()
+        for token in MarkdownIt("commonmark").parse(page)
+        if token.type in ("code_block", "fence")
+    ]
+    lines = [line for block in blocks for line in [*block, ""]]
+    found: list[tuple[list[str], list[str]]] = []
+    for line in lines:
+        if line.startswith("python -m llmtune"):
+            found.append((line.split()[3:], []))
+        elif found and line.strip() not in ("", "..."):
+            found[-1][1].append(" ".join(line.split()))
+    return [(words[1:], quoted) for words, quoted in found if words[:1] == ["plan"] and quoted]
+
+
+def print_plan(overrides: list[str]) -> set[str]:
+    """The lines of a plan, with one blank between words, and what it says where nothing fits."""
+    composed = compose_config(overrides, planning=True)
+    ladder = resolve_ladder(composed.config, planning=True)
+    text = to_text(composed, ladder, [])
+    if ladder.chosen is None:
+        text += describe_misfit(composed.config, ladder)
+    return {" ".join(line.split()) for line in text.splitlines()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/llama3-70b.md", "docs/small-machine.md"])
+def test_a_quoted_plan_is_what_is_printed(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    plans = printed_plans((ROOT / page).read_text())
+    assert plans
+    for overrides, quoted in plans:
+        assert [line for line in quoted if line not in print_plan(overrides)] == [], overrides
+
+
+def test_a_quoted_plan_is_found_with_its_lines() -> None:
+    page = "A:\n\n    python -m llmtune plan a=b\n\n    rung  c\n      none   1\n      ...\n"
+    assert printed_plans(page) == [(["a=b"], ["rung c", "none 1"])]
+    assert printed_plans("    python -m llmtune a=b\n\n    text\n") == []
+
+
 def test_every_recipe_for_two_nodes_trains_on_sixteen_ranks() -> None:
     """As its ranks would plan it, on machines that are named because this one is another."""
     recipes = [
