@@ -803,7 +803,7 @@ SUBJECTS = {
     },
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
-    "plan": {"by_hand", "documented", "encoders", "experiments", "intervals", "models"},
+    "plan": {"by_hand", "documented", "encoders", "experiments", "intervals", "memory_table", "models"},
     "predict": {"adapters", "labels", "output", "resume", "runs", "text"},
     "report": {"any_values", "browser"},
     "run": {"adapter_path", "best_model", "loftq_run", "reports", "restarts"},
