@@ -34,6 +34,8 @@ SIZE = 8
 #: Settings that pages show because llmtune refuses them, or that are no setting of llmtune.
 EXCEPTIONS: dict[str, str] = {
     "tuner.lora_r=8,16": "the README says that it is refused",
+    "lora_rank=8": "the table of other tools' keys says that it is refused",
+    "optim=paged_adamw_8bit": "the same table",
     "add_prefix_space=True": "a setting of tokenizers",
     "zero_force_ds_cpu_optimizer=false": "a key of DeepSpeed",
     "zero_division=0": "an argument of scikit-learn",

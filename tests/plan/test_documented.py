@@ -28,8 +28,8 @@ MACHINE = "8xa100_80gb"
 MACHINES = {"nodes.md": "16xa100_80gb"}
 #: Ranks that a launcher starts, where a page is about launchers.
 RANKS = {"nodes.md": 16}
-#: Models in folders of the reader's.
-FOLDERS = {"model.name_or_path=/models/mine", "model.name_or_path=FOLDER_OR_ID"}
+#: Models of the reader's, for which a folder stands in.
+FOLDERS = {f"model.name_or_path={name}" for name in ("/models/mine", "FOLDER_OR_ID", "OWNER/NAME")}
 #: Plans whose answer is that nothing fits.
 NOTHING_FITS: dict[str, str] = {
     "plan model=llama3_70b hardware=8xa100_80gb tuner=full": "the help: 1 TB of host memory",
