@@ -33,6 +33,7 @@ FOLDERS = {f"model.name_or_path={name}" for name in ("/models/mine", "FOLDER_OR_
 #: Plans whose answer is that nothing fits.
 NOTHING_FITS: dict[str, str] = {
     "plan model=llama3_70b hardware=8xa100_80gb tuner=full": "the help: 1 TB of host memory",
+    "plan model=llama3_70b tuner=full hardware=8xa100_80gb": "the page shows what it says",
 }
 
 
