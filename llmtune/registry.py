@@ -90,6 +90,14 @@ class Registry(Generic[Variant]):
         _import_plugins(os.environ.get(PLUGINS, ""))
         return dict(sorted(self._variants.items()))
 
+    def names(self) -> Sequence[str]:
+        """Return every value that the key takes.
+
+        Raises:
+            As :meth:`list`.
+        """
+        return (*self.list(), *self._also)
+
     def find(self, name: str) -> Variant:
         """Return the variant of a name.
 
@@ -108,7 +116,7 @@ class Registry(Generic[Variant]):
         group = self.key.partition(".")[0]
         if (reason := ABSENT_OPTIONS.get(group, {}).get(name)) is not None:
             raise ConfigError(f"{self.key}={name}: there is no such one: {reason}")
-        names = [*known, *self._also]
+        names = self.names()
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
         if not close and not os.environ.get(PLUGINS):

@@ -72,6 +72,7 @@ examples
 
 options
   --cfg job          print the composed configuration and stop
+  --schema           print all keys as JSON Schema, for editors, and stop
   --config-dir DIR   look for group files (experiment/mine.yaml ...) in DIR too
   --json             plan, data, eval, predict, verify, doctor, report, runs, sweep: print one
                      JSON object
@@ -85,7 +86,7 @@ exit codes  0 done, 2 configuration, 3 does not fit, 4 data, 5 checkpoint, 6 exp
             130, 143 and 129 any other verb ended by Ctrl-C (SIGINT), by SIGTERM,
             and with its terminal (SIGHUP)
 
-Every key, its type, default and meaning: llmtune/config/schema.py and llmtune/config/groups/;
+Every key, its type, unit, default and meaning: docs/reference.md, or --schema;
 every option: conf/."""
 
 #: Overrides that show tracebacks even of what goes wrong before anything is composed.
@@ -109,6 +110,11 @@ class Command:
             return EXIT_DONE
         if "--version" in self._argv:
             _print(f"llmtune {__version__}")
+            return EXIT_DONE
+        if "--schema" in self._argv:
+            from llmtune.cli.reference.schema import to_text
+
+            _print(to_text())
             return EXIT_DONE
         left_out = load_dotenv_file()
         arguments = parse(self._argv, VERBS)

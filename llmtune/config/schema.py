@@ -35,7 +35,7 @@ from llmtune.config.groups.zero import OffloadConfig, ZeroConfig
 class Precision(Enum):
     """Dtype of weights, activations and gradients.
 
-    Master weights and the optimizer's states are always fp32.
+    Master weights and the optimizer's states are fp32, unless the optimizer keeps them otherwise.
     """
 
     bf16 = "bf16"
@@ -76,7 +76,7 @@ class Config:
     seed: int = 42
     """Seed of the split, the order of rows, new adapters and dropout."""
     precision: Precision = Precision.bf16
-    """``bf16``, ``fp16`` or ``fp32``."""
+    """Dtype of weights, activations and gradients: ``bf16``, ``fp16`` or ``fp32``."""
     resume_from_checkpoint: str = "auto"
     """``auto`` (the newest in the run folder), ``none``, or a checkpoint folder."""
     key: str | None = None

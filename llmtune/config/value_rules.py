@@ -21,7 +21,8 @@ PATHS = (
     "predict.output",
 )
 
-_POSITIVE = (
+#: Numbers above 0.
+POSITIVE = (
     "train.num_train_epochs",
     "train.max_steps",
     "train.logging_steps",
@@ -58,7 +59,8 @@ _POSITIVE = (
     "hparams_search.timeout",
 )
 
-_NOT_NEGATIVE = (
+#: Numbers of at least 0.
+NOT_NEGATIVE = (
     "optim.weight_decay",
     "optim.momentum",
     "train.max_grad_norm",
@@ -86,7 +88,7 @@ _NOT_NEGATIVE = (
 )
 
 #: Numbers that are not negative and below 1, and what they are.
-_BELOW_ONE = {
+BELOW_ONE = {
     "schedule.warmup_ratio": "a share of all steps",
     "schedule.min_lr_rate": "a share of the peak",
     "train.label_smoothing": "a share",
@@ -95,7 +97,7 @@ _BELOW_ONE = {
 }
 
 #: Counts of rows or steps that may also be ``auto``.
-_COUNTS_OR_AUTO = (
+COUNTS_OR_AUTO = (
     "train.global_batch_size",
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
@@ -103,7 +105,8 @@ _COUNTS_OR_AUTO = (
     "predict.batch_size",
 )
 
-_FLAGS_OR_AUTO = (
+#: Switches that may also be ``auto``.
+FLAGS_OR_AUTO = (
     "train.gradient_checkpointing",
     "train.sample_answers",
     "train.load_best_model_at_end",
@@ -157,15 +160,15 @@ def _find_empty_paths(config: Config) -> Iterator[str]:
 
 
 def _find_range_problems(config: Config) -> Iterator[str]:
-    for key in _POSITIVE:
+    for key in POSITIVE:
         value = read_key(config, key)
         if value is not None and not value > 0:
             yield f"{key}={value}: must be above 0"
-    for key in _NOT_NEGATIVE:
+    for key in NOT_NEGATIVE:
         value = read_key(config, key)
         if value is not None and value < 0:
             yield f"{key}={value}: must not be negative"
-    for key, meaning in _BELOW_ONE.items():
+    for key, meaning in BELOW_ONE.items():
         value = read_key(config, key)
         if value is not None and value >= 1:
             yield f"{key}={value}: {meaning}, below 1"
@@ -188,14 +191,14 @@ def _find_choice_problems(config: Config) -> Iterator[str]:
     weights = config.data.class_weights
     if weights not in ("none", "balanced", None) and not isinstance(weights, list):
         yield f"data.class_weights={weights}: none, balanced, or a list of numbers above 0"
-    for key in _COUNTS_OR_AUTO:
+    for key in COUNTS_OR_AUTO:
         value = read_key(config, key)
         if value != "auto" and not (type(value) is int and value > 0):
             yield f"{key}={value}: must be above 0 and a whole number, or 'auto'"
     rate = config.optim.learning_rate
     if rate != "auto" and (isinstance(rate, str) or rate <= 0):
         yield f"optim.learning_rate={rate}: 'auto', or a number above 0"
-    for key in _FLAGS_OR_AUTO:
+    for key in FLAGS_OR_AUTO:
         flag = read_key(config, key)
         if flag not in ("auto", True, False):
             yield f"{key}={flag}: 'auto', true or false"

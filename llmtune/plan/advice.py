@@ -86,7 +86,7 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
             continue
         if saved > 0 and not other.find_problems(OptimConfig(), config.precision):
             yield Advice(
-                change=f"{other.title} instead of {optimizer.title}",
+                change=f"{_title(other)} instead of {_title(optimizer)}",
                 saves_bytes=int(saved * trained),
                 where=where,
                 override=f"optim={other.name}",
@@ -101,6 +101,11 @@ def _state_advice(config: Config, ladder: Ladder, placement: Placement) -> Itera
             where=where,
             override=None,
         )
+
+
+def _title(optimizer: Optimizer) -> str:
+    """Return the name by which an optimizer of matrices is told from that of the others."""
+    return optimizer.matrix.title if optimizer.matrix is not None else optimizer.title
 
 
 def _list_optimizers(shape: ModelShape) -> Iterator[Optimizer]:

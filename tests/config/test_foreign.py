@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from llmtune.cli.arguments import parse
 from llmtune.cli.verbs import VERBS
@@ -14,6 +15,7 @@ from llmtune.config.keys import known_keys
 from llmtune.config.overrides import read_override
 from llmtune.errors import ConfigError
 from llmtune.run.settings import find_problems
+from scripts import foreign_table
 
 GROUPS = config_groups()
 
@@ -120,3 +122,39 @@ def test_options_and_own_files_are_told_as_well(tmp_path: Path) -> None:
 def test_a_model_that_is_no_option_is_told_its_key() -> None:
     assert "named by model.name_or_path=org/model" in problem("model=org/model")
     assert "named by data.train=my.jsonl" in problem("data=my.jsonl")
+
+
+def test_the_page_has_all_of_them() -> None:
+    page = foreign_table.PAGE.read_text()
+    assert page == foreign_table.make_page(), "run python -m scripts.foreign_table"
+    assert [name for name in MEANINGS if f"`{name}`" not in page] == []
+
+
+def test_a_page_that_is_behind_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "from-other-tools.md"
+    page.write_text(foreign_table.make_page().replace("`lora_rank`", "`rank`"))
+    monkeypatch.setattr(foreign_table, "PAGE", page)
+    assert foreign_table.main(["--check"]) == 1
+    assert "run python -m scripts.foreign_table" in capsys.readouterr().err
+    assert foreign_table.main([]) == 0
+    assert foreign_table.main(["--check"]) == 0
+
+
+def test_its_example_of_a_file_composes(tmp_path: Path) -> None:
+    """The file that the page shows, and the command behind it."""
+    blocks = [
+        token.content
+        for token in MarkdownIt("commonmark").parse(foreign_table.PAGE.read_text())
+        if token.type == "code_block"
+    ]
+    file, command = blocks[0].split("\n\n")
+    name, text = file.split("\n", 1)
+    target = tmp_path / name.removeprefix("# mine/")
+    target.parent.mkdir()
+    target.write_text(text)
+    words = command.split()[3:]
+    assert words == ["--config-dir", "mine", "experiment=first"]
+    config = compose_config(words[2:], str(tmp_path)).config
+    assert (config.model.name_or_path, config.tuner.lora_r) == ("Qwen/Qwen3-4B", 32)

@@ -1,0 +1,1 @@
+"""Descriptions of the configuration that the command line prints."""
