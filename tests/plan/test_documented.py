@@ -11,12 +11,11 @@ import yaml
 from markdown_it import MarkdownIt
 
 from llmtune.cli.arguments import parse
-from llmtune.cli.plan import to_text
+from llmtune.cli.plan import make_plan
 from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
-from llmtune.plan.advice import describe_misfit
 from llmtune.plan.batch_sizes import resolve_batch
 from llmtune.plan.memory import activations
 from llmtune.plan.resolve import resolve_ladder
@@ -174,11 +173,8 @@ def printed_plans(page: str) -> list[tuple[list[str], list[str]]]:
 
 def print_plan(overrides: list[str]) -> set[str]:
     """The lines of a plan, with one blank between words, and what it says where nothing fits."""
-    composed = compose_config(overrides, planning=True)
-    ladder = resolve_ladder(composed.config, planning=True)
-    text = to_text(composed, ladder, [])
-    if ladder.chosen is None:
-        text += describe_misfit(composed.config, ladder)
+    found = make_plan(compose_config(overrides, planning=True))
+    text = f"{found}{found.misfit or ''}"
     return {" ".join(line.split()) for line in text.splitlines()}
 
 

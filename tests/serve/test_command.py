@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,11 +57,12 @@ def write_run(run: Path, *exports: str) -> Path:
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Pretend that these servers are installed, and no other."""
+
+    def finder(name: str) -> Callable[[], list[str] | None]:
+        return lambda: [f"/bin/{name}"] if name in names else None
+
     known = ENGINES.list()
-    found = {
-        name: replace(engine, find=lambda name=name: [f"/bin/{name}"] if name in names else None)
-        for name, engine in known.items()
-    }
+    found = {name: replace(engine, find=finder(name)) for name, engine in known.items()}
     monkeypatch.setattr(ENGINES, "_variants", found)
 
 
