@@ -204,7 +204,7 @@ def test_a_killed_job_is_queued_again(
     job = slurm.submit(run, f"output_dir={run.path}")
     wait_for_step(slurm, run, 2 * SAVE_STEPS + 3)
     pids = subprocess.run(
-        ["pgrep", "-f", f"-m llmtune .*{run.path}"], capture_output=True, text=True, check=True
+        ["pgrep", "-f", f"llmtune .*{run.path}"], capture_output=True, text=True, check=True
     )
     for pid in map(int, pids.stdout.split()):
         os.kill(pid, signal.SIGKILL)
