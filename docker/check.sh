@@ -7,8 +7,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# The user of the image (USER_ID of the Dockerfile).
-user=1000
 problems=0
 ok() { printf 'ok    %s\n' "$*"; }
 note() { printf 'note  %s\n' "$*"; }
@@ -86,8 +84,13 @@ check_memory() {
 check_folder() { # name, what must be possible
     local folder free
     folder=$(setting "$1")
+    if [ "$1" = DATA_DIR ]; then folder=${folder:-$(dirname "$PWD")/data}; fi
     if [ -z "$folder" ]; then
         ok "$1: a volume that Docker keeps"
+        return
+    fi
+    if [ ! -d "$folder" ] && [ "$2" = read ] && [ -z "$(setting "$1")" ]; then
+        note "$1: there is no $folder, and no other folder is named: /data will be empty"
         return
     fi
     if [ ! -d "$folder" ]; then
@@ -150,6 +153,9 @@ check_env() {
     fi
 }
 
+# The user of the image (USER_ID of the Dockerfile).
+user=$(setting USER_ID)
+user=${user:-1000}
 check_docker
 check_gpus
 check_memory
@@ -160,6 +166,6 @@ check_folder CACHE_DIR write
 check_folder NVME_DIR write
 check_env
 if [ "$problems" -gt 0 ]; then
-    printf '%s would stop a container\n' "$problems" >&2
+    printf '%s problem%s would stop a container\n' "$problems" "$([ "$problems" = 1 ] || echo s)" >&2
     exit 7
 fi
