@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -67,8 +68,8 @@ def machine_names(run: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(machine_state, "read_gpus", lambda: [gpu])
     counts: Any = type("Counts", (), dict.fromkeys(("read_bytes", "write_bytes"), 1))
     counts.bytes_recv = counts.bytes_sent = 1
-    monkeypatch.setattr(machine_state.psutil, "disk_io_counters", lambda: counts)
-    monkeypatch.setattr(machine_state.psutil, "net_io_counters", lambda: counts)
+    monkeypatch.setattr(psutil, "disk_io_counters", lambda: counts)
+    monkeypatch.setattr(psutil, "net_io_counters", lambda: counts)
     (run / "checkpoint-1").mkdir(parents=True)
     (run / "checkpoint-1" / "COMPLETE").touch()
     return {family.name for family in machine_state.MachineState(PREFIX, run).collect()}

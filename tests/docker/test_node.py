@@ -75,7 +75,7 @@ def start(run: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(DOCKER / "node.py"), "--nnodes=1", "--nproc_per_node=1"]
     command += ["--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     command += ["--module", "llmtune", "train", *TINY, "data.train=stdlib_docs@50"]
-    command += ["data.val_set_size=4", "export=none", "train.precision=fp32", "train.save_steps=4"]
+    command += ["data.val_set_size=4", "export=none", "precision=fp32", "train.save_steps=4"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, f"output_dir={run}", *more],
@@ -92,13 +92,14 @@ def start(run: Path, *more: str) -> subprocess.Popen[str]:
 @pytest.mark.usefixtures("started_cold")
 def test_a_node_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    wrong = start(run, "train.learning_rate=-1")
-    assert wrong.communicate(timeout=300)[0]
-    assert wrong.returncode == 2
+    wrong = start(run, "optim.learning_rate=-1")
+    out = wrong.communicate(timeout=300)[0]
+    assert wrong.returncode == 2, out
+    assert "optim.learning_rate" in out
 
     stopped = start(run, "train.max_steps=400")
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and stopped.poll() is None:
         if (run / "metrics.jsonl").is_file() and len(losses(run)) > 2:
             break
         time.sleep(0.1)
