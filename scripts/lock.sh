@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write requirements.lock and requirements-dev.lock anew: every package that llmtune needs, at one version, with the hashes of its
+# Write requirements.lock, requirements-dev.lock and docker/*.lock anew: every package that llmtune needs, at one version, with the hashes of its
 # files, for Python 3.11 to 3.13. Run it after a change of constraints.txt or setup.cfg, and then the tests.
 #
 # Left out is torch, whose build depends on the machine (scripts/setup.sh chooses it), with the CUDA libraries that it brings.
@@ -40,3 +40,16 @@ lock() { # file, extras... : keeps the versions that the file has where nothing 
 
 lock requirements.lock
 lock requirements-dev.lock dev onnx
+
+lock_image() { # file, packages... : what a stage of the image installs beside requirements.lock, at the versions of that
+    local file=$1
+    shift
+    sed -n '/^[A-Za-z0-9._-]*==/s/ \\$//p' requirements.lock >"$tools/versions.txt"
+    printf '%s\n' "$@" | "$tools/bin/uv" pip compile - --constraint "$tools/versions.txt" --output-file "$file" --quiet \
+        --system-certs --universal --python-version 3.11 --generate-hashes --no-annotate \
+        --custom-compile-command "bash scripts/lock.sh"
+}
+
+# setuptools builds llmtune's own package there.
+lock_image docker/track.lock tensorboard prometheus_client "setuptools>=77"
+lock_image docker/jupyter.lock jupyterlab ipywidgets

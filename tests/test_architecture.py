@@ -803,7 +803,7 @@ def test_tests_join_ranks_with_their_ops_loaded_under_the_lock() -> None:
 
 
 #: Folders of tests that cover the whole program and mirror no room.
-WHOLE_PROGRAM = {"architectures", "cuda", "extend", "faults", "suite"}
+WHOLE_PROGRAM = {"architectures", "cuda", "docker", "extend", "faults", "suite"}
 #: Tests beside those that mirror a module or a folder of their room: each covers a subject.
 SUBJECTS = {
     "api": {"notebook"},

@@ -105,12 +105,30 @@ def test_nothing_is_installed_past_it(name: str) -> None:
 def test_the_image_can_be_named_by_its_digest() -> None:
     text = (ROOT / "docker" / "Dockerfile").read_text()
     assert "ARG DIGEST=\n" in text
-    assert "\nFROM ${BASE}${DIGEST:+@${DIGEST}}\n" in text
+    assert "\nFROM ${BASE}${DIGEST:+@${DIGEST}} AS base\n" in text
+    # Every other stage stands on that one.
+    later = re.findall(r"^FROM (\S+)", text, re.MULTILINE)[1:]
+    assert set(later) == {"base", "runtime"}
 
 
-def test_the_readme_hands_no_token_to_the_container() -> None:
-    mounts = re.findall(r'-v "\$HOME/([^:"]+)', (ROOT / "README.md").read_text())
-    assert mounts == [".cache/huggingface/hub"], "the token lies one folder above"
+@pytest.mark.parametrize("page", ["README.md", "docs/containers.md"])
+def test_no_page_hands_the_hubs_token_to_the_container(page: str) -> None:
+    mounts = re.findall(r'-v "([^:"]+):', (ROOT / page).read_text())
+    assert mounts
+    assert [mount for mount in mounts if mount.startswith(("$HOME", "~"))] == []
+
+
+@pytest.mark.parametrize("name", ["track", "jupyter"])
+def test_a_stage_of_the_image_takes_the_versions_of_the_others(name: str) -> None:
+    image = locked("requirements.lock")
+    more = re.findall(
+        r"^([\w.-]+)==([^\s;]+)", (ROOT / "docker" / f"{name}.lock").read_text(), re.M
+    )
+    both = [(package, version) for package, version in more if package in image]
+    assert len(both) > 3
+    assert [one for one in both if image[one[0]][0] != one[1]] == []
+    text = (ROOT / "docker" / "Dockerfile").read_text()
+    assert re.search(rf"--no-deps --require-hashes -r \S*{name}\.lock", text)
 
 
 @pytest.mark.parametrize(("revision", "told"), [(None, True), ("main", False), ("0" * 40, False)])
