@@ -159,6 +159,21 @@ def test_so_are_those_of_groups_with_settings_of_their_own(tmp_path: Path) -> No
 
 @pytest.mark.process
 @pytest.mark.slow
+def test_so_are_those_of_a_model_whose_head_is_tied(tmp_path: Path) -> None:
+    """Its head is written to NVMe before it gets the embedding's weight."""
+    cells = [
+        ((3, rung), tuner, "bf16", ranks)
+        for rung in ("cpu", "nvme")
+        for tuner in TUNERS
+        for ranks in RANKS
+    ]
+    tied = [text for text in MODEL if not text.startswith("model.config.tie")]
+    wrong = find_wrong(cells, tmp_path, model=tied)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.process
+@pytest.mark.slow
 def test_so_are_those_of_a_model_whose_tables_have_grown(tmp_path: Path) -> None:
     """By so many rows that the plan of the model without them is more than one percent off.
 

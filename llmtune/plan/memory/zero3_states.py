@@ -36,6 +36,8 @@ class Partitions:
     """Bytes, on the optimizer's device."""
     buckets: Split
     backward: int
+    left_on_nvme: int
+    """Bytes of the weights on NVMe that are written once, while the model is built."""
     sub_group_numels: list[int]
     """Elements of this rank in each of the sub-groups that are stepped one after the other."""
 
@@ -71,8 +73,11 @@ def partition_states(
 
     base = [tensor for tensor in shape.tensors if not tensor.adapter]
     adapters = [tensor for tensor in shape.tensors if tensor.adapter]
+    left = _tied_head_on_nvme(shape, placement, sizes, size, world_size)
+    weights = _partitioned_weights(base, placement, sizes, size, world_size)
     return Partitions(
-        weights=_partitioned_weights(base, placement, sizes, size, world_size),
+        weights=weights + Split(nvme=left),
+        left_on_nvme=left,
         adapters=_partitioned_weights(adapters, placement, sizes, size, world_size),
         gradients=size * sum(numels),
         buckets=Split(device=size * (sizes.reduce_bucket + persistent), host=buffers),
@@ -152,7 +157,8 @@ def stage_3_on_nvme(
     # The swapper's buffers hold the largest sub-group.
     largest = _aligned(max(partitions.sub_group_numels), sizes, FP32_BYTES)
     swap_buffers = sizes.optimizer_buffers * FP32_BYTES * largest
-    written = on_disk + gradients_on_disk + partitions.weights.nvme + partitions.adapters.nvme
+    weights = partitions.weights.nvme - partitions.left_on_nvme
+    written = on_disk + gradients_on_disk + weights + partitions.adapters.nvme
     return StateBytes(
         weights=partitions.weights,
         adapters=partitions.adapters,
@@ -186,6 +192,20 @@ def _partitioned_weights(
         else:
             host += nbytes
     return Split(device, host, nvme)
+
+
+def _tied_head_on_nvme(
+    shape: ModelShape, placement: Placement, sizes: ZeroSizes, size: int, world_size: int
+) -> int:
+    """Bytes of the file that a tied head leaves on NVMe.
+
+    transformers makes the head before it gives it the embedding's weight, and ``zero.Init`` swaps
+    out every parameter as soon as it is made (``zero/partition_parameters.py:
+    Init._partition_param``). Nothing reads the file again.
+    """
+    partition = partition_numel(shape.head_parameters, world_size)
+    swaps = placement.param == "nvme" and size * partition >= sizes.aio.block_size
+    return size * _aligned(partition, sizes, size) if shape.tied and swaps else 0
 
 
 def _param_buffers(
