@@ -87,6 +87,8 @@ def settings_of_page(name: str, text: str) -> Iterator[Shown]:
 
 def _code_of(text: str) -> Iterator[tuple[str, bool]]:
     """The code of a page, and whether it is a block."""
+    # The number of an array's task, which scripts/slurm.sh fills in.
+    text = text.replace("%a", "1")
     for token in MarkdownIt("commonmark").enable("table").parse(text):
         if token.type in ("code_block", "fence"):
             yield token.content, True

@@ -285,10 +285,11 @@ def skip_failed(
         None where no candidate below is left. A rung that the user named is not left.
     """
     candidate, tried = ladder.chosen, [] if tried is None else tried
-    conditions = failure_conditions(ladder.hardware, ladder.world_size, config.launch.memory_limit)
-    for entry in history:
-        if candidate is None or not may_move(config):
+    limit = config.launch.memory_limit
+    for entry in history if may_move(config) else ():
+        if candidate is None:
             break
+        conditions = failure_conditions(ladder.hardware, ladder.world_size, limit)
         if entry.conditions == conditions and entry.candidate == candidate.key:
             tried.append(candidate)
             candidate = next_candidate(ladder, candidate, tried, entry.phase, entry.pool)

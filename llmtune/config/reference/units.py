@@ -66,6 +66,7 @@ WITHOUT_UNIT: frozenset[str] = frozenset(
         *("train.max_grad_norm", "train.neftune_noise_alpha"),
         *("optim.weight_decay", "optim.eps", "schedule.num_cycles", "schedule.power"),
         *("chat.temperature", "predict.temperature", "tracker.prometheus_port"),
+        "serve.port",
         *("data.class_weights", "tuner.trainable_token_indices"),
     ]
 )
