@@ -28,6 +28,7 @@ if [ -z "$run" ]; then
     echo "slurm.sh: output_dir=FOLDER is missing; all nodes and all later starts must see it" >&2
     exit 2
 fi
+run=${run/#\~\//$HOME/}
 # Beside the run folder, which is to hold a run and nothing else.
 in_vain_file=${run%/}.slurm-starts-in-vain
 
@@ -71,11 +72,13 @@ case $code in
     ;;
 esac
 if [ "$asked" = TERM ]; then
+    rm -f "$in_vain_file"
     echo "slurm.sh: ended by Slurm (scancel, or preemption, after which Slurm itself queues it again); exit code $code" >&2
     exit "$code"
 fi
 in_vain=0
-if [ "$(newest_checkpoint)" = "$before" ]; then
+# Memory that ran out is progress: the next start takes the next rung.
+if [ "$(newest_checkpoint)" = "$before" ] && ! compgen -G "$run/.out-of-memory-*.json" >/dev/null; then
     read -r in_vain 2>/dev/null <"$in_vain_file"
     in_vain=$((in_vain + 1))
 fi
@@ -84,6 +87,9 @@ if [ "$in_vain" -ge "$most_in_vain" ]; then
     rm -f "$in_vain_file"
     exit "$code"
 fi
-echo "$in_vain" >"$in_vain_file"
+if ! echo "$in_vain" >"$in_vain_file"; then
+    echo "slurm.sh: not queued again, for $in_vain_file cannot be written" >&2
+    exit "$code"
+fi
 echo "slurm.sh: exit code $code, queued again"
 scontrol requeue "$SLURM_JOB_ID"

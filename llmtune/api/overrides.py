@@ -66,6 +66,9 @@ def _to_value(key: str, value: Any) -> str:
 
     See https://hydra.cc/docs/advanced/override_grammar/basic/.
     """
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        # A number of numpy or torch.
+        value = value.item()
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -44,7 +44,8 @@ class Run:
     def load_model(self, *overrides: Override) -> tuple[Any, Any]:
         """Load what was trained into this process, an adapter on its base.
 
-        Of an unfinished run it is the newest checkpoint.
+        Of a run that was never finished it is the newest checkpoint; of one that goes on, what its
+        earlier end published.
 
         Args:
             overrides: On top of the run's configuration, such as ``"precision=fp32"``.
@@ -114,6 +115,7 @@ def load_run(folder: str | Path) -> Run:
 
     Raises:
         CheckpointError: It is no run folder, or may not be read.
+        ConfigError: Its configuration has keys that this version does not know.
     """
     from llmtune.config.stored import load_config
     from llmtune.errors import CheckpointError
@@ -141,6 +143,7 @@ def load_run(folder: str | Path) -> Run:
         record=facts.record,
         metrics=metrics,
         checkpoints={step: layout.checkpoint_folder(path, step) for step in facts.checkpoints},
-        adapter=adapter if is_complete(adapter) else None,
-        model=loadable[0] if loadable else None,
+        # Of a run that goes on, they are those of its earlier end.
+        adapter=adapter if facts.finished and is_complete(adapter) else None,
+        model=loadable[0] if facts.finished and loadable else None,
     )

@@ -14,7 +14,6 @@ from llmtune.errors import (
     ERRORS_BY_CODE,
     EXIT_BY_SIGNAL,
     EXIT_DONE,
-    EXIT_STOPPED,
     LlmtuneError,
     StoppedError,
 )
@@ -79,7 +78,7 @@ def _check_end(end: ChildEnd, folder: Path) -> None:
     code = end.exit_code
     if code == EXIT_DONE:
         return
-    if code == EXIT_STOPPED:
+    if end.is_stopped:
         raise StoppedError(f"stopped; the same call goes on with {folder}")
     if code < 0 or code > EXIT_BY_SIGNAL:
         number = -code if code < 0 else code - EXIT_BY_SIGNAL

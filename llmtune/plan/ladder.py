@@ -129,10 +129,15 @@ def failure_conditions(
     """
     return {
         "world_size": world_size,
-        "device_memory_bytes": hardware.device_memory_bytes,
-        "host_memory_bytes": hardware.host_memory_bytes,
+        "device_memory_bytes": _roughly(hardware.device_memory_bytes),
+        "host_memory_bytes": _roughly(hardware.host_memory_bytes),
         "memory_limit": memory_limit,
     }
+
+
+def _roughly(nbytes: int) -> int:
+    """Round to two digits: machines of one kind differ by some kilobytes."""
+    return int(float(f"{nbytes:.1e}"))
 
 
 def choose(candidates: list[Candidate]) -> Candidate | None:

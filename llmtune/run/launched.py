@@ -47,7 +47,7 @@ from llmtune.launch.supervise.rank_watchdog import RankWatchdog
 from llmtune.launch.supervise.signals import NOT_BEGUN, NOT_EXPORTED, raise_stops
 from llmtune.plan.advice import check_fits
 from llmtune.plan.devices.probe import resolve_accelerator
-from llmtune.plan.ladder import candidate_key, failure_conditions
+from llmtune.plan.ladder import Candidate, candidate_key, failure_conditions
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.plan import Plan
 from llmtune.plan.resolve import plan_candidate, resolve_ladder
@@ -277,13 +277,20 @@ def _prepare_first(
     from llmtune.run.task import adopt_task
 
     composed = adopt_task(adopt_adapter(composed, target.folder))
-    history = take_failures(folder.path, folder.read_record().history)
-    plan = place_swap(_plan_next(composed, target, world_size, history, console), composed, target)
+    known = folder.read_record().history
+    history = take_failures(folder.path, known)
+    if history != known:
+        # The record first, so that no end of this start forgets them.
+        folder.write_record(replace(folder.read_record(), history=history))
+    remove_failures(folder.path)
+    plan = place_swap(
+        _plan_next(composed, target, world_size, history, history != known, console),
+        composed,
+        target,
+    )
     check_adapter(composed.config, plan.shape, target.folder)
     inputs = prepare_run(composed, plan, target, folder, console)
     request = attempt(inputs, plan, inputs.resume_from, console, history)
-    # plan.json has them now.
-    remove_failures(folder.path)
     if request is not None:
         console.page("llmtune", describe(request))
         ensure_ops(plan.hardware.accelerator, plan.placement, console.say)
@@ -295,12 +302,16 @@ def _plan_next(
     target: RunTarget,
     world_size: int,
     history: tuple[MemoryFailure, ...],
+    is_new: bool,
     console: Console,
 ) -> Plan:
     """Plan the ladder's choice, or the rung below those that ran out of memory before.
 
+    Args:
+        is_new: The last start ran out of memory, and nobody has been told yet.
+
     Raises:
-        DoesNotFitError: No rung fits, or none below is left.
+        DoesNotFitError: No rung fits, or none is left below the one of the last start.
     """
     from llmtune.run.fallback import skip_failed
 
@@ -309,13 +320,17 @@ def _plan_next(
         config, world_size, begun=begun_train(config, target.folder, target.name)
     )
     check_fits(config, ladder)
-    candidate = skip_failed(ladder, history, config)
-    if candidate is None:
+    tried: list[Candidate] = []
+    candidate = skip_failed(ladder, history, config, tried)
+    if candidate is None and is_new:
         raise DoesNotFitError(
-            "the run has run out of memory on every rung that would need less of it (history in"
-            f" {target.folder / layout.PLAN}); take a smaller data.max_seq_length, more ranks, or"
-            " offload.nvme_path=/folder/on/a/local/disk"
+            "the last start ran out of memory, and no rung below would need less of it (history"
+            f" in {target.folder / layout.PLAN}); take a smaller data.max_seq_length, more ranks,"
+            " or offload.nvme_path=/folder/on/a/local/disk. The same command tries the last rung"
+            " again"
         )
+    # Where nothing is left below, the memory may have been another program's.
+    candidate = candidate or tried[-1]
     if candidate is not ladder.chosen:
         console.say(f"out of memory before (plan.json); taking the rung {candidate.describe()}")
     return plan_candidate(config, ladder, candidate, launched=True)

@@ -21,6 +21,7 @@ _GGUF = ".gguf"
 _TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER = "tokenizer_config.json"
 _CONFIG = "config.json"
+_LAST_PORT = 65535
 #: How a class of transformers is named that writes text.
 _WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
@@ -60,7 +61,7 @@ def make_command(composed: Composed) -> ServeCommand:
     settings = composed.config.serve
     named = None if settings.engine == AUTO else ENGINES.find(settings.engine)
     name, path = _find_model(composed, named)
-    is_gguf = path.suffix == _GGUF
+    is_gguf = _is_gguf(path)
     if named is not None and named.reads_gguf != is_gguf:
         reads = "a GGUF file" if named.reads_gguf else "a model folder"
         raise ConfigError(f"serve.engine={named.name} reads {reads}, and {path} is none")
@@ -130,6 +131,10 @@ def _find_export(run: Path, engine: Engine | None) -> Path:
     )
 
 
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == _GGUF
+
+
 def _check_path(path: Path) -> None:
     """Check that a folder is undamaged, and a model that writes text.
 
@@ -137,12 +142,13 @@ def _check_path(path: Path) -> None:
         CheckpointError: It is damaged.
         ConfigError: It is no model folder, or a classifier.
     """
-    if path.suffix == _GGUF:
+    folder = path.parent if _is_gguf(path) else path
+    if (folder / layout.MANIFEST).is_file():
+        check_undamaged(folder)
+    if _is_gguf(path):
         return
     if not (path / _CONFIG).is_file():
         raise ConfigError(f"{path} is no model folder: it has no {_CONFIG}")
-    if (path / layout.MANIFEST).is_file():
-        check_undamaged(path)
     classes = _read(path / _CONFIG).get("architectures") or []
     if classes and not any(str(name).endswith(_WRITES_TEXT) for name in classes):
         raise ConfigError(
@@ -197,17 +203,20 @@ def _check_port(settings: ServeConfig) -> None:
     """Check that the address can be listened on, before the model is loaded.
 
     Raises:
+        ConfigError: There is no such port.
         MissingPrerequisiteError: Another program listens there, or the address is none of this
             machine's.
     """
+    if not 1 <= settings.port <= _LAST_PORT:
+        raise ConfigError(f"serve.port={settings.port}: a TCP port is from 1 to {_LAST_PORT}")
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            hint = "take another serve.port=" if error.errno == errno.EADDRINUSE else ""
+            of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            hint = "take another serve.port=" if of_port else "take an address of this machine"
             raise MissingPrerequisiteError(
-                f"serve.host={settings.host} serve.port={settings.port}: {error.strerror};"
-                f" {hint or 'take an address of this machine'}"
+                f"serve.host={settings.host} serve.port={settings.port}: {error.strerror}; {hint}"
             ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,11 @@ def test_a_list_of_files_is_that_list(files: list[str]) -> None:
 @given(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False))
 def test_a_number_is_that_number(value: Any) -> None:
     assert read("train.max_steps", value) == value
+
+
+@pytest.mark.parametrize("number", [np.float64(1e-4), np.int64(7), np.bool_(True)])
+def test_a_number_of_numpy_is_that_number(number: Any) -> None:
+    assert read("train.max_steps", number) == number.item()
 
 
 @pytest.mark.parametrize("word", ["null", "8", "true", "[a]", "a,b", "'a'", "${oc.env:HOME}", ""])

@@ -39,6 +39,8 @@ def write_model(
     """A finished export, as far as ``serve`` looks at it."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    if folder.name == "export-gguf":
+        (folder / "model.gguf").write_bytes(b"GGUF")
     settings = {"chat_template": "{{ messages }}"} if template else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     write_manifest(folder, {file.name: hash_file(file) for file in folder.iterdir()}, {})
@@ -108,7 +110,6 @@ def test_a_gguf_file_is_for_llama_cpp(
     install(monkeypatch, "vllm", "transformers", "llama_cpp")
     run = write_run(tmp_path / "mine", "merged", "export-gguf")
     file = run / "export-gguf" / "model.gguf"
-    file.write_bytes(b"GGUF")
     ports = f"serve.port={port}"
     for overrides in ([f"target.base={file}"], [f"target.run={run}", "serve.engine=llama_cpp"]):
         command = make(*overrides, ports)
@@ -127,7 +128,6 @@ def test_what_is_not_installed_is_named_with_its_command(
 ) -> None:
     install(monkeypatch)
     run = write_run(tmp_path / "mine", "merged", "export-gguf")
-    (run / "export-gguf" / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(MissingPrerequisiteError, match="pip install") as raised:
         make(f"target.run={run}", f"serve.engine={engine}")
     assert ENGINES.find(engine).install in str(raised.value)
@@ -172,11 +172,26 @@ def test_what_cannot_be_served_is_refused_with_what_to_do(
 
 
 def test_a_damaged_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "vllm")
-    run = write_run(tmp_path / "mine", "merged")
+    install(monkeypatch, "vllm", "llama_cpp")
+    run = write_run(tmp_path / "mine", "merged", "export-gguf")
     (run / "merged" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(LlmtuneError, match="tokenizer_config.json"):
         make(f"target.run={run}")
+    file = run / "export-gguf" / "model.gguf"
+    file.write_bytes(b"GGUX")
+    for overrides in ([f"target.run={run}", "serve.engine=llama_cpp"], [f"target.base={file}"]):
+        with pytest.raises(LlmtuneError, match="model.gguf"):
+            make(*overrides)
+
+
+@pytest.mark.parametrize("port", [-1, 0, 70000])
+def test_a_port_that_there_is_not_is_refused(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "vllm")
+    run = write_run(tmp_path / "mine", "merged")
+    with pytest.raises(ConfigError, match="from 1 to 65535"):
+        make(f"target.run={run}", f"serve.port={port}")
 
 
 def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(

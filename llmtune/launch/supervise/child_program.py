@@ -4,14 +4,18 @@ It ends when its parent ends, however that is killed. A training then goes on fr
 checkpoint, with the next start of the parent.
 """
 
-import os
-import runpy
-import sys
-
-from llmtune.errors import EXIT_UNEXPECTED
-from llmtune.process import die_with_parent
+from llmtune.security.working_folder import leave_working_folder
 
 if __name__ == "__main__":
+    # Before anything else is imported: the parent may be a program that has not left it.
+    leave_working_folder()
+    import os
+    import runpy
+    import sys
+
+    from llmtune.errors import EXIT_UNEXPECTED
+    from llmtune.process import die_with_parent
+
     die_with_parent()
     parent, *arguments = sys.argv[1:]
     # The parent may have ended before this process asked to be told.
