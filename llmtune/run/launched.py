@@ -277,14 +277,15 @@ def _prepare_first(
     from llmtune.run.task import adopt_task
 
     composed = adopt_task(adopt_adapter(composed, target.folder))
-    known = folder.read_record().history
-    history = take_failures(folder.path, known)
-    if history != known:
+    # Also where the last rung has failed once more, so that a scheduler does not try it for ever.
+    is_new = any(folder.path.glob(layout.MEMORY_FAILURES))
+    history = take_failures(folder.path, folder.read_record().history)
+    if is_new:
         # The record first, so that no end of this start forgets them.
         folder.write_record(replace(folder.read_record(), history=history))
     remove_failures(folder.path)
     plan = place_swap(
-        _plan_next(composed, target, world_size, history, history != known, console),
+        _plan_next(composed, target, world_size, history, is_new, console),
         composed,
         target,
     )

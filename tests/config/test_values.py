@@ -4,8 +4,6 @@ numbers.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 from collections.abc import Iterator
 from enum import Enum
@@ -20,6 +18,7 @@ from llmtune.config.compose import compose_config, config_groups
 from llmtune.config.groups.data import OnBadRow, Overlong
 from llmtune.config.keys import is_free, known_keys
 from llmtune.config.overrides import Setting, read_override
+from llmtune.config.reference.entries import docstrings
 from llmtune.config.schema import Config
 from llmtune.config.stored import dump_yaml, parse_yaml
 from llmtune.config.value_rules import PATHS
@@ -49,21 +48,6 @@ def hints(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield from hints(hint, f"{prefix}{name}.")
         else:
             yield prefix + name, hint, texts.get(name, "")
-
-
-def docstrings(cls: type) -> dict[str, str]:
-    """What stands behind each field of a class."""
-    (node,) = ast.parse(inspect.getsource(cls)).body
-    assert isinstance(node, ast.ClassDef)
-    return {
-        field.target.id: text.value.value
-        for field, text in zip(node.body, node.body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
 
 
 def documented() -> list[tuple[str, str]]:

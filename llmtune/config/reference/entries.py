@@ -72,7 +72,7 @@ def clean(text: str) -> str:
 
 def _read_group(cls: type, name: str) -> GroupEntry:
     prefix = f"{name}." if name else ""
-    hints, texts = get_type_hints(cls), _docstrings(cls)
+    hints, texts = get_type_hints(cls), docstrings(cls)
     keys, groups = [], []
     for item in fields(cls):
         hint, key = hints[item.name], prefix + item.name
@@ -98,7 +98,7 @@ def _read_group(cls: type, name: str) -> GroupEntry:
     )
 
 
-def _docstrings(cls: type) -> dict[str, str]:
+def docstrings(cls: type) -> dict[str, str]:
     """Return the text behind each field of a class."""
     (node,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(node, ast.ClassDef)
