@@ -25,7 +25,7 @@ def test_every_folder_with_modules_is_a_package() -> None:
 
 def shipped() -> set[str]:
     """Names in the wheel of what is read at run time."""
-    kinds = (".py", ".yaml", ".jinja", ".typed")
+    kinds = (".py", ".pyi", ".yaml", ".jinja", ".typed")
     within = {"llmtune": ROOT / "llmtune", "llmtune/conf": ROOT / "conf"}
     return {
         f"{name}/{file.relative_to(folder).as_posix()}"
