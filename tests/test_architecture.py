@@ -165,7 +165,7 @@ ROOMS: dict[str, list[str]] = {
     "storage": ["tensors"],
     "plan": ["devices", "architecture", "memory", "length"],
     "data": ["rows", "formats", "read", "tokenize", "store", "load", "report"],
-    "task": ["kinds"],
+    "task": ["language_head", "kinds"],
     "tuner": ["stacks", "token_rows", "kinds"],
     "optimizer": ["kinds"],
     "serve": ["engines"],

@@ -187,14 +187,19 @@ def _judge(
     """Return the mean loss of batches, the weight of their targets, and their metrics."""
     import torch
 
+    from llmtune.task.objective import Objective
+
     device = next(model.parameters()).device
+    objective = Objective.of_model(model, task, labels)
+    objective.install()
     total, weight = 0.0, 0.0
     observed: list[dict[str, torch.Tensor]] = []
     with torch.no_grad():
         for batch in (batch.to(device) for batch in batches):
-            logits = model(**batch.inputs, use_cache=False).logits
-            total += float(task.sum_losses(logits, batch.targets, labels))
+            run = partial(model, **batch.inputs, use_cache=False)
+            loss, found = objective.judge(run, batch.targets)
+            total += float(loss)
             weight += batch.targets.weight
-            observed.append(task.observe(logits, batch.targets))
+            observed.append(found)
     joined = {name: torch.cat([one[name] for one in observed]).cpu() for name in observed[0]}
     return total / weight, weight, task.metrics(total / weight, joined, labels)

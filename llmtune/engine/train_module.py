@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
@@ -35,20 +36,8 @@ from llmtune.optimizer.param_groups import DEFAULT_GROUP, RATE_FACTOR, GroupOf, 
 from llmtune.plan.memory.parameter_groups import parameter_groups
 from llmtune.plan.memory.placement import Placement, read_placement
 from llmtune.plan.memory.shapes import TensorShape
-
-LossFunction = Callable[[torch.Tensor, Any], torch.Tensor]
-"""(logits, targets of the batch) -> sum of losses, a scalar."""
-
-Observe = Callable[[torch.Tensor, Any], dict[str, torch.Tensor]]
-"""(logits, targets of the batch) -> what metrics need of it."""
-
-
-class Weighed(Protocol):
-    """The targets of a batch."""
-
-    @property
-    def weight(self) -> float:
-        """Return the divisor of their summed loss."""
+from llmtune.task.objective import Objective
+from llmtune.task.targets import Targets
 
 
 class MicroBatch(Protocol):
@@ -59,7 +48,7 @@ class MicroBatch(Protocol):
         """Arguments of the model's forward."""
 
     @property
-    def targets(self) -> Weighed:
+    def targets(self) -> Targets:
         """Return the targets, for the loss function."""
 
     def to(self, device: torch.device | str) -> Self:
@@ -118,7 +107,7 @@ class TrainModule:
         model: Any,
         deepspeed_config: dict[str, Any],
         rank: Rank,
-        loss_function: LossFunction,
+        objective: Objective,
         optimizer: Optimizer,
         seed: int = 0,
         group_of: GroupOf = lambda _: DEFAULT_GROUP,
@@ -126,7 +115,7 @@ class TrainModule:
         """Build DeepSpeed's engine around a model.
 
         Args:
-            loss_function: The loss of evaluations, and of training unless ``training_loss`` is set.
+            objective: Finds the losses of batches.
             seed: Of the random bits with which an optimizer rounds.
             group_of: Finds the settings of a parameter that are not the optimizer's.
         """
@@ -135,9 +124,7 @@ class TrainModule:
         self.optimizer = optimizer
 
         self.rank = rank
-        self.loss_function = loss_function
-        #: The loss of training, where it is not that of evaluations.
-        self.training_loss: LossFunction | None = None
+        self.objective = objective
         self.placement = read_placement(deepspeed_config)
         self.zero_stage = self.placement.zero_stage
         self.config = deepspeed_config
@@ -173,6 +160,7 @@ class TrainModule:
         grow_loss_scale_behind_step(self.engine.optimizer)
         if self.placement.optimizer == "nvme":
             check_swapped_offsets(self.engine.optimizer)
+        objective.install()
 
     @property
     def model(self) -> Any:
@@ -220,7 +208,7 @@ class TrainModule:
             self.engine.set_gradient_accumulation_boundary(is_last)
             place = f"micro-batch {index + 1} of {len(micro_batches)}"
             phases.enter("forward", place)
-            loss = self._loss(batch)
+            loss = self._train_loss(batch)
             phases.enter("backward", place)
             self.engine.backward(
                 loss * (scale * missing_loss_scale(self.engine.optimizer)), scale_wrt_gas=False
@@ -248,13 +236,11 @@ class TrainModule:
     def evaluate(
         self,
         batches: Iterable[MicroBatch],
-        observe: Observe,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Evaluation | None:
         """Take the mean loss of all ranks' batches, and what metrics need; None if interrupted.
 
         Args:
-            observe: Its results of all batches of this rank are joined.
             interrupted: Called on every rank before each batch, with the same result on all.
         """
         self.rank.phases.enter("evaluate")
@@ -267,16 +253,16 @@ class TrainModule:
                 if interrupted():
                     return None
                 batch = batch.to(self.rank.device)
-                logits = self.engine(**batch.inputs, use_cache=False).logits
-                total += self.loss_function(logits, batch.targets)
+                loss, observed = self.objective.judge(self._forward_pass(batch), batch.targets)
+                total += loss
                 weight += batch.targets.weight
-                pieces.append(observe(logits, batch.targets))
+                pieces.append(observed)
                 self.rank.phases.beat()
         self.engine.train()
         summed, weights = all_reduce_sum([float(total), weight], self.rank)
         names = pieces[0] if pieces else ()
-        observed = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in names}
-        return Evaluation(summed / (weights or 1), observed)
+        joined = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in names}
+        return Evaluation(summed / (weights or 1), joined)
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Compute a batch's logits, on the host, without gradients and without dropout.
@@ -304,16 +290,17 @@ class TrainModule:
                 of_rows: list[float] = []
                 for row_logits, row in zip(logits.split(1), batch.split(), strict=True):
                     targets = row.to(row_logits.device).targets
-                    of_rows.append(float(self.loss_function(row_logits, targets)))
+                    of_rows.append(float(self.objective.of_logits(row_logits, targets)))
                 losses.append(of_rows)
         self.engine.train()
         return losses
 
-    def _loss(self, batch: MicroBatch) -> torch.Tensor:
+    def _train_loss(self, batch: MicroBatch) -> torch.Tensor:
         batch = batch.to(self.rank.device)
-        output = self.engine(**batch.inputs, use_cache=False)
-        loss_function = self.training_loss or self.loss_function
-        return loss_function(output.logits, batch.targets)
+        return self.objective.train(self._forward_pass(batch), batch.targets)
+
+    def _forward_pass(self, batch: MicroBatch) -> Callable[[], Any]:
+        return partial(self.engine, **batch.inputs, use_cache=False)
 
     def _leave_step_out(self) -> None:
         """Count the micro-batch without a step.

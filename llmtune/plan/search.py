@@ -21,14 +21,15 @@ from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder, Rung, choose
 from llmtune.plan.length.batch_schedule import BatchSchedule
-from llmtune.plan.memory.activations import ActivationModel
-from llmtune.plan.memory.fake_run import TraceSettings
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.parameter_groups import assign_groups
 from llmtune.plan.memory.peak_memory import Workload, estimate_memory, find_shortfall
 from llmtune.plan.memory.placement import RUNGS, Placement, find_rung, make_placement
 from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.memory.trace.activations import ActivationModel
+from llmtune.plan.memory.trace.fake_run import TraceSettings
+from llmtune.plan.memory.trace.loss_bytes import head_loss_bytes
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.param_groups import fit_optimizer, groups_of_shape
@@ -278,13 +279,21 @@ class Search:
         }
 
     def _eval_logits(self, batch: BatchPlan) -> int:
-        """Return the bytes of evaluation logits, their fp32 copy and the log-probabilities."""
+        """Return the bytes of an evaluation's loss.
+
+        Where logits are taken these are they, their fp32 copy and the log-probabilities.
+        """
         if self.config.data.val_set_size == 0 and self.config.data.eval is None:
             return 0
         rows = self.config.train.per_device_eval_batch_size
         count = rows if isinstance(rows, int) else batch.micro_batch_size
-        size = self.arithmetic.element_bytes + 8
         judged = count if self.shape.judges_rows else count * self.config.data.max_seq_length
+        if self.shape.loss_in_head:
+            accelerator = self.cluster.hardware.accelerator
+            return head_loss_bytes(
+                judged, self.shape, self.config.precision, accelerator, trains=False
+            )
+        size = self.arithmetic.element_bytes + 8
         return judged * self.shape.outputs * size
 
 

@@ -61,6 +61,15 @@ class Task:
         """Tell whether labels that are numbers are values to it, not classes."""
         return LabelKind.value in self.label_kinds
 
+    @property
+    def judges_words(self) -> bool:
+        """Tell whether its loss is the cross entropy of words, computed in the output projection.
+
+        Its other losses and metrics are those of :meth:`sum_losses` and :meth:`observe` then, of
+        which :meth:`observe_correct` takes the place.
+        """
+        return False
+
     def head_settings(self, labels: Labels) -> dict[str, Any]:
         """Return the keys of ``config.json`` that describe the head."""
         return {
@@ -124,6 +133,14 @@ class Task:
 
         Args:
             logits: As the model returns them.
+        """
+        raise NotImplementedError
+
+    def observe_correct(self, correct: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Return what :meth:`observe` would, where :attr:`judges_words`.
+
+        Args:
+            correct: Targets that were the likeliest word, a scalar.
         """
         raise NotImplementedError
 

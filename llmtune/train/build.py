@@ -38,6 +38,7 @@ from llmtune.report.refresh import ReportRefresher, write_report_now
 from llmtune.storage import layout
 from llmtune.storage.signature import read_signer
 from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.task.objective import Objective
 from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.hints import Hints, make_reader
@@ -326,34 +327,24 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     folder = request.model_folder
     if request.resume_from is not None and not tuner.has_adapter:
         folder = request.resume_from
-    recompute = plan.gradient_checkpointing
-    model = build_model(
-        folder,
-        config.model,
-        config.precision,
-        recompute,
-        plan.attn_implementation,
-        weights,
-    )
+    recompute, kernel = plan.gradient_checkpointing, plan.attn_implementation
+    model = build_model(folder, config.model, config.precision, recompute, kernel, weights)
     task = find_task(config.model.task)
     head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
     model = attach_tuner(model, request, rank, head)
     if (alpha := config.train.neftune_noise_alpha) is not None:
         add_noise(model, alpha)
+    smoothing = config.train.label_smoothing
     module = TrainModule(
         model,
         plan.deepspeed,
         rank,
-        partial(task.sum_losses, labels=request.labels),
+        Objective.of_model(model, task, request.labels, smoothing),
         optimizer=find_optimizer(config.optim),
         group_of=groups_of_model(config.optim, config.tuner, model, head.modules),
         seed=config.seed,
     )
     gather_for_readers(tuner.find_read_elsewhere(model))
-    if smoothing := config.train.label_smoothing:
-        module.training_loss = partial(
-            task.sum_smoothed_losses, labels=request.labels, smoothing=smoothing
-        )
     return module
 
 

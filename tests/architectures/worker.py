@@ -35,7 +35,8 @@ from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.run.check_model import check_model, check_quantized
-from llmtune.task.losses import sum_cross_entropy
+from llmtune.task.labels import Labels
+from llmtune.task.objective import Objective
 from llmtune.task.task import find_task
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.tuner.peft_model import add_lora
@@ -135,7 +136,8 @@ def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Ra
     model = build_model(folder, config.model, config.precision, False, kernel, weights)
     if lora:
         model = add_lora(model, config.tuner, "base", config.seed)
-    return TrainModule(model, plan, rank, sum_cross_entropy, optimizer)
+    objective = Objective.of_model(model, find_task("causal_lm"), Labels())
+    return TrainModule(model, plan, rank, objective, optimizer)
 
 
 def adapters_of(module: TrainModule) -> dict[str, torch.Tensor]:
@@ -202,9 +204,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         assert result is not None
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    held_out = module.evaluate(
-        [as_batch(steps[0], packed, collator)], find_task("causal_lm").observe
-    )
+    held_out = module.evaluate([as_batch(steps[0], packed, collator)])
     assert held_out is not None
     losses.append(held_out.loss)
     module.engine.destroy()

@@ -38,7 +38,9 @@ from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.param_groups import fit_optimizer, groups_of_model, groups_of_shape
-from llmtune.task.losses import sum_cross_entropy
+from llmtune.task.labels import Labels
+from llmtune.task.objective import Objective
+from llmtune.task.task import find_task
 from llmtune.tuner.token_rows.tables import with_new_tokens
 from llmtune.tuner.tuner import TUNERS
 from tests.engine.rows import random_rows
@@ -104,7 +106,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     tuner_config = with_new_tokens(model, config.tuner, numbers)
     model = tuner.attach(model, tuner_config, "base", 0, gather=gather)
     group_of = groups_of_model(config.optim, config.tuner, model, ())
-    module = TrainModule(model, deepspeed, rank, sum_cross_entropy, optimizer, group_of=group_of)
+    objective = Objective.of_model(model, find_task("causal_lm"), Labels())
+    module = TrainModule(model, deepspeed, rank, objective, optimizer, group_of=group_of)
     gather_for_readers(tuner.find_read_elsewhere(model))
     del model
     trained = sum(

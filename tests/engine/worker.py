@@ -41,6 +41,7 @@ from llmtune.plan.resolve import resolve_plan
 from llmtune.run.task import adopt_task, prepare_rows, resolve_labels
 from llmtune.storage.plain_fields import from_plain
 from llmtune.task.losses import sum_cross_entropy
+from llmtune.task.objective import ForwardPass
 from llmtune.task.targets import Targets
 from llmtune.train.build import build_collator, build_module
 from llmtune.train.model_files import render_model_files, resolve_weight_files
@@ -94,7 +95,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     for name, parameter in module.model.named_parameters():
         if task.get("without_gradient") and task["without_gradient"] in name:
             parameter.register_hook(torch.zeros_like)
-    loss_function = module.loss_function
+    find_loss = module.objective.train
     collator = build_collator(request, module.model, tokenizer)
     batch_plan = ScheduledBatch.from_config(config.train, plan.batch)
     loader = TrainLoader(open_rows(data, "train"), batch_plan, rank.rank, config.seed, collator)
@@ -104,7 +105,8 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     for step in range(task["first"], task["last"]):
         if step == task.get("leave_out"):
             continue
-        module.loss_function = not_a_number if step == task.get("poison") else loss_function
+        is_poisoned = step == task.get("poison")
+        module.objective.train = not_a_number if is_poisoned else find_loss  # type: ignore[method-assign]
         torch.manual_seed(step)
         batch = loader.step_at(*starts[step])
         result = module.train_step(batch.micro_batches, batch.loss_weight, plan.learning_rate)
@@ -146,8 +148,9 @@ def on_first(resolve: Callable[[], Path], rank: Rank) -> Path:
     return resolve()
 
 
-def not_a_number(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+def not_a_number(run: ForwardPass, targets: Targets) -> torch.Tensor:
     """A loss that is finite, with a gradient that is not, for one of the ranks."""
+    logits = run().logits
     loss = sum_cross_entropy(logits, targets)
     if os.environ["RANK"] == "0":
         # The slope of the root is infinite at zero, and infinity times zero is no number.

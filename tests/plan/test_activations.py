@@ -11,9 +11,10 @@ import torch
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision
 from llmtune.plan.architecture.load import load_architecture
-from llmtune.plan.memory.activations import ActivationModel, loss_bytes
-from llmtune.plan.memory.fake_run import TraceSettings
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.trace.activations import ActivationModel
+from llmtune.plan.memory.trace.fake_run import TraceSettings
+from llmtune.plan.memory.trace.loss_bytes import loss_bytes
 from llmtune.tuner.peft_model import add_lora
 from llmtune.tuner.tuner import TUNERS, mark_trained
 from tests.support import matrix

@@ -237,13 +237,32 @@ def logits_of(*overrides: str) -> list[int]:
     ]
 
 
+MANY_ROWS = ["train.per_device_eval_batch_size=512", "data.max_seq_length=2048"]
+
+
 def test_an_evaluation_of_many_rows_needs_room_for_its_logits_unless_there_is_none() -> None:
-    many = ["train.per_device_eval_batch_size=512", "data.max_seq_length=2048"]
+    # An adapter on the head: the loss is computed from logits.
+    many = [*MANY_ROWS, "tuner.target_modules=[q_proj,lm_head]"]
     # Half precision, their fp32 copy and the log-probabilities: ten bytes each.
     needed = 512 * 2048 * 128_256 * 10
     assert min(logits_of(*many)) > 0.8 * needed
     assert max(logits_of(*many, "data.val_set_size=0")) < 0.2 * needed
     assert min(logits_of(*many, "data.val_set_size=0", "data.eval=b.jsonl")) > 0.8 * needed
+
+
+def test_a_loss_in_the_head_needs_room_for_a_chunk_of_logits() -> None:
+    # Hidden states twice, in half precision, and 523 positions of logits in it and in fp32.
+    rows = 2**26 // 128_256
+    needed = 2 * 2 * 512 * 2048 * 4096 + rows * 128_256 * 6
+    longest = max(logits_of(*MANY_ROWS))
+    assert 0.2 * needed < longest <= needed
+    # One row of 8,192 tokens, which is trained: the gradient of the hidden states in fp32, too.
+    one = ["train.per_device_train_batch_size=1", "data.max_seq_length=8192", "data.val_set_size=0"]
+    trained = 8192 * 4096 * (2 * 2 + 4) + rows * 128_256 * 6
+    assert set(logits_of(*one)) == {trained}
+    # A trained head has a gradient as large as itself, and no logits beside it.
+    full = 8192 * 4096 * (2 * 2 + 4 + 4) + 2 * 128_256 * 4096 + 8192 * 8192 * 6
+    assert set(logits_of(*one, "tuner=full")) == {full}
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 4)])

@@ -17,7 +17,7 @@ from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.plan.batch_sizes import resolve_batch
-from llmtune.plan.memory import activations
+from llmtune.plan.memory.trace import activations
 from llmtune.plan.resolve import resolve_ladder
 from tests.documented import Shown, commands_of_page, find_commands
 from tests.support import ROOT

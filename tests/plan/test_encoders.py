@@ -15,10 +15,10 @@ from llmtune.config.schema import Precision
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import set_outputs
 from llmtune.plan.ladder import Ladder
-from llmtune.plan.memory.activations import ActivationModel
-from llmtune.plan.memory.fake_run import TraceSettings, gpu_dropout
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.memory.trace.activations import ActivationModel
+from llmtune.plan.memory.trace.fake_run import TraceSettings, gpu_dropout
 from llmtune.plan.resolve import resolve_ladder
 from llmtune.plan.speed import forward_flops, step_flops
 from llmtune.task.task import find_task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from llmtune.storage.plain_json import parse_json
 from llmtune.task.task import find_task
 from llmtune.tuner.blocks import count_frozen_layers
 from llmtune.tuner.stacks.stacked_weights import Stack, find_stacks, name_in_layers
+from llmtune.tuner.token_rows.settings import TokenTable
 from llmtune.tuner.tuner import TUNERS, find_trained
 
 
@@ -119,10 +120,8 @@ def _load_architecture(config: ModelConfig, tuner: TunerConfig) -> tuple[Any, in
 def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     task = find_task(config.task)
     architecture, vocabulary = _load_architecture(config, tuner)
-    meta_model, trainable = build_meta_model(
-        architecture, config.trust_remote_code, task.model_class
-    )
-    model: Any = meta_model
+    model: Any
+    model, trainable = build_meta_model(architecture, config.trust_remote_code, task.model_class)
     check_scaled(model, config.rope_scaling, config.name_or_path)
     head = task.head_modules(model) if trainable else []
     kind = TUNERS.find(tuner.kind)
@@ -171,6 +170,8 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
         adapted=tuple(adapted.all_endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
+        loss_in_head=trainable and task.judges_words and _is_plain_head(model, adapters, tables),
+        trains_head=_trains_head(model, trained),
         **_count_stacks(model, adapters, stacks),
         **count_start(adapters, tuner),
         kind=str(architecture.model_type),
@@ -193,6 +194,27 @@ def _count_stacks(
         "adapted_stacks": adapted,
         "adapted_per_token": round(adapted * active_share(model.config.get_text_config())),
     }
+
+
+def _is_plain_head(
+    model: Any, adapters: Mapping[str, AdapterSizes], tables: Sequence[TokenTable]
+) -> bool:
+    """Tell whether the loss can be computed in the output projection, which no tuner changes."""
+    from llmtune.task.language_head.head_loss import plain_head
+    from llmtune.task.language_head.logit_map import find_logit_map
+
+    head = plain_head(model)
+    if head is None or any(table.is_output or table.tied is not None for table in tables):
+        return False
+    names = {name for name, module in model.named_modules() if module is head}
+    return names.isdisjoint(adapters) and find_logit_map(model) is not None
+
+
+def _trains_head(model: Any, trained: Collection[str]) -> bool:
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    return any(one is head.weight for name, one in model.named_parameters() if name in trained)
 
 
 def _check_trained(tensors: Sequence[TensorShape], tuner: TunerConfig, name: str) -> None:

@@ -82,14 +82,20 @@ def step_gradient_bytes(numel: int, arithmetic: Arithmetic) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationBytes:
-    """Bytes of one micro-batch on one rank."""
+class LayerBytes:
+    """Bytes of one micro-batch on one rank, without its head and loss."""
 
     saved: int
     """Held from the forward pass to the backward pass, over all layers."""
     working: int
     """Peak of one layer's backward pass, recomputed or not, beyond ``saved``."""
-    logits: int
-    """Peak of head and loss beyond ``saved``, forward and backward."""
     origin: str = "traced"
     """``traced``, or ``estimated`` if the architecture could not be run on fake tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationBytes(LayerBytes):
+    """Bytes of one micro-batch on one rank."""
+
+    logits: int
+    """Peak of head and loss beyond ``saved``, forward and backward."""

@@ -86,6 +86,13 @@ class ModelShape:
     """Name of the task whose head the model has."""
     outputs: int = 0
     """Logits of a judged token or row: the vocabulary, classes or values."""
+    loss_in_head: bool = False
+    """The loss is computed in the output projection, without all its logits at a time.
+
+    See :mod:`llmtune.task.language_head`.
+    """
+    trains_head: bool = False
+    """The weight of the output projection is trained, or the embeddings are that it shares."""
     judges_rows: bool = False
     """A row has one vector of logits, and not one per token."""
     bidirectional: bool = False

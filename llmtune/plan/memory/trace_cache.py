@@ -15,16 +15,13 @@ from llmtune.storage.hashing import sha256_bytes, sha256_files
 #: Dependencies of the values beside model and settings: libraries, and the files that compute them.
 _LIBRARIES = ("torch", "transformers")
 _SOURCES = (
-    "activations.py",
-    "fake_run.py",
-    "fake_stacks.py",
     "model_shape.py",
     "rank_bytes.py",
     "shapes.py",
     "tensor_shapes.py",
     "../abilities.py",
 )
-_ROOMS = ("../architecture", "../../task", "../../tuner")
+_ROOMS = ("trace", "../architecture", "../../task", "../../tuner")
 
 
 def read_cached(folder: Path | None, kind: str, key: str) -> Any:

@@ -31,6 +31,12 @@ class CausalLanguageModel(Task):
     judges_rows = False
     default_labels = Labels()
 
+    @property
+    def judges_words(self) -> bool:
+        """Tell whether loss and counts are those of this task, and not those of a subclass."""
+        own = (CausalLanguageModel.sum_losses, CausalLanguageModel.observe)
+        return (type(self).sum_losses, type(self).observe) == own
+
     def head_settings(self, labels: Labels) -> dict[str, Any]:
         """Return nothing: the model has its head."""
         return {}
@@ -68,10 +74,11 @@ class CausalLanguageModel(Task):
         from llmtune.task.losses import pick
 
         chosen = pick(logits, targets).argmax(-1)
-        return {
-            "correct": (chosen == targets.values).sum().reshape(1),
-            "tokens": chosen.new_tensor([len(targets)]),
-        }
+        return self.observe_correct((chosen == targets.values).sum(), targets)
+
+    def observe_correct(self, correct: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Count the tokens, too."""
+        return {"correct": correct.reshape(1), "tokens": correct.new_tensor([len(targets)])}
 
     def metrics(
         self, loss: float, observed: dict[str, torch.Tensor], labels: Labels

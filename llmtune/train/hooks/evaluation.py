@@ -46,7 +46,7 @@ class Evaluator:
         batches = iterate_eval(
             self.rows, self.batch_size, rank.rank, rank.world_size, self.collator, self.max_rows
         )
-        result = self.module.evaluate(self._told(batches), self.task.observe, interrupted)
+        result = self.module.evaluate(self._told(batches), interrupted)
         if result is None:
             return None
         observed = {name: gather_rows(rows, rank) for name, rows in result.observed.items()}

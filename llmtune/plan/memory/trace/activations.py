@@ -1,6 +1,6 @@
 """Measure activations by running a few layers on fake tensors, and scaling by the layers.
 
-:mod:`llmtune.plan.memory.fake_run` runs them.
+:mod:`llmtune.plan.memory.trace.fake_run` runs them.
 """
 
 import logging
@@ -10,19 +10,19 @@ from typing import Any
 
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
-from llmtune.config.schema import Precision
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import set_outputs
-from llmtune.plan.memory.fake_run import TRACED_LAYERS, TraceSettings, trace_layers
-from llmtune.plan.memory.rank_bytes import ActivationBytes
+from llmtune.plan.memory.rank_bytes import ActivationBytes, LayerBytes
 from llmtune.plan.memory.shapes import ModelShape
+from llmtune.plan.memory.trace.fake_run import TRACED_LAYERS, TraceSettings, trace_layers
+from llmtune.plan.memory.trace.loss_bytes import head_loss_bytes, loss_bytes
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import Task, find_task
 from llmtune.tuner.tuner import TUNERS
 
 #: Traces of this process, because advice plans the same model many times.
-_TRACES: dict[str, dict[TraceSettings, ActivationBytes]] = {}
+_TRACES: dict[str, dict[TraceSettings, LayerBytes]] = {}
 
 
 class ActivationModel:
@@ -61,42 +61,42 @@ class ActivationModel:
         first = further = self._remembered(one)
         if settings.bidirectional or self.tuner.target_parameters:
             two = self._remembered(replace(one, rows=2))
-            further = ActivationBytes(
-                saved=two.saved - first.saved,
-                working=two.working - first.working,
-                logits=two.logits - first.logits,
-            )
+            further = LayerBytes(saved=two.saved - first.saved, working=two.working - first.working)
         more = settings.rows - 1
         return ActivationBytes(
             saved=first.saved + more * further.saved,
             working=first.working + more * further.working,
-            logits=first.logits + more * further.logits,
+            logits=self._loss_bytes(settings),
             origin=first.origin,
         )
 
-    def _remembered(self, settings: TraceSettings) -> ActivationBytes:
+    def _loss_bytes(self, settings: TraceSettings) -> int:
+        """Return the peak bytes of outputs and loss of a micro-batch."""
+        shape, precision = self.shape, settings.precision
+        judged = settings.rows if shape.judges_rows else settings.rows * settings.length
+        if shape.loss_in_head:
+            return head_loss_bytes(judged, shape, precision, settings.accelerator)
+        return loss_bytes(judged, shape.outputs, precision)
+
+    def _remembered(self, settings: TraceSettings) -> LayerBytes:
         if settings not in self._done:
             self._done[settings] = self._measure(settings)
         return self._done[settings]
 
-    def _measure(self, settings: TraceSettings) -> ActivationBytes:
+    def _measure(self, settings: TraceSettings) -> LayerBytes:
         # The key has the shape too, because a local folder may come to hold another model.
         key = repr((self.model, self.tuner, settings, self.shape))
         stored = read_cached(self.cache_dir, "traces", key)
         if stored is not None:
-            return ActivationBytes(
-                saved=stored["saved"], working=stored["working"], logits=stored["logits"]
-            )
+            return LayerBytes(saved=stored["saved"], working=stored["working"])
         traced = self._trace(settings)
         if traced.origin == "traced":
-            values = {"saved": traced.saved, "working": traced.working, "logits": traced.logits}
+            values = {"saved": traced.saved, "working": traced.working}
             write_cached(self.cache_dir, "traces", key, values)
         return traced
 
-    def _trace(self, settings: TraceSettings) -> ActivationBytes:
+    def _trace(self, settings: TraceSettings) -> LayerBytes:
         shape, task = self.shape, self._task()
-        judged = settings.rows if shape.judges_rows else settings.rows * settings.length
-        logits = loss_bytes(judged, shape.outputs, settings.precision)
         if self._architecture is None:
             self._architecture = load_architecture(self.model)
             set_outputs(self._architecture, find_task(self.model.task).default_labels.names)
@@ -108,10 +108,10 @@ class ActivationModel:
             logging.getLogger(__name__).info(
                 "activations estimated, because the trace failed: %s", error
             )
-            return estimate(shape, settings, logits)
+            return estimate(shape, settings)
         layers = shape.layers - self._frozen_layers(settings)
         saved = max(0, trace.held + trace.layer * (layers - TRACED_LAYERS))
-        return ActivationBytes(saved=saved, working=max(0, trace.peak - trace.held), logits=logits)
+        return LayerBytes(saved=saved, working=max(0, trace.peak - trace.held))
 
     def _frozen_layers(self, settings: TraceSettings) -> int:
         """Count the first layers that keep nothing, because no gradient flows back through them."""
@@ -124,21 +124,7 @@ class ActivationModel:
         return task if self.shape.trainable and task.default_labels.names else None
 
 
-def loss_bytes(judged: int, outputs: int, precision: Precision) -> int:
-    """Return the peak bytes of logits and loss.
-
-    These are the logits in the training dtype, and in fp32 the log-probabilities and two gradients
-    of them. Follows ``task/losses.py``: cross entropy over all positions in fp32, and its backward
-    pass.
-
-    Args:
-        judged: Tokens or rows that have logits.
-        outputs: Logits of each.
-    """
-    return judged * outputs * (configured_dtype(precision.value).itemsize + 12)
-
-
-def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> ActivationBytes:
+def estimate(shape: ModelShape, settings: TraceSettings) -> LayerBytes:
     """Estimate without a trace: ``10 hidden + 5 intermediate`` elements per token and layer.
 
     The factors were fitted to a Llama layer.
@@ -152,10 +138,7 @@ def estimate(shape: ModelShape, settings: TraceSettings, logits: int) -> Activat
     of_layer = stacks // shape.layers
     if settings.gradient_checkpointing:
         working = layer + 2 * of_layer
-        return ActivationBytes(saved=inputs, working=working, logits=logits, origin="estimated")
-    return ActivationBytes(
-        saved=layer * shape.layers + stacks,
-        working=layer // 2 + of_layer,
-        logits=logits,
-        origin="estimated",
+        return LayerBytes(saved=inputs, working=working, origin="estimated")
+    return LayerBytes(
+        saved=layer * shape.layers + stacks, working=layer // 2 + of_layer, origin="estimated"
     )

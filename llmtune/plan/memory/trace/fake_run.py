@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.config.schema import Precision
-from llmtune.plan.memory.fake_stacks import adapt_stacks, any_dtype
+from llmtune.plan.memory.trace.fake_stacks import adapt_stacks, any_dtype
 from llmtune.process import hold_interruptions
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.tuner.adapted_layers import linear_layers, matrix_sides

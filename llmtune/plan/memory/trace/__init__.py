@@ -1,0 +1,1 @@
+"""Activations of a micro-batch, traced on fake tensors, and the bytes of its loss."""
