@@ -16,6 +16,7 @@ from llmtune.config.cache_folder import open_cache
 from llmtune.config.composed import Composed, with_overrides
 from llmtune.config.schema import Config, Precision
 from llmtune.config.stored import load_config
+from llmtune.cpu_products import multiply_in_fp32
 from llmtune.errors import CheckpointError, ConfigError
 from llmtune.model.own_code import describe_own_code, explain_own_code
 from llmtune.model.source import resolve_model_folder
@@ -131,6 +132,8 @@ def load_model(target: Target) -> tuple[Any, Any]:
     if target.adapter is not None:
         model = load_peft_adapter(model, target.adapter)
     model.config.use_cache = True
+    if model.device.type == "cpu" and model.dtype.itemsize == 2:
+        multiply_in_fp32()
     if target.labels.kind is not None and model.config.pad_token_id is None:
         # A model that judges rows looks for their last token, which is the one before the padding.
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -16,7 +16,9 @@ from llmtune.checkpoint.trainer_state import TrainerState
 from llmtune.checkpoint.weight_files import WeightFiles
 from llmtune.config.best_model import BestModel, resolve_best_model
 from llmtune.config.cache_folder import find_cache
+from llmtune.config.schema import Precision
 from llmtune.config.stored import to_plain
+from llmtune.cpu_products import multiply_in_fp32
 from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
 from llmtune.data.load.streaming import RowStream, StreamLoader
@@ -309,6 +311,8 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     """
     rank.phases.enter("load")
     config, plan = request.config, request.plan
+    if rank.device.type == "cpu" and config.precision is not Precision.fp32:
+        multiply_in_fp32()
     tuner = TUNERS.find(config.tuner.kind)
 
     # Weights go to slices under ZeRO 3, else straight to the GPU or to the host.

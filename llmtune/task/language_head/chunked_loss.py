@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
+from llmtune.cpu_products import lacks_products
 from llmtune.task.language_head.logit_map import SAME, LogitMap
 
 #: Logits of a chunk. A GPU is only busy with some hundreds of positions, or words, at a time.
@@ -87,13 +88,8 @@ def sum_head_losses(
 
 
 def computes_in_fp32(device: str, dtype: torch.dtype) -> bool:
-    """Tell whether 16-bit values are converted, because a CPU has no products of them.
-
-    There torch's own product of bf16 matrices is up to eighty times slower than that of fp32.
-    """
-    if device != "cpu" or dtype is torch.float32:
-        return False
-    return dtype is not torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Tell whether 16-bit values are converted, because a CPU has no products of them."""
+    return device == "cpu" and lacks_products(dtype)
 
 
 class _HeadLoss(torch.autograd.Function):

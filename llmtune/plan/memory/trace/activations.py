@@ -15,7 +15,7 @@ from llmtune.plan.architecture.meta_model import set_outputs
 from llmtune.plan.memory.rank_bytes import ActivationBytes, LayerBytes
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.trace.fake_run import TRACED_LAYERS, TraceSettings, trace_layers
-from llmtune.plan.memory.trace.loss_bytes import head_loss_bytes, loss_bytes
+from llmtune.plan.memory.trace.loss_bytes import converted_bytes, head_loss_bytes, loss_bytes
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import Task, find_task
@@ -63,9 +63,12 @@ class ActivationModel:
             two = self._remembered(replace(one, rows=2))
             further = LayerBytes(saved=two.saved - first.saved, working=two.working - first.working)
         more = settings.rows - 1
+        converted = converted_bytes(
+            settings.rows * settings.length, self.shape, settings.precision, settings.accelerator
+        )
         return ActivationBytes(
             saved=first.saved + more * further.saved,
-            working=first.working + more * further.working,
+            working=first.working + more * further.working + converted,
             logits=self._loss_bytes(settings),
             origin=first.origin,
         )

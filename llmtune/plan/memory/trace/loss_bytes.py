@@ -1,8 +1,9 @@
-"""Bytes of a model's outputs and of their loss."""
+"""Bytes of a model's outputs and of their loss, and of products on a CPU."""
 
 from __future__ import annotations
 
 from llmtune.config.schema import Precision
+from llmtune.cpu_products import lacks_products
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.storage.tensors.dtypes import configured_dtype
 
@@ -66,3 +67,18 @@ def head_loss_bytes(
     if of_weight and kept < _FP32 and (rows < judged or converts):
         of_weight += _FP32 * words * width
     return states + of_weight + chunk
+
+
+def converted_bytes(tokens: int, shape: ModelShape, precision: Precision, accelerator: str) -> int:
+    """Return the bytes of the fp32 copies of the largest product of a layer; 0 without copies.
+
+    See :mod:`llmtune.cpu_products`.
+
+    Args:
+        tokens: Of a micro-batch.
+        accelerator: ``cuda`` or ``cpu``.
+    """
+    if accelerator != "cpu" or not lacks_products(configured_dtype(precision.value)):
+        return 0
+    inputs, outputs = shape.hidden_size, shape.intermediate_size
+    return _FP32 * (inputs * outputs + tokens * (inputs + outputs))
