@@ -26,7 +26,11 @@ from llmtune.data.store.token_store import Row
 from llmtune.engine.deepspeed_fixes import norms_of
 from llmtune.model.attention import answer_on_host
 from llmtune.task.labels import LabelKind, Labels, Tags
+from llmtune.task.language_head.chunked_loss import HeadLossSettings, sum_head_losses
+from llmtune.task.language_head.head_loss import HeadLoss
+from llmtune.task.language_head.logit_map import SAME, LogitMap
 from llmtune.task.losses import sum_cross_entropy
+from llmtune.task.objective import Objective
 from llmtune.task.targets import Targets
 from llmtune.task.task import find_task
 
@@ -93,6 +97,41 @@ def test_a_forward_pass_and_its_loss_stay_on_the_device(
             total += loss
         assert logits.device.type == loss.device.type == total.device.type == "cuda"
         assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"chunk_logits": 130}, {"summed_bytes": 0}], ids=str)
+def test_a_loss_in_the_head_finds_its_gradients_on_the_device(
+    dtype: torch.dtype, trained: bool, settings: dict[str, int]
+) -> None:
+    """The gradients are found in the forward pass."""
+    about = HeadLossSettings(counts=True, smoothing=0.1, logit_map=LogitMap(cap=30.0), **settings)
+    with FakeTensorMode():
+        hidden = torch.empty(9, 32, dtype=dtype, device="cuda").requires_grad_()
+        weight = torch.empty(64, 32, dtype=dtype, device="cuda").requires_grad_(trained)
+        bias = torch.empty(64, dtype=dtype, device="cuda")
+        values = torch.empty(9, dtype=torch.long, device="cuda")
+        loss, correct = sum_head_losses(hidden, weight, bias, values, about)
+        gradients = loss.grad_fn.gradients  # type: ignore[union-attr]
+    made = [one for one, _ in gradients if one is not None]
+    assert len(made) == 1 + trained
+    assert {tensor.device.type for tensor in (loss, correct, *made)} == {"cuda"}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_model_is_asked_for_its_loss_on_the_device(kind: str) -> None:
+    batch = Collator(pad_token_id=0).pad([row(9), row(4), None])
+    with FakeTensorMode() as mode, torch.no_grad():
+        model = make_model(kind, torch.bfloat16, "eager")
+        # What a model makes of known logits cannot be found without values.
+        head = HeadLoss(model.get_output_embeddings(), SAME)
+        objective = Objective(find_task("causal_lm"), Labels(), head=head)
+        objective.install()
+        there = fake(batch, mode).to("cuda")
+        run = partial(model, **there.inputs, use_cache=False)
+        loss, observed = objective.judge(run, there.targets)
+    assert {tensor.device.type for tensor in (loss, *observed.values())} == {"cuda"}
 
 
 ENCODERS = {"bert": {}, "roberta": {"pad_token_id": 0}, "llama": {**GROUPED, "pad_token_id": 0}}

@@ -100,7 +100,7 @@ def find_head_loss(model: Any) -> HeadLoss | None:
 def plain_head(model: Any) -> nn.Linear | None:
     """Find the module of a model's output projection; None where it is more than a product.
 
-    An adapter on it, rows of its own for new tokens, and 4 bits are more.
+    An adapter on it, rows of its own for new tokens, 4 bits, and a device of its own are more.
 
     Args:
         model: A transformers model, wrapped by peft or not, before DeepSpeed's engine is built.
@@ -110,5 +110,8 @@ def plain_head(model: Any) -> nn.Linear | None:
     copies = getattr(head, "modules_to_save", None)
     if copies is not None:
         head = copies[head.active_adapters[0]]
-    is_plain = type(head) is nn.Linear and not head._forward_hooks and not list(head.children())
-    return head if is_plain else None
+    # accelerate spreads a model over several GPUs with a forward pass of its own in every module.
+    is_changed = head is not None and hasattr(head, "_hf_hook")
+    if type(head) is not nn.Linear or is_changed or head._forward_hooks or list(head.children()):
+        return None
+    return head

@@ -135,3 +135,13 @@ def test_a_loss_of_its_own_is_taken_of_logits() -> None:
             return logits.sum() * 0.0
 
     assert Objective.of_model(build("llama"), Own(), Labels()).head is None
+
+
+def test_a_model_on_several_devices_is_left_to_its_logits() -> None:
+    """accelerate moves the inputs of each module to its device; targets would stay behind."""
+    from accelerate import dispatch_model
+
+    model = build("llama")
+    parts = {name: "cpu" for name, _ in model.named_children()}
+    spread = dispatch_model(model, parts, main_device="cpu", force_hooks=True)
+    assert plain_head(spread) is None
