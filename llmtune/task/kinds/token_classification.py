@@ -80,7 +80,11 @@ class TokenClassification(Task):
         from llmtune.task.losses import pick
 
         rows = logits.shape[0]
-        words = torch.bincount(targets.positions // targets.row_length, minlength=rows)
+        # ``bincount`` would wait for a GPU to find out how many rows there are.
+        words = targets.positions.new_zeros(rows)
+        words.index_add_(
+            0, targets.positions // targets.row_length, torch.ones_like(targets.positions)
+        )
         return {
             "predicted": pick(logits, targets).argmax(-1),
             "values": targets.values,
