@@ -18,6 +18,7 @@ from llmtune.errors import EXIT_DONE, DoesNotFitError
 from llmtune.plan.advice import Advice, describe_misfit, list_advice
 from llmtune.plan.ladder import Candidate, Ladder, Rung
 from llmtune.plan.length.batch_schedule import BatchSchedule
+from llmtune.plan.length.duration import Duration, predict_duration
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.resolve import resolve_ladder
 from llmtune.run.adapter import adopt_adapter
@@ -126,6 +127,8 @@ def _to_json(
         "activations": ladder.activations_origin,
         "rungs": [_rung_to_json(rung, ladder) for rung in ladder.rungs],
     }
+    if chosen is not None:
+        found["duration"] = _duration(composed, ladder).to_dict()
     if config.train.batch_schedule is not None:
         found["batch_schedule"] = config.train.batch_schedule
         found["batch_schedule_unit"] = config.train.batch_schedule_unit.value
@@ -231,6 +234,7 @@ def _to_text(composed: Composed, ladder: Ladder, advice: Sequence[Advice]) -> st
             f"   a step of full rows: {_describe_time(seconds.step_seconds)}, bound by"
             f" {seconds.bound_by}"
         )
+        lines.append(f"   {_duration(composed, ladder).describe(hardware.accelerator)}")
         lines += _describe_sizes(ladder.chosen, ladder.schedule)
     if ladder.activations_origin != "traced":
         lines.append(
@@ -242,6 +246,19 @@ def _to_text(composed: Composed, ladder: Ladder, advice: Sequence[Advice]) -> st
         lines += ["", "would change the result, and is never done by itself:"]
         lines += [_advice_line(item) for item in advice]
     return "\n".join(lines) + "\n"
+
+
+def _duration(composed: Composed, ladder: Ladder) -> Duration:
+    """Predict how long the run takes on the chosen rung."""
+    assert ladder.chosen is not None
+    config, speed = composed.config, ladder.chosen.speed
+    return predict_duration(
+        speed.tokens_per_second,
+        ladder.world_size,
+        config.hardware.gpu_hour_price,
+        config.train.max_steps,
+        speed.tokens_per_second * speed.step_seconds,
+    )
 
 
 def _describe_copies(background: bool | str, ladder: Ladder) -> list[str]:

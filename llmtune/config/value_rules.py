@@ -45,6 +45,7 @@ POSITIVE = (
     "hardware.gpus_per_node",
     "hardware.gpu_flops",
     "hardware.compute_efficiency",
+    "hardware.gpu_hour_price",
     "optim.eps",
     "schedule.min_lr",
     "schedule.num_cycles",

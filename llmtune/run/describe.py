@@ -7,6 +7,7 @@ from llmtune.config.groups.data import name_data
 from llmtune.config.schema import Config
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.length.batch_schedule import BatchSchedule
+from llmtune.plan.length.duration import predict_duration
 from llmtune.plan.plan import Plan
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import evaluation_interval, save_interval
@@ -33,6 +34,7 @@ def describe(request: RunRequest) -> dict[str, str]:
         "hardware": plan.hardware.describe(),
         "batch": describe_batch(request),
         "steps": f"{steps.total_steps}, {steps.warmup_steps} of them warm-up ({steps.origin})",
+        "planned time": describe_time(request),
         "evaluations": describe_evaluations(request),
         "checkpoints": describe_checkpoints(request),
         "learning rate": describe_rate(request),
@@ -48,6 +50,20 @@ def describe(request: RunRequest) -> dict[str, str]:
     if request.resume_from:
         rows["resuming"] = str(request.resume_from)
     return rows
+
+
+def describe_time(request: RunRequest) -> str:
+    """Describe how long the steps take, as planned."""
+    plan, steps = request.plan, request.steps
+    rows = steps.total_rows or steps.total_steps * plan.batch.global_batch_size
+    time = predict_duration(
+        plan.tokens_per_second,
+        plan.world_size,
+        request.config.hardware.gpu_hour_price,
+        steps.total_steps,
+        rows * request.row_length / steps.total_steps,
+    )
+    return time.describe(plan.hardware.accelerator)
 
 
 def describe_batch(request: RunRequest) -> str:

@@ -59,3 +59,5 @@ class HardwareConfig:
     """
     nvme_write_bandwidth: Any = None
     """The same for writing."""
+    gpu_hour_price: float | None = None
+    """Price of one accelerator for an hour, in any currency; the plan says what a run costs."""

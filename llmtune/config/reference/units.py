@@ -43,6 +43,7 @@ _KEYS_OF_UNITS: dict[str, tuple[str, ...]] = {
         "hardware.nvme_write_bandwidth",
     ),
     "operations per second": ("hardware.gpu_flops",),
+    "price of an hour": ("hardware.gpu_hour_price",),
     "machines": ("hardware.nodes",),
     "GPUs": ("hardware.gpus_per_node",),
     "processes": ("launch.nproc", "data.num_workers", "data.dataloader_num_workers"),
