@@ -22,19 +22,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
 from llmtune.cpu_products import lacks_products
+from llmtune.task.language_head.chunks import ChunkSizes
 from llmtune.task.language_head.logit_map import SAME, LogitMap
 
-#: Logits of a chunk. A GPU is only busy with some hundreds of positions, or words, at a time.
-CHUNK_LOGITS = {"cuda": 2**26, "cpu": 2**24}
-#: Most bytes of a projection's gradient in fp32 that is added up over positions.
-SUMMED_BYTES = 2**28
 #: Gradients of fp16 are scaled up by the loss scale in the backward pass, which comes too late for
 #: small probabilities: until then they are scaled by this.
 _FP16_SCALE = 1024.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadLossSettings:
+class HeadLossSettings(ChunkSizes):
     """The settings of a loss, and how much of it is computed at a time."""
 
     logit_map: LogitMap = SAME
@@ -42,24 +39,6 @@ class HeadLossSettings:
     """Share of a target that is spread over all words, itself included."""
     counts: bool = False
     """Count the targets that are the likeliest word, too."""
-    chunk_logits: int | None = None
-    """Logits of a chunk; None goes by the device."""
-    summed_bytes: int = SUMMED_BYTES
-    """Most bytes of a projection's gradient in fp32 that is added up over positions."""
-
-    def chunk_size(self, other: int, device: str) -> int:
-        """Return the positions of a chunk of all words, or the words of one of all positions.
-
-        Args:
-            other: All words; or all positions, or the hidden size where that is larger.
-            device: Type of the device.
-        """
-        logits = self.chunk_logits or CHUNK_LOGITS["cuda" if device == "cuda" else "cpu"]
-        return max(1, logits // max(1, other))
-
-    def sums_over_positions(self, weights: int) -> bool:
-        """Tell whether the gradient of a projection of so many weights is added up."""
-        return 4 * weights <= self.summed_bytes
 
 
 def sum_head_losses(
@@ -85,11 +64,6 @@ def sum_head_losses(
         hidden, weight, bias, values, settings, torch.is_grad_enabled()
     )
     return found
-
-
-def computes_in_fp32(device: str, dtype: torch.dtype) -> bool:
-    """Tell whether 16-bit values are converted, because a CPU has no products of them."""
-    return device == "cpu" and lacks_products(dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -215,7 +189,7 @@ class _Head:
         """
         self.words, self.width = weight.shape
         self._dtype = hidden.dtype
-        if computes_in_fp32(hidden.device.type, hidden.dtype):
+        if hidden.device.type == "cpu" and lacks_products(hidden.dtype):
             hidden, weight = hidden.float(), weight.float()
             bias = bias.float() if bias is not None else None
         self._hidden, self._weight, self._bias = hidden, weight, bias

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from llmtune.config.schema import Precision
-from llmtune.cpu_products import lacks_products
+from llmtune.plan.memory.rank_bytes import element_bytes
 from llmtune.plan.memory.shapes import ModelShape
-from llmtune.storage.tensors.dtypes import configured_dtype
+from llmtune.task.language_head.chunks import ChunkSizes
 
 _FP32 = 4
 
@@ -21,7 +21,7 @@ def loss_bytes(judged: int, outputs: int, precision: Precision) -> int:
         judged: Tokens or rows that have logits.
         outputs: Logits of each.
     """
-    return judged * outputs * (configured_dtype(precision.value).itemsize + 3 * _FP32)
+    return judged * outputs * (element_bytes(precision) + 3 * _FP32)
 
 
 def head_loss_bytes(
@@ -37,19 +37,16 @@ def head_loss_bytes(
         accelerator: ``cuda`` or ``cpu``.
         trains: There is a backward pass.
     """
-    from llmtune.task.language_head.chunked_loss import HeadLossSettings, computes_in_fp32
-
-    dtype, settings = configured_dtype(precision.value), HeadLossSettings()
-    size = dtype.itemsize
+    size, sizes = element_bytes(precision), ChunkSizes()
     words, width = shape.outputs, shape.head_parameters // shape.outputs
-    converts = computes_in_fp32(accelerator, dtype)
+    converts = _converts(accelerator, precision)
     # The body's output, the judged positions of it, and the logits of a chunk: in 16 bits and in
     # fp32, or as gradient in fp32 and in 16 bits.
     states = 2 * size * judged * width
     if converts:
         states += _FP32 * width * (judged + words)
     in_16_bits = 0 if size == _FP32 or converts else size
-    rows = min(judged, settings.chunk_size(words, accelerator))
+    rows = min(judged, sizes.chunk_size(words, accelerator))
     chunk = rows * words * (_FP32 + in_16_bits)
     if not trains:
         return states + chunk
@@ -59,8 +56,8 @@ def head_loss_bytes(
     states += _FP32 * judged * width
     kept = _FP32 if precision is Precision.fp16 else size
     of_weight = kept * words * width if shape.trains_head else 0
-    if of_weight and not settings.sums_over_positions(words * width):
-        block = min(words, settings.chunk_size(max(judged, width), accelerator))
+    if of_weight and not sizes.sums_over_positions(words * width):
+        block = min(words, sizes.chunk_size(max(judged, width), accelerator))
         product = _FP32 * (judged + (block if kept == _FP32 or converts else 0)) * width
         behind = of_weight + block * judged * (_FP32 + in_16_bits) + product
         return states + max(chunk, behind)
@@ -78,7 +75,12 @@ def converted_bytes(tokens: int, shape: ModelShape, precision: Precision, accele
         tokens: Of a micro-batch.
         accelerator: ``cuda`` or ``cpu``.
     """
-    if accelerator != "cpu" or not lacks_products(configured_dtype(precision.value)):
+    if not _converts(accelerator, precision):
         return 0
     inputs, outputs = shape.hidden_size, shape.intermediate_size
     return _FP32 * (inputs * outputs + tokens * (inputs + outputs))
+
+
+def _converts(accelerator: str, precision: Precision) -> bool:
+    """Tell whether products are made of copies in fp32, as far as a plan knows: on every CPU."""
+    return accelerator == "cpu" and precision is not Precision.fp32
