@@ -204,6 +204,9 @@ def _is_plain_head(
     from llmtune.task.language_head.logit_map import find_logit_map
 
     head = plain_head(model)
+    # Code of a model may call its vocabulary by another name.
+    if not getattr(model.config.get_text_config(), "vocab_size", 0):
+        return False
     if head is None or any(table.is_output or table.tied is not None for table in tables):
         return False
     names = {name for name, module in model.named_modules() if module is head}

@@ -33,9 +33,11 @@ class CausalLanguageModel(Task):
 
     @property
     def judges_words(self) -> bool:
-        """Tell whether loss and counts are those of this task, and not those of a subclass."""
-        own = (CausalLanguageModel.sum_losses, CausalLanguageModel.observe)
-        return (type(self).sum_losses, type(self).observe) == own
+        """Tell whether targets, loss and counts are those of this task, not those of a subclass."""
+        changed = ("make_targets", "sum_losses", "sum_smoothed_losses", "observe")
+        return all(
+            getattr(type(self), name) is getattr(CausalLanguageModel, name) for name in changed
+        )
 
     def head_settings(self, labels: Labels) -> dict[str, Any]:
         """Return nothing: the model has its head."""

@@ -12,6 +12,9 @@ import torch
 #: Logits that are put in the place of a model's own go from -SPAN to SPAN, where every soft cap is
 #: reached.
 _SPAN = 3000.0
+#: Rows and tokens that a model is given.
+_ROWS = (2, 3)
+_POSITIONS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,31 +56,39 @@ SAME = LogitMap()
 def find_logit_map(model: Any) -> LogitMap | None:
     """Find out what a model does with its logits, by giving it logits that are known.
 
-    The body is replaced by one that returns zeros, and the output projection by one that returns a
-    line, so that nothing is computed, and weights may be on the meta device or partitioned.
+    The body is replaced by one that returns known hidden states, and the output projection by one
+    that returns lines, so that nothing is computed, and weights may be on the meta device or
+    partitioned. Every position has its own numbers.
 
     Args:
         model: A transformers model with an output projection, on any device.
 
     Returns:
-        None where the model does anything else with its logits, or refuses empty ones, or has no
-        body of its own.
+        None where the model does anything else with its logits, or refuses empty ones, or calls the
+        projection more than once or for anything but all hidden states, or has no body of its own.
     """
     head, body = model.get_output_embeddings(), _find_body(model)
     if head is None or body is None or not hasattr(head, "out_features"):
         return None
-    line = torch.linspace(-_SPAN, _SPAN, head.out_features + 1)[1:].reshape(1, 1, -1)
-    try:
-        mapped = _run(model, body, head, line.clone())
-        is_empty = _run(model, body, head, line[..., :0]).shape == (1, 1, 0)
-    except Exception:
-        # Whatever a model does there that this one token does not fit.
-        return None
-    if mapped.shape != line.shape or not is_empty:
-        return None
-    largest = float(mapped.flatten()[-1])
-    candidates = (SAME, LogitMap(factor=largest / _SPAN), LogitMap(cap=largest))
-    return next((one for one in candidates if _fits(one, line, mapped)), None)
+    line = torch.linspace(-_SPAN, _SPAN, head.out_features + 1)[1:]
+    lines = line * (1.0 + torch.arange(_POSITIONS).reshape(*_ROWS, 1) / _POSITIONS)
+    # A transform in front of the projection needs its hidden states beside its weights.
+    for device in dict.fromkeys((torch.device("cpu"), head.weight.device)):
+        hidden = torch.linspace(0.5, 2.0, _POSITIONS * head.in_features)
+        hidden = hidden.reshape(*_ROWS, head.in_features).to(device)
+        try:
+            mapped = _run(model, body, head, hidden, lines.clone()).cpu().float()
+            is_empty = _run(model, body, head, hidden, lines[..., :0]).shape == (*_ROWS, 0)
+        except Exception:
+            # Whatever a model does there that these tokens do not fit.
+            continue
+        if mapped.shape != lines.shape or not is_empty:
+            return None
+        largest = float(mapped.flatten()[-1])
+        factor = largest / float(lines.flatten()[-1])
+        candidates = (SAME, LogitMap(factor=factor), LogitMap(cap=largest))
+        return next((one for one in candidates if _fits(one, lines, mapped)), None)
+    return None
 
 
 def _find_body(model: Any) -> Any:
@@ -89,22 +100,36 @@ def _find_body(model: Any) -> Any:
     return next(bodies, None)
 
 
-def _fits(one: LogitMap, line: torch.Tensor, mapped: torch.Tensor) -> bool:
-    expected = line.clone()
+def _fits(one: LogitMap, lines: torch.Tensor, mapped: torch.Tensor) -> bool:
+    expected = lines.clone()
     one.apply(expected)
-    return torch.allclose(expected, mapped.float(), rtol=1e-5, atol=1e-5)
+    return torch.allclose(expected, mapped, rtol=1e-5, atol=1e-5)
 
 
-def _run(model: Any, body: Any, head: Any, logits: torch.Tensor) -> torch.Tensor:
-    """Run what a model does around its body and its output projection, on given logits."""
-    hidden = torch.zeros(1, 1, head.in_features, device=head.weight.device)
+def _run(
+    model: Any, body: Any, head: Any, hidden: torch.Tensor, logits: torch.Tensor
+) -> torch.Tensor:
+    """Run what a model does around its body and its output projection, on given logits.
+
+    Raises:
+        ValueError: The projection is not called once, with all hidden states.
+    """
+    given: list[torch.Tensor] = []
+
+    def project(_: Any, states: torch.Tensor) -> torch.Tensor:
+        given.append(states)
+        return logits
+
     with (
         torch.no_grad(),
         _replaced(body, lambda *_, **__: _BodyOutput(hidden)),
-        _replaced(head, lambda *_, **__: logits),
+        _replaced(head, project),
     ):
         # Hooks of the model itself are about its inputs.
-        output = type(model).forward(model, input_ids=torch.zeros(1, 1, dtype=torch.long))
+        output = type(model).forward(model, input_ids=torch.zeros(_ROWS, dtype=torch.long))
+    (states,) = given
+    if states.shape != hidden.shape:
+        raise ValueError(f"the output projection is given {tuple(states.shape)}")
     mapped: torch.Tensor = output.logits
     return mapped
 

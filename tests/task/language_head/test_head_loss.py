@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.task.labels import Labels
@@ -95,17 +96,75 @@ def test_a_factor_and_a_cap_are_found() -> None:
     assert find_logit_map(build("granite", logits_scaling=8.0)) == LogitMap(factor=0.125)
 
 
-def test_what_is_not_known_is_left_to_the_logits() -> None:
-    class Squared(type(build("llama"))):  # type: ignore[misc]
-        def forward(self, *arguments: Any, **named: Any) -> Any:
-            output = super().forward(*arguments, **named)
-            output.logits = output.logits**2
-            return output
+def square(model: Any, hidden: torch.Tensor) -> Any:
+    return model.lm_head(hidden) ** 2
+
+
+def shift(model: Any, hidden: torch.Tensor) -> Any:
+    return model.lm_head(hidden).roll(1, dims=1)
+
+
+def scale_by_position(model: Any, hidden: torch.Tensor) -> Any:
+    return model.lm_head(hidden) * torch.arange(1, hidden.shape[1] + 1)[None, :, None]
+
+
+def cool(model: Any, hidden: torch.Tensor) -> Any:
+    return model.lm_head(hidden) / (1.0 + hidden.norm(dim=-1, keepdim=True))
+
+
+def put_tokens_first(model: Any, hidden: torch.Tensor) -> Any:
+    return model.lm_head(hidden.transpose(0, 1)).transpose(0, 1)
+
+
+def name_the_input(model: Any, hidden: torch.Tensor) -> Any:
+    return model.lm_head(input=hidden)
+
+
+def call_twice(model: Any, hidden: torch.Tensor) -> Any:
+    model.lm_head(hidden)
+    return model.lm_head(hidden)
+
+
+def go_in_pieces(model: Any, hidden: torch.Tensor) -> Any:
+    return torch.cat([model.lm_head(piece) for piece in hidden.split(2, dim=1)], dim=1)
+
+
+OWN_WAYS = [
+    *(square, shift, scale_by_position, cool, put_tokens_first),
+    *(name_the_input, call_twice, go_in_pieces),
+]
+
+
+@pytest.mark.parametrize("way", OWN_WAYS)
+def test_what_is_not_known_is_left_to_the_logits(way: Any) -> None:
+    class Own(type(build("llama"))):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, **named: Any) -> Any:
+            hidden = self.model(input_ids=input_ids, **named).last_hidden_state
+            return CausalLMOutput(logits=way(self, hidden))
 
     model = build("llama")
-    model.__class__ = Squared
+    model.__class__ = Own
     assert find_logit_map(model) is None
     assert Objective.of_model(model, TASK, Labels()).head is None
+
+
+def test_logits_that_are_moved_to_a_device_are_known() -> None:
+    class Moved(type(build("llama"))):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, **named: Any) -> Any:
+            hidden = self.model(input_ids=input_ids, **named).last_hidden_state
+            return CausalLMOutput(logits=self.lm_head(hidden).to(hidden.device))
+
+    model = build("llama")
+    model.__class__ = Moved
+    assert find_logit_map(model) == LogitMap()
+    assert find_logit_map(model.to("meta")) == LogitMap()
+
+
+@pytest.mark.parametrize("name", ["make_targets", "sum_losses", "sum_smoothed_losses", "observe"])
+def test_a_task_with_a_way_of_its_own_takes_the_logits(name: str) -> None:
+    own: Any = type("Own", (type(TASK),), {name: lambda *_, **__: None})
+    assert not own().judges_words
+    assert TASK.judges_words
 
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}])
