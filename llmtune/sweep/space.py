@@ -174,10 +174,19 @@ def _find_removed(raw: Mapping[str, Any]) -> list[str]:
 def _flatten(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in raw.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and not set(value) & set(_WORDS):
-            yield from _flatten(value, f"{key}.")
-        else:
+        if not isinstance(value, Mapping) or not value:
             yield key, value
+            continue
+        # A group has choices, and keys of its own may be searched beside them.
+        is_entry = bool(set(value) & set(_WORDS))
+        keys = {
+            name: child
+            for name, child in value.items()
+            if not is_entry or (isinstance(child, Mapping) and name not in _WORDS)
+        }
+        if is_entry:
+            yield key, {name: child for name, child in value.items() if name not in keys}
+        yield from _flatten(keys, f"{key}.")
 
 
 def _is_whole(entry: Mapping[str, Any]) -> bool:

@@ -69,6 +69,19 @@ def test_the_command_line_goes_over_the_file() -> None:
         assert space["tuner.lora_r"].to_plain() == {"low": 4, "high": 64, "log": False}
 
 
+def test_a_group_is_searched_beside_its_keys() -> None:
+    found = read(
+        {
+            "optim": {"choices": ["adamw", "lion"], "learning_rate": {"low": 1e-5, "high": 1e-2}},
+            "tuner": {"lora_r": {"choices": [8, 16]}, "choices": ["lora", "dora"]},
+        }
+    )
+    assert sorted(found) == ["optim", "optim.learning_rate", "tuner", "tuner.lora_r"]
+    # A misspelled word is not a key.
+    _, (problem,) = read_space({"optim": {"choices": ["adamw"], "chioces": ["lion"]}})
+    assert "optim.chioces: no such word" in problem
+
+
 def test_what_is_stored_of_a_space_is_read_again() -> None:
     space = [
         Parameter(key="a", choices=("x", None, True, 2, 0.5)),
