@@ -55,7 +55,9 @@ def describe(request: RunRequest) -> dict[str, str]:
 def describe_time(request: RunRequest) -> str:
     """Describe how long the steps take, as planned."""
     plan, steps = request.plan, request.steps
-    rows = steps.total_rows or steps.total_steps * plan.batch.global_batch_size
+    schedule = BatchSchedule.from_config(request.config.train, plan.batch.global_batch_size)
+    sizes = schedule.steps_by_rows(steps.total_steps, request.row_length)
+    rows = sum(size * count for size, count in sizes)
     time = predict_duration(
         plan.tokens_per_second,
         plan.world_size,
