@@ -57,6 +57,9 @@ class MicroBatch(Protocol):
     def split(self) -> list[Self]:
         """Split it into a batch per row."""
 
+    def split_logits(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Split its logits by rows, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -288,7 +291,8 @@ class TrainModule:
             for batch in batches:
                 logits = self.engine(**batch.to(self.rank.device).inputs, use_cache=False).logits
                 of_rows: list[float] = []
-                for row_logits, row in zip(logits.split(1), batch.split(), strict=True):
+                of_batch = zip(batch.split_logits(logits), batch.split(), strict=True)
+                for row_logits, row in of_batch:
                     targets = row.to(row_logits.device).targets
                     of_rows.append(float(self.objective.of_logits(row_logits, targets)))
                 losses.append(of_rows)

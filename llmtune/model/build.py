@@ -23,6 +23,7 @@ from llmtune.plan.abilities import is_bidirectional
 from llmtune.process import no_collection
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import find_task
+from llmtune.varlen_attention import VARLEN, leave_out_masks, register_varlen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ def build_model(
             model.
         MissingPrerequisiteError: ``model.attn_implementation`` needs a package that is missing.
     """
+    register_varlen()
     try:
         if weights.in_4_bits is not None:
             model = _load_in_4_bits(
@@ -75,6 +77,8 @@ def build_model(
     model.config.use_cache = False
     answer_on_host(model)
     group_heads_only_for_flash()
+    if attn_implementation == VARLEN:
+        leave_out_masks(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # Frozen embeddings would leave the first checkpoint without an input that needs a gradient.

@@ -10,6 +10,7 @@ from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError
 from llmtune.plan.architecture.rope_scaling import COUNTS_SCALED
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
+from llmtune.varlen_attention import VARLEN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,11 +41,13 @@ def check_kernel(kernel: str, kernels: tuple[str, ...], name: str) -> None:
     Raises:
         ConfigError: transformers does not have it for this architecture.
     """
-    if kernel in _KERNELS and kernel not in kernels:
+    if kernel in (*_KERNELS, VARLEN) and kernel not in kernels:
+        why = "transformers has no such kernel for the architecture"
+        if kernel == VARLEN:
+            why = "documents without padding cannot be told apart by borders alone in the model"
         raise ConfigError(
-            f"model.attn_implementation={kernel}: transformers has no such kernel for the"
-            f" architecture of {name}, only {' and '.join(kernels)}; take"
-            " model.attn_implementation=auto or eager"
+            f"model.attn_implementation={kernel}: {why} of {name}, only {' and '.join(kernels)};"
+            " take model.attn_implementation=auto or eager"
         )
 
 
@@ -199,14 +202,15 @@ def resolve_attention(
     if kernel != "auto":
         check_kernel(kernel, kernels, config.model.name_or_path)
         return kernel
-    # FlashAttention's kernels are for 16 bits, and for Ampere and later.
+    # FlashAttention's kernels are for 16 bits, and for Ampere and later. They skip what SDPA masks:
+    # the attention between the documents of a packed row.
     can_flash = (
         config.precision is not Precision.fp32 and not 0 < compute_capability < FIRST_WITH_BF16
     )
     packed = config.data.packing and "flash_attention_2" in kernels
     if accelerator == "cuda" and can_flash and packed and importlib.util.find_spec("flash_attn"):
-        # Its varlen kernels skip what SDPA masks: the attention between the documents of a packed
-        # row.
         return "flash_attention_2"
+    if VARLEN in kernels and (can_flash or accelerator != "cuda"):
+        return VARLEN
     short = accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS
     return "eager" if short or "sdpa" not in kernels else "sdpa"

@@ -34,6 +34,7 @@ from llmtune.task.labels import Labels
 from llmtune.task.task import AUTO, find_task
 from llmtune.tuner.stored_adapter import read_adapter_config
 from llmtune.tuner.tuner import TUNERS
+from llmtune.varlen_attention import VARLEN
 
 if TYPE_CHECKING:
     import torch
@@ -174,6 +175,9 @@ def _load_weights(target: Target) -> Any:
     architecture = AutoConfig.from_pretrained(str(target.model_folder), trust_remote_code=trusted)
     task = find_task(config.model.task)
     kernels = attention_kernels(build_meta_model(architecture, trusted, task.model_class)[0])
+    # Answers are made without borders; the kernel is SDPA then, for every architecture.
+    if config.model.attn_implementation == VARLEN:
+        kernels += (VARLEN,)
     attention = resolve_attention(config, accelerator, kernels, capability)
     places = (
         WeightsTo(device_map=place_weights(target.model_folder, config.precision))

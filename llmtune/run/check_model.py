@@ -22,6 +22,7 @@ from llmtune.storage.hashing import sha256_files
 from llmtune.storage.plain_fields import from_plain
 from llmtune.task.task import find_task
 from llmtune.tuner.tuner import TUNERS
+from llmtune.varlen_attention import VARLEN
 
 #: Dependencies of the remembered answers beside the model.
 _SOURCES = (
@@ -31,7 +32,7 @@ _SOURCES = (
     "model/weights/report.py",
     "model/weights/quantized.py",
     "model/attention.py",
-    "model/shrink.py",
+    "plan/architecture/shrink.py",
     "train/hooks/packing_probe.py",
 )
 
@@ -82,7 +83,8 @@ def check_model(
             say(note)
     if settings is not None:
         say(_describe_comparison(settings))
-    if config.data.packing:
+    # That kernel was tried when it was chosen (plan/architecture/varlen_trial.py).
+    if config.data.packing and kernel != VARLEN:
         _check_packing(name, folder, trusted, cache_dir, kernel)
 
 

@@ -66,6 +66,7 @@ from llmtune.train.stop_request import Stop
 from llmtune.train.training_state import TrainingState
 from llmtune.tuner.head import Head
 from llmtune.tuner.tuner import TUNERS
+from llmtune.varlen_attention import VARLEN
 
 #: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because the
 #: user or the scheduler is waiting.
@@ -119,9 +120,10 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     start = resume_at(state, best, request.run_folder) if state else TrainingState()
 
     collator = build_collator(request, module.model, tokenizer)
-    if config.data.packing:
+    if config.data.packing or collator.flat:
         dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
-        check_module(module, collator, vocabulary, dtype, config.model.name_or_path)
+        name = config.model.name_or_path
+        check_module(module, collator, vocabulary, dtype, name, config.data.packing)
     evaluator = Evaluator(
         module=module,
         rows=open_rows(request.data, "eval") if request.evaluates else None,
@@ -170,9 +172,12 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
 def build_collator(request: RunRequest, model: Any, tokenizer: Any) -> Collator:
     """Build what makes batches of rows, with the targets of the task."""
     task, labels = find_task(request.config.model.task), request.labels
+    kernel = request.plan.attn_implementation
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
-        varlen=request.plan.attn_implementation.startswith("flash"),
+        varlen=kernel == VARLEN or kernel.startswith("flash"),
+        # The noise of NEFTune depends on the length of a row.
+        flat=kernel == VARLEN and request.config.train.neftune_noise_alpha is None,
         masked=sees_padding(model),
         token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
         find_targets=partial(task.make_targets, labels=labels),

@@ -88,12 +88,10 @@ class DivergenceMonitor:
 
     def _find_bad_rows(self, batch: StepBatch) -> str:
         """Name the rows whose own loss is not finite; if there are none, the rows of the step."""
-        # This rank's rows with their losses. A flattened batch has one loss for all its rows.
+        # This rank's rows with their losses.
         losses = self.module.row_losses(batch.micro_batches)
         own: list[tuple[int, float]] = []
         for rows, row_losses in zip(batch.rows, losses, strict=True):
-            if len(row_losses) == 1:
-                row_losses = row_losses * len(rows)
             own += [
                 (row, loss) for row, loss in zip(rows, row_losses, strict=False) if row is not None
             ]

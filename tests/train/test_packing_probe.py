@@ -18,7 +18,7 @@ from llmtune.data.load.collate import Collator
 from llmtune.data.store.token_store import Row
 from llmtune.errors import ConfigError
 from llmtune.model.attention import answer_on_host
-from llmtune.model.shrink import MAX_LAYERS, shrink
+from llmtune.plan.architecture.shrink import MAX_LAYERS, shrink
 from llmtune.run.check_model import check_model
 from llmtune.train.hooks.packing_probe import (
     LENGTHS,

@@ -40,10 +40,12 @@ class ModelConfig:
     pad_token: str | None = None
     """Padding token where the tokenizer has none."""
     attn_implementation: str = "auto"
-    """Attention kernel: ``sdpa``, ``eager``, ``flash_attention_2`` or ``auto``.
+    """Attention kernel: ``varlen``, ``sdpa``, ``eager``, ``flash_attention_2`` or ``auto``.
 
-    ``auto`` is ``sdpa``, but ``eager`` for short rows on a CPU, and ``flash_attention_2`` for
-    packed rows on CUDA where ``flash_attn`` is installed.
+    ``varlen`` joins the rows of a micro-batch without padding and without a mask
+    (docs/speed.md). ``auto`` takes it for language models that keep documents apart with it, but
+    ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is installed. Else it is
+    ``sdpa``, but ``eager`` for short rows on a CPU.
     """
     trust_remote_code: bool = False
     """Allow Python code from the model's repository."""

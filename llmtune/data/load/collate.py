@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VarlenIndex:
-    """Borders of documents in a flattened batch, for FlashAttention's varlen kernels."""
+    """Borders of documents in a flattened batch, for kernels that take them and no mask."""
 
     cu_seq_lens: torch.Tensor
     """First token of each document, and the number of tokens, int32. Shape (documents + 1,)."""
     max_length: int
     """Tokens of the longest document."""
+    row_lengths: tuple[int, ...]
+    """Tokens of each row that was flattened."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,24 +48,41 @@ class Batch:
     The model keeps documents apart where they restart.
     """
     varlen: VarlenIndex | None = None
-    """Borders for FlashAttention, which reads no mask: then the batch is one row."""
+    """Borders for attention that reads no mask: then the batch is one row, without padding."""
 
     def split(self) -> list[Batch]:
         """Split it into a batch for each row."""
         targets = self.targets
-        of_row = targets.positions // targets.row_length
+        lengths = [targets.row_length] * len(self.input_ids)
+        if self.varlen is not None:
+            lengths = list(self.varlen.row_lengths)
+        cut = {
+            field.name: self._split_rows(getattr(self, field.name))
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), torch.Tensor)
+        }
         batches = []
-        for row in range(len(self.input_ids)):
-            mine = of_row == row
-            positions = targets.positions[mine] - row * targets.row_length
-            changed = {
-                field.name: getattr(self, field.name)[row : row + 1]
-                for field in fields(self)
-                if isinstance(getattr(self, field.name), torch.Tensor)
-            }
-            changed["targets"] = replace(targets, positions=positions, values=targets.values[mine])
-            batches.append(replace(self, **changed))
+        start = 0
+        for row, length in enumerate(lengths):
+            mine = (targets.positions >= start) & (targets.positions < start + length)
+            own = replace(
+                targets,
+                positions=targets.positions[mine] - start,
+                values=targets.values[mine],
+                row_length=length,
+            )
+            batches.append(Batch(targets=own, **{name: rows[row] for name, rows in cut.items()}))
+            start += length
         return batches
+
+    def split_logits(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Split the logits of this batch, as :meth:`split` does its rows."""
+        return self._split_rows(logits)
+
+    def _split_rows(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
+        if self.varlen is None:
+            return values.split(1)
+        return values.split(self.varlen.row_lengths, dim=1)
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -96,7 +115,7 @@ class Batch:
             if isinstance(value, torch.Tensor):
                 value = change(value)
             elif isinstance(value, VarlenIndex):
-                value = VarlenIndex(change(value.cu_seq_lens), value.max_length)
+                value = replace(value, cu_seq_lens=change(value.cu_seq_lens))
             elif isinstance(value, Targets):
                 value = value.map(change)
             values[field.name] = value
@@ -109,7 +128,9 @@ class Collator:
 
     pad_token_id: int
     varlen: bool = False
-    """Flatten packed rows for FlashAttention."""
+    """Flatten packed rows for attention that takes borders."""
+    flat: bool = False
+    """Flatten rows of one document each, so that there is no padding; needs ``varlen``."""
     masked: bool = False
     """Say where padding is.
 
@@ -136,7 +157,9 @@ class Collator:
     def collate(self, rows: Rows, numbers: Sequence[int | None]) -> Batch:
         """Make the batch of some rows; None makes an empty row, which trains nothing."""
         picked = [rows.row(number) if number is not None else None for number in numbers]
-        return self.pack(picked) if rows.packed else self.pad(picked)
+        if rows.packed:
+            return self.pack(picked)
+        return self.join(picked) if self.flat else self.pad(picked)
 
     def pad(self, rows: Sequence[Row | None]) -> Batch:
         """One document a row."""
@@ -175,14 +198,33 @@ class Collator:
         targets = self.find_targets(rows, width)
         if not self.varlen:
             return Batch(input_ids=input_ids, targets=targets, position_ids=position_ids)
-        flat = torch.tensor([0, *(length for row in lengths for length in row)], dtype=torch.int32)
-        index = VarlenIndex(torch.cumsum(flat, 0, dtype=torch.int32), int(flat.max()))
         shape = (1, height * width)
         return Batch(
             input_ids=input_ids.view(shape),
             targets=replace(targets, row_length=height * width),
             position_ids=position_ids.view(shape),
-            varlen=index,
+            varlen=_index_documents(sum(lengths, []), [width] * height),
+        )
+
+    def join(self, rows: Sequence[Row | None]) -> Batch:
+        """One document a row, one behind the other and without padding, as one row.
+
+        An empty row is a document of one token, which trains nothing.
+        """
+        padded = self.pad(rows)
+        width = padded.input_ids.shape[1]
+        lengths = [max(1, len(row.ids)) if row else 1 for row in rows]
+        ids = [padded.input_ids[index, :length] for index, length in enumerate(lengths)]
+
+        # Positions of targets, from rows of the same width to rows one behind the other.
+        targets = padded.targets
+        shifts = torch.tensor([0, *lengths[:-1]]).cumsum(0) - torch.arange(len(rows)) * width
+        positions = targets.positions + shifts[targets.positions // width]
+        return Batch(
+            input_ids=torch.cat(ids)[None],
+            targets=replace(targets, positions=positions, row_length=sum(lengths)),
+            position_ids=_restarting_positions(lengths)[None],
+            varlen=_index_documents(lengths, lengths),
         )
 
     def _fill(self, rows: Sequence[Row | None]) -> torch.Tensor:
@@ -192,6 +234,11 @@ class Collator:
             if row is not None:
                 input_ids[index, : len(row.ids)] = torch.tensor(row.ids, dtype=torch.long)
         return input_ids
+
+
+def _index_documents(lengths: list[int], row_lengths: list[int]) -> VarlenIndex:
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return VarlenIndex(borders, max(lengths), tuple(row_lengths))
 
 
 def _restarting_positions(lengths: list[int]) -> torch.Tensor:

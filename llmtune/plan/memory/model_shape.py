@@ -15,6 +15,7 @@ from llmtune.plan.architecture.corrected_architecture import correct_architectur
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
 from llmtune.plan.architecture.rope_scaling import check_scaled, is_scalable
+from llmtune.plan.architecture.varlen_trial import takes_borders
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.tensor_shapes import (
     AdapterSizes,
@@ -36,6 +37,7 @@ from llmtune.tuner.blocks import count_frozen_layers
 from llmtune.tuner.stacks.stacked_weights import Stack, find_stacks, name_in_layers
 from llmtune.tuner.token_rows.settings import TokenTable
 from llmtune.tuner.tuner import TUNERS, find_trained
+from llmtune.varlen_attention import VARLEN
 
 
 def resolve_shape(
@@ -135,6 +137,10 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     tensors = list_tensors(model, adapters, trained, packed, head, stacks, tables)
     _check_trained(tensors, tuner, config.name_or_path)
 
+    tried: tuple[str, ...] = ()
+    if task.judges_words and not config.trust_remote_code and takes_borders(architecture):
+        tried = (VARLEN,)
+
     # Sizes, under the names that architectures give them.
     text: Any = architecture.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
@@ -164,7 +170,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         bidirectional=is_bidirectional(model),
         attention_products=2 + len(_relative_products(text)),
         trainable=trainable,
-        kernels=attention_kernels(model),
+        kernels=(*attention_kernels(model), *tried),
         max_positions=max_positions(model, architecture),
         scalable=is_scalable(text),
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),

@@ -6,9 +6,9 @@ behind the other one, and at the beginning of a row, where a causal model sees n
 difference comes from the other document, or from positions that do not restart.
 
 It is tried twice. Before any rank starts, a small model with random weights of the same
-architecture (:mod:`llmtune.model.shrink`) is tried in fp32 on the CPU. That is exact enough to see
-the smallest leak (a short convolution over the border moves logits by a thousandth), and takes a
-tenth of a second, for a model of 70 B parameters too. Before step 1 the model that is trained is
+architecture (:mod:`llmtune.plan.architecture.shrink`) is tried in fp32 on the CPU. That is exact
+enough to see the smallest leak (a short convolution over the border moves logits by a thousandth),
+and takes a tenth of a second, for a model of 70 B parameters too. Before step 1 the model that is trained is
 tried as it is trained: with its adapters, attention kernel, device, precision and ZeRO stage. That
 is one more forward pass. In 16 bits it sees only leaks above rounding, and it is the only trial
 where the small model cannot be made, or where the kernel is a GPU's.
@@ -30,8 +30,9 @@ from llmtune.draws import Draw, generator, torch_seed
 from llmtune.engine.distributed import all_reduce_sum
 from llmtune.errors import ConfigError
 from llmtune.model.attention import answer_on_host
-from llmtune.model.shrink import VOCABULARY, shrink
 from llmtune.plan.abilities import named_positions
+from llmtune.plan.architecture.shrink import VOCABULARY, shrink
+from llmtune.varlen_attention import VARLEN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,6 +57,14 @@ _ADVICE = (
     " data.packing=false (data=text and other groups set it to true): rows then hold one document"
     " each"
 )
+#: Whether rows are packed -> what brought documents into one row, and what to take instead.
+_ASKED = {
+    True: ("data.packing=true", _ADVICE),
+    False: (
+        f"model.attn_implementation={VARLEN}",
+        "Take model.attn_implementation=sdpa: rows are padded then",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +194,9 @@ def try_architecture(
     return _describe_leak(mixing.largest, SMALL_LIMIT, name, architecture.model_type)
 
 
-def _describe_leak(size: float, limit: float, name: str, kind: str) -> str | None:
+def _describe_leak(
+    size: float, limit: float, name: str, kind: str, packed: bool = True
+) -> str | None:
     """Describe differences above the limit.
 
     Args:
@@ -196,18 +207,20 @@ def _describe_leak(size: float, limit: float, name: str, kind: str) -> str | Non
     # A size that is NaN is above the limit, too.
     if size <= limit:
         return None
+    asked, advice = _ASKED[packed]
     return (
-        f"data.packing=true: {name} does not keep the documents of a row apart: behind another"
+        f"{asked}: {name} does not keep the documents of a row apart: behind another"
         f" document the logits of one change by {size:.1e} of their spread. In transformers'"
         f" {kind}, earlier documents of a row influence later ones, or positions do not restart."
-        f" {_ADVICE}"
+        f" {advice}"
     )
 
 
-def _describe_nan(mixing: Mixing, name: str) -> str:
+def _describe_nan(mixing: Mixing, name: str, packed: bool = True) -> str:
     def named(documents: tuple[int, ...]) -> str:
         return " and ".join(("the first", "the second")[index] for index in documents)
 
+    asked, advice = _ASKED[packed]
     where = "of two documents of random tokens that were packed into a row, logits of"
     if mixing.nan_alone:
         return (
@@ -218,14 +231,19 @@ def _describe_nan(mixing: Mixing, name: str) -> str:
             " training went wrong"
         )
     return (
-        f"data.packing=true: {name} answers with NaN behind another document: {where}"
+        f"{asked}: {name} answers with NaN behind another document: {where}"
         f" {named(mixing.nan_behind)} are NaN behind the other one, and are not where it"
-        f" comes first. {_ADVICE}"
+        f" comes first. {advice}"
     )
 
 
 def check_module(
-    module: TrainModule, collator: Collator, vocabulary: int, dtype: torch.dtype, name: str
+    module: TrainModule,
+    collator: Collator,
+    vocabulary: int,
+    dtype: torch.dtype,
+    name: str,
+    packed: bool = True,
 ) -> None:
     """Try the model that is about to be trained.
 
@@ -235,6 +253,7 @@ def check_module(
         vocabulary: The model's vocabulary size.
         dtype: The training dtype.
         name: The model's name in messages.
+        packed: Whether rows are packed; else they are one behind the other in a batch.
 
     Raises:
         ConfigError: On every rank: documents of a row see each other, or the model answers with
@@ -258,10 +277,11 @@ def check_module(
                     nan_behind=behind,
                 ),
                 name,
+                packed,
             )
         )
     problem = _describe_leak(
-        size / module.rank.world_size, LIMITS[dtype], name, module.model.config.model_type
+        size / module.rank.world_size, LIMITS[dtype], name, module.model.config.model_type, packed
     )
     if problem is not None:
         raise ConfigError(problem)

@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llmtune.plan.memory.trace_cache import read_cached, write_cached
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import Task, find_task
 from llmtune.tuner.tuner import TUNERS
+from llmtune.varlen_attention import SHORT_DOCUMENT, VARLEN
 
 #: Traces of this process, because advice plans the same model many times.
 _TRACES: dict[str, dict[TraceSettings, LayerBytes]] = {}
@@ -49,20 +51,21 @@ class ActivationModel:
         relative positions, and adapters on stacked experts make a sum once for all rows.
         """
         tuner = TUNERS.find(self.tuner.kind)
+        traced = _as_short_documents(settings)
         # What is trained keeps its input in any case.
         adapts_all = tuner.has_adapter and self.tuner.target_modules == "all-linear"
         one = replace(
-            settings,
+            traced,
             rows=1,
             zero3=settings.zero3 and not tuner.trains_all and not adapts_all,
             after_frozen=0 < self._frozen_layers(settings) < self.shape.layers,
-            masked=settings.masked and settings.attn_implementation in ("sdpa", "eager"),
+            masked=traced.masked and traced.attn_implementation in ("sdpa", "eager"),
         )
         first = further = self._remembered(one)
         if settings.bidirectional or self.tuner.target_parameters:
             two = self._remembered(replace(one, rows=2))
             further = LayerBytes(saved=two.saved - first.saved, working=two.working - first.working)
-        more = settings.rows - 1
+        more = traced.rows - 1
         converted = converted_bytes(
             settings.rows * settings.length, self.shape, settings.precision, settings.accelerator
         )
@@ -125,6 +128,19 @@ class ActivationModel:
         """The task whose head is traced; the head of a language model is counted by its loss."""
         task = find_task(self.model.task)
         return task if self.shape.trainable and task.default_labels.names else None
+
+
+def _as_short_documents(settings: TraceSettings) -> TraceSettings:
+    """Describe rows of a CPU's kernel as the documents of which it keeps most.
+
+    It keeps the products of two tokens of a document, unless that is long
+    (:mod:`llmtune.varlen_attention`).
+    """
+    if settings.accelerator != "cpu" or settings.attn_implementation != VARLEN:
+        return settings
+    length = min(settings.length, SHORT_DOCUMENT)
+    rows = settings.rows * math.ceil(settings.length / length)
+    return replace(settings, rows=rows, length=length, attn_implementation="eager", masked=False)
 
 
 def estimate(shape: ModelShape, settings: TraceSettings) -> LayerBytes:
