@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 VARLEN = "varlen"
 #: The widest head of FlashAttention's kernels, and the number of which widths are a multiple.
 LARGEST_HEAD, HEAD_STEP = 256, 8
+#: What FlashAttention's kernel in torch lacks, by the names that transformers gives it.
+_LACKING = ("softcap", "s_aux", "position_bias")
 #: Up to this many tokens a document's products are written out on a CPU, where SDPA is slower.
 SHORT_DOCUMENT = 256
 
@@ -63,25 +65,19 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    **others: Any,
+    **said: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each document, as transformers calls an attention function.
 
     Args:
         query: Shape (1, heads, tokens, width), as are ``key`` and ``value``, which may have fewer
             heads.
-        sliding_window: Tokens that each token attends to, itself among them; None without a limit.
         cu_seq_lens_q: First token of each document, and the number of tokens, int32, shape
             (documents + 1,). None for rows without borders.
-        max_length_q: Tokens of the longest document.
+        said: By transformers' names. ``scaling`` of the products; ``sliding_window``, the tokens
+            that each token attends to, itself among them; ``max_length_q``, the tokens of the
+            longest document.
 
     Returns:
         Shape (1, tokens, heads, width).
@@ -89,23 +85,21 @@ def attend(
     Raises:
         ValueError: The model asks for what the kernel lacks.
     """
-    lacking = {"softcap": softcap, "s_aux": s_aux, "position_bias": others.get("position_bias")}
-    for name, given in {**lacking, "dropout": dropout or None}.items():
-        if given is not None:
-            raise ValueError(f"attention of the kernel {VARLEN} has no {name}")
+    lacking = [name for name in _LACKING if said.get(name) is not None]
+    if said.get("dropout"):
+        lacking.append("dropout")
+    if lacking:
+        raise ValueError(f"the kernel {VARLEN} has no {lacking[0]}")
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, 0.0, scaling, is_causal, **others
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **said)
+    scaling, window = said.get("scaling"), said.get("sliding_window")
     if query.device.type == "cuda":
-        assert max_length_q is not None
-        joined = _attend_on_gpu(
-            query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window
-        )
+        longest = said["max_length_q"]
+        joined = _attend_on_gpu(query, key, value, cu_seq_lens_q, longest, scaling, window)
     else:
-        joined = _attend_one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window)
+        joined = _attend_one_by_one(query, key, value, cu_seq_lens_q, scaling, window)
     return joined, None
 
 

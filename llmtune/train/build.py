@@ -122,8 +122,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     collator = build_collator(request, module.model, tokenizer)
     if config.data.packing or collator.flat:
         dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
-        name = config.model.name_or_path
-        check_module(module, collator, vocabulary, dtype, name, config.data.packing)
+        check_module(module, collator, vocabulary, dtype, config)
     evaluator = Evaluator(
         module=module,
         rows=open_rows(request.data, "eval") if request.evaluates else None,

@@ -40,6 +40,7 @@ from llmtune.task.objective import Objective
 from llmtune.task.task import find_task
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.tuner.peft_model import add_lora
+from llmtune.varlen_attention import VARLEN
 from tests.architectures.families import FAMILIES
 from tests.architectures.plain import load_plainly, train_plainly
 from tests.engine.worker import ask_cpu_once
@@ -108,7 +109,9 @@ def as_batch(documents: list[torch.Tensor], packed: bool, collator: Collator) ->
         # A document's first token is nobody's target.
         mask[np.cumsum([0, *(len(one) for one in group[:-1])])] = False
         rows.append(Row(ids=ids, mask=mask, documents=tuple(len(one) for one in group)))
-    return collator.pack(rows) if packed else collator.pad(rows)
+    if packed:
+        return collator.pack(rows)
+    return collator.join(rows) if collator.flat else collator.pad(rows)
 
 
 def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Rank) -> TrainModule:
@@ -185,9 +188,12 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
             check_quantized(config, int(stage), folder)
             check_model(config, kernel, folder, None, lambda _: None)
         module = build(config, shape, folder, kernel, rank)
-        collator = Collator(pad_token_id=0, masked=sees_padding(module.model))
-        if packed:
-            check_module(module, collator, shape.vocab_size, torch.float32, family)
+        flat = kernel == VARLEN
+        collator = Collator(
+            pad_token_id=0, masked=sees_padding(module.model), varlen=flat, flat=flat
+        )
+        if packed or flat:
+            check_module(module, collator, shape.vocab_size, torch.float32, config)
     except LlmtuneError as error:
         return {**about, "refused": str(error), "code": error.exit_code}
     trained = {

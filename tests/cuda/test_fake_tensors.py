@@ -33,6 +33,7 @@ from llmtune.task.losses import sum_cross_entropy
 from llmtune.task.objective import Objective
 from llmtune.task.targets import Targets
 from llmtune.task.task import find_task
+from llmtune.varlen_attention import VARLEN, leave_out_masks, register_varlen
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch without CUDA: it knows no such device"
@@ -97,6 +98,30 @@ def test_a_forward_pass_and_its_loss_stay_on_the_device(
             total += loss
         assert logits.device.type == loss.device.type == total.device.type == "cuda"
         assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_by_borders_reads_none_of_them_on_the_host(
+    kind: str, dtype: torch.dtype, packed: bool
+) -> None:
+    collator = Collator(pad_token_id=0, varlen=True, flat=True)
+    batch = collator.pack([row(5, 4), row(7)]) if packed else collator.join([row(9), row(4), None])
+    config = AutoConfig.for_model(kind, **SHAPE, **GROUPED)
+    register_varlen()
+    with FakeTensorMode() as mode, torch.no_grad():
+        with torch.device("cuda"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=VARLEN
+            )
+        answer_on_host(model)
+        leave_out_masks(model)
+        there = fake(batch, mode).to("cuda")
+        logits = model(**there.inputs, use_cache=False).logits
+        loss = sum_cross_entropy(logits, there.targets)
+    assert logits.shape[:2] == batch.input_ids.shape
+    assert logits.device.type == loss.device.type == "cuda"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

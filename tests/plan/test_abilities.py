@@ -157,7 +157,10 @@ def test_kernels_are_those_that_transformers_has(
 
 @pytest.mark.parametrize("length", [512, 513])
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
-@pytest.mark.parametrize("kernels", [("eager",), ("eager", "sdpa"), ("eager", "flash_attention_2")])
+@pytest.mark.parametrize(
+    "kernels",
+    [("eager",), ("eager", "sdpa"), ("eager", "flash_attention_2"), ("eager", "sdpa", "varlen")],
+)
 def test_auto_takes_a_kernel_that_there_is(
     length: int, accelerator: str, kernels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,10 +171,23 @@ def test_auto_takes_a_kernel_that_there_is(
     chosen = resolve_attention(config, accelerator, kernels)
     assert chosen in kernels
     short = accelerator == "cpu" and length == 512
-    assert (chosen == "sdpa") == ("sdpa" in kernels and not short)
+    assert (chosen == "varlen") == ("varlen" in kernels)
+    assert (chosen == "sdpa") == (kernels == ("eager", "sdpa") and not short)
     assert (chosen == "flash_attention_2") == (
         accelerator == "cuda" and "flash_attention_2" in kernels
     )
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "takes"),
+    [("bf16", 80, True), ("bf16", 0, True), ("fp16", 75, False), ("fp32", 90, False)],
+)
+def test_a_gpu_takes_borders_where_flash_attention_runs(
+    precision: str, capability: int, takes: bool
+) -> None:
+    config = compose_config(["model=tiny", f"precision={precision}"]).config
+    chosen = resolve_attention(config, "cuda", ("eager", "sdpa", "varlen"), capability)
+    assert chosen == ("varlen" if takes else "sdpa")
 
 
 def test_a_kernel_that_is_asked_for_and_missing_is_refused() -> None:
@@ -181,6 +197,10 @@ def test_a_kernel_that_is_asked_for_and_missing_is_refused() -> None:
         ConfigError,
         match=r"model.attn_implementation=sdpa: .*only eager; take model.attn_implementation=auto",
     ):
+        resolve_attention(config, "cpu", ("eager",))
+    config = compose_config(["model=tiny", "model.attn_implementation=varlen"]).config
+    assert resolve_attention(config, "cpu", ("eager", "varlen")) == "varlen"
+    with pytest.raises(ConfigError, match=r"attn_implementation=varlen: documents without padding"):
         resolve_attention(config, "cpu", ("eager",))
     own = compose_config(
         ["model=tiny", "model.attn_implementation=kernels-community/flash-attn3"]

@@ -11,8 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from llmtune.config.compose import compose_config
-from llmtune.plan.architecture.shrink import VOCABULARY, shrink
 from llmtune.plan.architecture.load import load_architecture
+from llmtune.plan.architecture.shrink import VOCABULARY, shrink
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.shapes import ModelShape
 from tests.support import ROOT

@@ -61,7 +61,7 @@ class Batch:
             for field in fields(self)
             if isinstance(getattr(self, field.name), torch.Tensor)
         }
-        batches = []
+        batches: list[Batch] = []
         start = 0
         for row, length in enumerate(lengths):
             mine = (targets.positions >= start) & (targets.positions < start + length)
@@ -71,7 +71,8 @@ class Batch:
                 values=targets.values[mine],
                 row_length=length,
             )
-            batches.append(Batch(targets=own, **{name: rows[row] for name, rows in cut.items()}))
+            pieces: dict[str, Any] = {name: rows[row] for name, rows in cut.items()}
+            batches.append(Batch(targets=own, **pieces))
             start += length
         return batches
 
@@ -81,8 +82,8 @@ class Batch:
 
     def _split_rows(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
         if self.varlen is None:
-            return values.split(1)
-        return values.split(self.varlen.row_lengths, dim=1)
+            return list(torch.split(values, 1))
+        return list(torch.split(values, list(self.varlen.row_lengths), dim=1))
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -188,13 +189,13 @@ class Collator:
         input_ids = self._fill(rows)
         height, width = input_ids.shape
 
-        # The documents of each row; the rest of a row is one more, of padding.
-        lengths = []
+        # The documents of all rows; the rest of a row is one more, of padding.
+        lengths: list[int] = []
         for row in rows:
             documents = list(row.documents) if row else []
             rest = width - sum(documents)
-            lengths.append(documents + ([rest] if rest else []))
-        position_ids = torch.stack([_restarting_positions(of_row) for of_row in lengths])
+            lengths += documents + ([rest] if rest else [])
+        position_ids = _restarting_positions(lengths).view(height, width)
         targets = self.find_targets(rows, width)
         if not self.varlen:
             return Batch(input_ids=input_ids, targets=targets, position_ids=position_ids)
@@ -203,7 +204,7 @@ class Collator:
             input_ids=input_ids.view(shape),
             targets=replace(targets, row_length=height * width),
             position_ids=position_ids.view(shape),
-            varlen=_index_documents(sum(lengths, []), [width] * height),
+            varlen=_index_documents(lengths, [width] * height),
         )
 
     def join(self, rows: Sequence[Row | None]) -> Batch:

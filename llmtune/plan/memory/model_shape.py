@@ -137,10 +137,6 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     tensors = list_tensors(model, adapters, trained, packed, head, stacks, tables)
     _check_trained(tensors, tuner, config.name_or_path)
 
-    tried: tuple[str, ...] = ()
-    if task.judges_words and not config.trust_remote_code and takes_borders(architecture):
-        tried = (VARLEN,)
-
     # Sizes, under the names that architectures give them.
     text: Any = architecture.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
@@ -170,7 +166,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         bidirectional=is_bidirectional(model),
         attention_products=2 + len(_relative_products(text)),
         trainable=trainable,
-        kernels=(*attention_kernels(model), *tried),
+        kernels=_find_kernels(model, architecture, config),
         max_positions=max_positions(model, architecture),
         scalable=is_scalable(text),
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
@@ -183,6 +179,14 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
+
+
+def _find_kernels(model: Any, architecture: Any, config: ModelConfig) -> tuple[str, ...]:
+    """List the attention kernels of a model; code of its own is not run for it."""
+    has_borders = find_task(config.task).judges_words and not config.trust_remote_code
+    if has_borders and takes_borders(architecture):
+        return (*attention_kernels(model), VARLEN)
+    return attention_kernels(model)
 
 
 def _count_stacks(

@@ -8,10 +8,10 @@ difference comes from the other document, or from positions that do not restart.
 It is tried twice. Before any rank starts, a small model with random weights of the same
 architecture (:mod:`llmtune.plan.architecture.shrink`) is tried in fp32 on the CPU. That is exact
 enough to see the smallest leak (a short convolution over the border moves logits by a thousandth),
-and takes a tenth of a second, for a model of 70 B parameters too. Before step 1 the model that is trained is
-tried as it is trained: with its adapters, attention kernel, device, precision and ZeRO stage. That
-is one more forward pass. In 16 bits it sees only leaks above rounding, and it is the only trial
-where the small model cannot be made, or where the kernel is a GPU's.
+and takes a tenth of a second, for a model of 70 B parameters too. Before step 1 the model that is
+trained is tried as it is trained: with its adapters, attention kernel, device, precision and ZeRO
+stage. That is one more forward pass. In 16 bits it sees only leaks above rounding, and it is the
+only trial where the small model cannot be made, or where the kernel is a GPU's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llmtune.config.schema import Config
 from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.store.token_store import Row
 from llmtune.draws import Draw, generator, torch_seed
@@ -242,8 +243,7 @@ def check_module(
     collator: Collator,
     vocabulary: int,
     dtype: torch.dtype,
-    name: str,
-    packed: bool = True,
+    config: Config,
 ) -> None:
     """Try the model that is about to be trained.
 
@@ -252,13 +252,14 @@ def check_module(
     Args:
         vocabulary: The model's vocabulary size.
         dtype: The training dtype.
-        name: The model's name in messages.
-        packed: Whether rows are packed; else they are one behind the other in a batch.
+        config: Has the model's name, and whether rows are packed; else they are one behind the
+            other in a batch.
 
     Raises:
         ConfigError: On every rank: documents of a row see each other, or the model answers with
             NaN.
     """
+    name, packed = config.model.name_or_path, config.data.packing
     mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
 
     # Sums over ranks, so that all of them raise the same error.
