@@ -16,7 +16,8 @@ INTRODUCTION = f"""# From other tools
 
 How keys of transformers, peft, TRL, axolotl, LLaMA-Factory, torchtune and Unsloth are called here.
 llmtune itself gives these hints: `lora_rank=8` is refused, with the key that was meant.
-A key that is not listed has the same name here, below a group: `optim.learning_rate`.
+Keys that are not listed have the same name here, below a group (`optim.learning_rate`).
+What is not there is refused.
 All of them: [reference.md](reference.md).
 
 A YAML file of your own takes the place of another tool's, with keys below their groups:
@@ -46,6 +47,13 @@ def make_page() -> str:
     lines += [
         f"| {_code(elsewhere)} | {here.removeprefix('nothing: ')} |"
         for here, elsewhere in absent.items()
+    ]
+    lines += [
+        "",
+        "These options have another name here:",
+        "",
+        "| elsewhere | here |",
+        "| --- | --- |",
     ]
     for group, options in ABSENT_OPTIONS.items():
         lines += [f"| `{group}={option}` | {reason} |" for option, reason in options.items()]

@@ -21,6 +21,10 @@ is_supported() { case "$1" in 3.11 | 3.12 | 3.13) ;; *) return 1 ;; esac; }
 
 WITHOUT_GPU="To train on the CPU on purpose, run: LLMTUNE_TORCH=cpu bash scripts/setup.sh"
 
+if [ -n "${PYTHON:-}" ] && ! command -v "$PYTHON" >/dev/null; then
+    die "PYTHON=$PYTHON is not a program. Name a Python 3.11, 3.12 or 3.13, or leave PYTHON out"
+fi
+
 find_python() { # prints one that llmtune supports, or nothing where there is no Python at all; dies where none of them does
     local name version unsupported=
     for name in "${PYTHON:-}" python3.11 python3.12 python3.13 python3 .venv/bin/python; do
@@ -157,7 +161,9 @@ install_torch() {
         fi
         say "installing torch $version (CPU build, because $why)"
         .venv/bin/pip install -q ${force:+"$force"} "torch==$version+cpu" 2>/dev/null ||
-            .venv/bin/pip install -q ${force:+"$force"} "torch==$version" --index-url https://download.pytorch.org/whl/cpu
+            .venv/bin/pip install -q ${force:+"$force"} "torch==$version" --index-url https://download.pytorch.org/whl/cpu ||
+            die "the CPU build of torch $version could not be installed; pip's own words are above. It comes from pip's own" \
+                "index, or from https://download.pytorch.org/whl/cpu. Run this script again where one of them can be reached"
         return
     fi
     # What works stays, whichever build it is.

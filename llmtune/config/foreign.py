@@ -127,6 +127,9 @@ MEANINGS: dict[str, str] = {
     "prompt_template": "data.chat_template",
     "template": "data.chat_template",
     "train_on_prompt": "data.train_on_inputs",
+    "eval_accumulation_steps": "nothing: an evaluation keeps sums and no logits",
+    "group_by_length": "nothing: rows of a batch are joined without padding where the model allows"
+    " it (model.attn_implementation=varlen)",
     "completion_only_loss": "nothing: only answers are trained, unless data.train_on_inputs=true",
     "assistant_only_loss": "nothing: only answers are trained, unless data.train_on_inputs=true",
     "mask_inputs": "nothing: only answers are trained, unless data.train_on_inputs=true",
@@ -206,8 +209,8 @@ MEANINGS: dict[str, str] = {
     "adam_epsilon": "optim.eps",
     "adam_eps": "optim.eps",
     "epsilon": "optim.eps",
-    "optimizer": "optim=adamw (the default; or lion)",
-    "optim_type": "optim=adamw (the default; or lion)",
+    "optimizer": "optim=adamw (the default; or another file of conf/optim)",
+    "optim_type": "optim=adamw (the default; or another file of conf/optim)",
     "lr_scheduler": "schedule.lr_scheduler_type",
     "scheduler": "schedule.lr_scheduler_type",
     "scheduler_type": "schedule.lr_scheduler_type",
@@ -256,8 +259,8 @@ MEANINGS: dict[str, str] = {
     "experiment_name": "run_name",
     "random_seed": "seed",
     "data_seed": "seed",
-    "report_to": "tracker=wandb (or none)",
-    "logger": "tracker=wandb (or none)",
+    "report_to": "tracker=wandb (or tensorboard, mlflow, trackio, prometheus, none)",
+    "logger": "tracker=wandb (or tensorboard, mlflow, trackio, prometheus, none)",
     "use_wandb": "tracker=wandb",
     "wandb": "tracker=wandb",
     "wandb_entity": "tracker.entity",
@@ -278,7 +281,13 @@ MEANINGS: dict[str, str] = {
 #: Option of a group that llmtune has not, as other fine-tuners name it -> why, and what to take.
 #: The group's dotted key (:class:`llmtune.registry.Registry`) refuses it with the same words.
 ABSENT_OPTIONS: dict[str, dict[str, str]] = {
-    "optim": {"paged_adamw_8bit": "it is called adamw_paged_8bit here"}
+    "optim": {
+        "adamw_torch": "it is called adamw here",
+        "adamw_torch_fused": "it is called adamw here",
+        "adamw_hf": "it is called adamw here",
+        "adamw_bnb_8bit": "it is called adamw_8bit here",
+        "paged_adamw_8bit": "it is called adamw_paged_8bit here",
+    }
 }
 
 

@@ -136,6 +136,9 @@ def describe_extension(
         step: Optimizer steps that are done.
     """
     text = f"longer than before: {before.total_steps} -> {now.total_steps} steps"
+    if step >= before.total_steps:
+        rate = learning_rate_at(step, now, 1.0, settings)
+        return f"{text}; the learning rate of the next step is {rate:.4g} of its peak"
     old, new = (learning_rate_at(step, steps, 1.0, settings) for steps in (before, now))
     ahead = range(step, before.total_steps)
     if all(

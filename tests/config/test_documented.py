@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llmtune.cli.arguments import parse
 from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config, config_groups
+from llmtune.config.foreign import ABSENT_OPTIONS
 from llmtune.config.keys import ALIASES, known_keys
 from llmtune.config.overrides import Setting, read_override
 from llmtune.config.schema import Config
@@ -35,7 +36,7 @@ SIZE = 8
 EXCEPTIONS: dict[str, str] = {
     "tuner.lora_r=8,16": "the README says that it is refused",
     "lora_rank=8": "the table of other tools' keys says that it is refused",
-    "optim=paged_adamw_8bit": "the same table",
+    **dict.fromkeys((f"optim={option}" for option in ABSENT_OPTIONS["optim"]), "the same table"),
     "add_prefix_space=True": "a setting of tokenizers",
     "zero_force_ds_cpu_optimizer=false": "a key of DeepSpeed",
     "zero_division=0": "an argument of scikit-learn",

@@ -215,6 +215,10 @@ def test_a_longer_run_says_what_becomes_of_the_learning_rate() -> None:
         " rate of the next step is 0.5789 of its peak, not 0.1111"
     )
     assert "is 1 of its peak, not " in texts["warmup_stable_decay"]
+    # Of a run that is at its end there is no next step to compare with.
+    for kind in KINDS:
+        over = describe_extension(replace(TYPICAL, lr_scheduler_type=kind), 20, before, now)
+        assert over.endswith(" of its peak"), over
     # A warm-up that is a share of the steps grows with them.
     longer = describe_extension(
         ScheduleConfig(lr_scheduler_type="constant"), 2, before, plan(40, 4)

@@ -97,8 +97,7 @@ def resolve_files(source: Source) -> list[DataFile]:
     else:
         several = "; several names are a list: data.train=[a.jsonl,b.jsonl]" if "," in path else ""
         raise DataError(
-            f"{source.path}: no such file (data.train and data.eval are relative to"
-            f" {Path.cwd()}){several}"
+            f"{source.path}: no such file (names of files are relative to {Path.cwd()}){several}"
         )
 
     # Names as the user wrote them, each with its kind.

@@ -195,4 +195,4 @@ def _given(environ: Mapping[str, str]) -> str:
 
 def _unset(environ: Mapping[str, str]) -> str:
     names = " ".join(name for name in _VARIABLES if name in environ)
-    return f"If they were left in this shell: unset {names}. If they are meant: {_ADVICE}"
+    return f"if they were left in this shell: unset {names}. If they are meant: {_ADVICE}"
