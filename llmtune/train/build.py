@@ -114,15 +114,15 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
 
     module = build_module(request, rank)
     best = resolve_best_model(config)
-    state: TrainerState | None = None
-    if request.resume_from is not None:
-        state = load_checkpoint(module, request.resume_from)
+    stored = request.resume_from
+    state = None if stored is None else load_checkpoint(module, stored)
     start = resume_at(state, best, request.run_folder) if state else TrainingState()
 
     collator = build_collator(request, module.model, tokenizer)
     if config.data.packing or collator.flat:
         dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
-        check_module(module, collator, vocabulary, dtype, config)
+        name, packed = config.model.name_or_path, config.data.packing
+        check_module(module, collator, vocabulary, dtype, name, packed)
     evaluator = Evaluator(
         module=module,
         rows=open_rows(request.data, "eval") if request.evaluates else None,

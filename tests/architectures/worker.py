@@ -193,7 +193,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
             pad_token_id=0, masked=sees_padding(module.model), varlen=flat, flat=flat
         )
         if packed or flat:
-            check_module(module, collator, shape.vocab_size, torch.float32, config)
+            check_module(module, collator, shape.vocab_size, torch.float32, family, packed)
     except LlmtuneError as error:
         return {**about, "refused": str(error), "code": error.exit_code}
     trained = {

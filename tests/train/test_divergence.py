@@ -49,12 +49,6 @@ def test_stop_names_the_rows_that_are_to_blame(tmp_path: Path) -> None:
         monitor.check(9, STEP, StepResult(1.0, math.inf, False))
 
 
-def test_a_flattened_batch_blames_all_its_rows(tmp_path: Path) -> None:
-    monitor, _ = watch(tmp_path, OnNan.stop, [[math.nan], [1.0]])
-    with pytest.raises(DivergedError, match=r"not finite on rows.jsonl:3, rows.jsonl:7$"):
-        monitor.check(9, STEP, BAD)
-
-
 def test_skip_says_it_and_fp16_is_left_to_its_loss_scale(tmp_path: Path) -> None:
     monitor, said = watch(tmp_path, OnNan.skip)
     monitor.check(9, STEP, BAD)

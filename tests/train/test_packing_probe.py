@@ -14,7 +14,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.config.compose import compose_config
-from llmtune.config.schema import Config
 from llmtune.data.load.collate import Collator
 from llmtune.data.store.token_store import Row
 from llmtune.errors import ConfigError
@@ -233,13 +232,6 @@ def test_infinite_logits_are_numbers_where_both_have_them() -> None:
     assert leak.largest > SMALL_LIMIT
 
 
-def packing_of(name: str, *overrides: str) -> Config:
-    """A job with packed rows."""
-    return compose_config(
-        ["model=tiny", f"model.name_or_path={name}", "data.packing=true", *overrides]
-    ).config
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -269,7 +261,7 @@ def test_a_model_that_answers_with_nan_is_no_leak(
         model=SimpleNamespace(config=SimpleNamespace(model_type="llama")),
     )
     with pytest.raises(ConfigError, match=message):
-        check_module(module, Collator(pad_token_id=0), 97, torch.float32, packing_of("m"))
+        check_module(module, Collator(pad_token_id=0), 97, torch.float32, "m")
 
 
 def test_rows_of_a_batch_that_see_each_other_have_another_remedy() -> None:
@@ -284,7 +276,8 @@ def test_rows_of_a_batch_that_see_each_other_have_another_remedy() -> None:
             Collator(pad_token_id=0),
             97,
             torch.float32,
-            packing_of("m", "data.packing=false"),
+            "m",
+            packed=False,
         )
 
 

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmtune.config.schema import Config
 from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.store.token_store import Row
 from llmtune.draws import Draw, generator, torch_seed
@@ -243,7 +242,8 @@ def check_module(
     collator: Collator,
     vocabulary: int,
     dtype: torch.dtype,
-    config: Config,
+    name: str,
+    packed: bool = True,
 ) -> None:
     """Try the model that is about to be trained.
 
@@ -252,14 +252,13 @@ def check_module(
     Args:
         vocabulary: The model's vocabulary size.
         dtype: The training dtype.
-        config: Has the model's name, and whether rows are packed; else they are one behind the
-            other in a batch.
+        name: The model's name in messages.
+        packed: Whether rows are packed; else they are one behind the other in a batch.
 
     Raises:
         ConfigError: On every rank: documents of a row see each other, or the model answers with
             NaN.
     """
-    name, packed = config.model.name_or_path, config.data.packing
     mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
 
     # Sums over ranks, so that all of them raise the same error.
