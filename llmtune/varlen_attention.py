@@ -99,7 +99,7 @@ def attend(
         longest = said["max_length_q"]
         joined = _attend_on_gpu(query, key, value, cu_seq_lens_q, longest, scaling, window)
     else:
-        joined = _attend_one_by_one(query, key, value, cu_seq_lens_q, scaling, window)
+        joined = attend_one_by_one(query, key, value, cu_seq_lens_q, scaling, window)
     return joined, None
 
 
@@ -140,7 +140,7 @@ def _attend_on_gpu(
     return attended[None, ..., :own]
 
 
-def _attend_one_by_one(
+def attend_one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -166,6 +166,12 @@ HEADS = {**SIZE, "num_attention_heads": 4, "num_key_value_heads": 2}
         ("gpt_oss", {**HEADS, "head_dim": 8, "num_local_experts": 4}, False),
         # Positions that are added to the products, or come from a mask, know no borders.
         ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97}, False),
+        # It takes its class of attention from a list in which the kernel is not.
+        (
+            "gptj",
+            {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "rotary_dim": 4},
+            False,
+        ),
         # Layers that are recurrent or convolve over the border.
         ("lfm2", HEADS, False),
         ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97}, False),

@@ -127,6 +127,8 @@ MEANINGS: dict[str, str] = {
     "prompt_template": "data.chat_template",
     "template": "data.chat_template",
     "train_on_prompt": "data.train_on_inputs",
+    "torch_compile": "train.compile=layers",
+    "compile": "train.compile=layers",
     "eval_accumulation_steps": "nothing: an evaluation keeps sums and no logits",
     "group_by_length": "nothing: rows of a batch are joined without padding where the model allows"
     " it (model.attn_implementation=varlen)",

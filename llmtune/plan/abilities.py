@@ -6,6 +6,7 @@ import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
 
+from llmtune.config.groups.train import Compile, TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError
 from llmtune.plan.architecture.rope_scaling import COUNTS_SCALED
@@ -178,6 +179,34 @@ def check_stage(stage: int, kind: str, name: str) -> None:
         raise ConfigError(
             f"zero=3: {name} ({kind}) uses weights without calling the layers that own them, and"
             " DeepSpeed would not have gathered them; take zero=2"
+        )
+
+
+def compiles_layers(train: TrainConfig, stage: int) -> bool:
+    """Tell whether layers are compiled; not on a rung of ZeRO 3 to which a run fell back."""
+    return train.compile is Compile.layers and stage < 3
+
+
+def check_compile(train: TrainConfig, stage: int, in_4_bits: bool) -> None:
+    """Refuse to compile layers where the compiler cannot see them whole.
+
+    Args:
+        in_4_bits: The tuner keeps weights in 4 bits.
+
+    Raises:
+        ConfigError: With what to take instead.
+    """
+    if train.compile is Compile.none:
+        return
+    if stage == 3:
+        raise ConfigError(
+            "train.compile=layers: ZeRO 3 gathers the weights of every module from Python, which"
+            " no graph can hold; take zero=2 where the weights fit, or train.compile=none"
+        )
+    if in_4_bits:
+        raise ConfigError(
+            "train.compile=layers: weights in 4 bits are computed with by functions of"
+            " bitsandbytes, which were not tried with the compiler; take train.compile=none"
         )
 
 

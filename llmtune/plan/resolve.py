@@ -14,7 +14,7 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, LlmtuneError, MissingPrerequisiteError
 from llmtune.optimizer.optimizer import find_optimizer
-from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
+from llmtune.plan.abilities import check_compile, check_row_length, check_stage, resolve_attention
 from llmtune.plan.advice import check_fits
 from llmtune.plan.architecture.corrected_architecture import describe_correction
 from llmtune.plan.architecture.rope_scaling import describe_scaling
@@ -106,9 +106,9 @@ def resolve_ladder(
     # The rungs; the stage that was chosen may be one that the architecture cannot use.
     ladder = build_ladder(config, hardware, shape, world, kernel, begun)
     if ladder.chosen is not None:
-        require(
-            check_stage, ladder.chosen.placement.zero_stage, shape.kind, config.model.name_or_path
-        )
+        stage = ladder.chosen.placement.zero_stage
+        require(check_stage, stage, shape.kind, config.model.name_or_path)
+        require(check_compile, config.train, stage, TUNERS.find(config.tuner.kind).is_quantized)
     described = (
         describe_correction(Path(config.model.name_or_path).expanduser()),
         describe_scaling(config.model.rope_scaling, shape.max_positions),

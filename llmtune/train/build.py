@@ -30,9 +30,11 @@ from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
+from llmtune.model.compiled_layers import compile_layers
 from llmtune.model.nf4.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import find_optimizer
+from llmtune.plan.abilities import compiles_layers
 from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
 from llmtune.plan.param_groups import groups_of_model
 from llmtune.plan.steps import evaluation_interval, save_interval
@@ -342,6 +344,8 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     model = attach_tuner(model, request, rank, head)
     if (alpha := config.train.neftune_noise_alpha) is not None:
         add_noise(model, alpha)
+    if compiles_layers(config.train, plan.placement.zero_stage):
+        compile_layers(model)
     smoothing = config.train.label_smoothing
     module = TrainModule(
         model,

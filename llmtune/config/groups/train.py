@@ -33,6 +33,13 @@ class BatchScheduleLr(Enum):
     sqrt = "sqrt"
 
 
+class Compile(Enum):
+    """The parts of a model that torch compiles."""
+
+    none = "none"
+    layers = "layers"
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainConfig:
     """Batches, length of the run, evaluation, saving."""
@@ -86,6 +93,11 @@ class TrainConfig:
     """Recompute activations in the backward pass.
 
     ``auto`` does so where they would take too much of the device's memory.
+    """
+    compile: Compile = Compile.none
+    """Parts of the model that ``torch.compile`` compiles: ``layers``, each by itself, or ``none``.
+
+    Layers cannot be compiled under ZeRO 3, nor with weights in 4 bits (docs/speed.md).
     """
     logging_steps: int = 1
     """Optimizer steps between lines of ``metrics.jsonl``.

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data.prepared_data import read_samples
+from llmtune.model.compiled_layers import find_layers
+from llmtune.plan.abilities import compiles_layers
 from llmtune.task.task import find_task
+from llmtune.train.hooks.compile_report import CompileReport
 from llmtune.train.hooks.confusion_plot import ConfusionPlot
 from llmtune.train.hooks.data_examples import DataExamples
 from llmtune.train.hooks.loss_plot import LossPlot
@@ -57,5 +60,7 @@ def build_hooks(
                 console=console,
             )
             hooks.append(samples)
+    if compiles_layers(config.train, plan.placement.zero_stage):
+        hooks.append(CompileReport(len(find_layers(module.model)), rank, console))
     # Behind the others, whose time it counts.
     return [*hooks, TimeTable(request.run_folder, rank, plan, console)]
