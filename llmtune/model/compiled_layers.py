@@ -17,7 +17,7 @@ from llmtune import varlen_attention
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What the compiler made so far."""
+    """Graphs that the compiler made so far, and where it had to break off."""
 
     graphs: int
     """Pieces of code."""
