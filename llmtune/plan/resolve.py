@@ -22,6 +22,7 @@ from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.deepspeed_overrides import check_raw, merge_raw
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 from llmtune.plan.devices.hardware import Hardware
+from llmtune.plan.devices.measured import use_measured
 from llmtune.plan.devices.probe import fp16_supported, resolve_hardware
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
@@ -88,6 +89,8 @@ def resolve_ladder(
     on_node = max(1, world_size // config.hardware.nodes) if world_size else None
     hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning, on_node)
     _check_precision(config.precision, hardware)
+    if config.hardware.measured:
+        hardware = _measured(config, hardware)
     require(_check_trainable, config, hardware, world_size)
     if not planning and config.offload.nvme_path is None:
         # hardware.nvme_bytes alone is for planning.
@@ -115,6 +118,20 @@ def resolve_ladder(
     )
     notes = (*hardware.notes, *filter(None, described))
     return replace(ladder, refusals=tuple(refusals), notes=notes)
+
+
+def _measured(config: Config, hardware: Hardware) -> Hardware:
+    """Take the speed of this machine from runs and products.
+
+    Raises:
+        ConfigError: Other hardware than this machine's is named.
+    """
+    if config.hardware.gpu_name is not None:
+        raise ConfigError(
+            f"hardware.measured=true: hardware.gpu_name={config.hardware.gpu_name} names other"
+            " hardware, which cannot be measured here; take hardware=measured"
+        )
+    return use_measured(hardware, config.precision, find_cache(config.paths))
 
 
 def _check_row_length(config: Config, shape: ModelShape) -> None:

@@ -139,7 +139,7 @@ def estimate_speed(
     precision = arithmetic.precision
     tokens = batch.micro_batch_size * length
     ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
-    flops = _flops(hardware, precision)
+    flops = reachable_flops(hardware, precision)
 
     # Arithmetic, and the launches of kernels.
     compute = tokens * step_flops(shape, length, gradient_checkpointing) * ranks / flops
@@ -191,7 +191,7 @@ def average_speed(steps: Sequence[tuple[SpeedPlan, int]]) -> SpeedPlan:
     )
 
 
-def _flops(hardware: Hardware, precision: Precision) -> float:
+def reachable_flops(hardware: Hardware, precision: Precision) -> float:
     """Return the operations per second that a training step reaches."""
     if precision is not Precision.fp32:
         return hardware.flops * hardware.efficiency
@@ -255,7 +255,7 @@ def _matrix_terms(
                 seconds += 2 * FP32_BYTES * share / hardware.pcie_bandwidth
     return {
         # The products are in bf16, whatever the training dtype is.
-        "directions of matrices": flops * ranks / _flops(hardware, Precision.bf16),
+        "directions of matrices": flops * ranks / reachable_flops(hardware, Precision.bf16),
         "matrices to a rank and back": seconds,
     }
 

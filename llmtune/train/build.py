@@ -47,6 +47,7 @@ from llmtune.task.task import find_task
 from llmtune.track.console import Console, ProgressLine
 from llmtune.track.hints import Hints, make_reader
 from llmtune.track.metrics import MetricsFile
+from llmtune.track.plan_check import PlanCheck
 from llmtune.track.service import TrackedRun, open_services
 from llmtune.track.tracker import Outcome, Tracker, Trackers
 from llmtune.track.utilization import find_utilization
@@ -380,7 +381,8 @@ def build_trackers(request: RunRequest, rank: Rank, console: Console, first_step
     metrics = MetricsFile(request.run_folder / layout.METRICS)
     progress = ProgressLine(console, request.steps.total_steps)
     hints = Hints(console.say, make_reader(request.plan.hardware.accelerator).read)
-    trackers: list[Tracker] = [metrics, progress, hints, *open_services(run)]
+    check = PlanCheck(request.plan, request.config.precision, cache, console.say)
+    trackers: list[Tracker] = [metrics, progress, check, hints, *open_services(run)]
     if writes_report:
         trackers.append(ReportRefresher(request.run_folder, cache, console.say))
     return Trackers(trackers, console.say)

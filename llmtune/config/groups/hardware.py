@@ -59,5 +59,12 @@ class HardwareConfig:
     """
     nvme_write_bandwidth: Any = None
     """The same for writing."""
+    measured: bool = False
+    """Plan this machine with the speed of the runs on it, or of matrix products.
+
+    Runs of 10 steps and more are remembered in ``paths.cache_dir``, for each machine and precision.
+    Without one, products are measured once, for 6 s. It takes the place of ``gpu_flops`` and
+    ``compute_efficiency``.
+    """
     gpu_hour_price: float | None = None
     """Price of one accelerator for an hour, in any currency; the plan says what a run costs."""

@@ -20,6 +20,7 @@ _SOURCES = (
     "shapes.py",
     "tensor_shapes.py",
     "../abilities.py",
+    "../../varlen_attention.py",
 )
 _ROOMS = ("trace", "../architecture", "../../task", "../../tuner")
 
