@@ -21,7 +21,7 @@ from llmtune.plan.devices.measured import (
     remember,
     use_measured,
 )
-from llmtune.plan.resolve import resolve_plan
+from llmtune.plan.resolve import resolve_ladder, resolve_plan
 from llmtune.plan.speed import reachable_flops
 from llmtune.track.plan_check import PlanCheck
 from llmtune.track.tracker import Outcome
@@ -77,7 +77,7 @@ def test_products_have_a_speed() -> None:
 def test_other_hardware_is_not_measured_here() -> None:
     config = compose_config(["model=tiny", "hardware=1xh200", "hardware.measured=true"]).config
     with pytest.raises(ConfigError, match="cannot be measured here; take hardware=measured"):
-        resolve_plan(config, planning=True)
+        resolve_ladder(config, planning=True)
 
 
 @pytest.mark.parametrize(("offload", "remembered"), [("none", 1), ("optimizer_cpu", 0)])

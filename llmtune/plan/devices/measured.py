@@ -43,7 +43,7 @@ class Reached:
     """Operations per second of one accelerator."""
     steps: int
     time: float
-    """Of its end, in seconds since 1970."""
+    """Seconds since 1970 when it ended."""
 
 
 def use_measured(hardware: Hardware, precision: Precision, cache_dir: Path) -> Hardware:
