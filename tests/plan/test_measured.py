@@ -70,6 +70,27 @@ def test_old_runs_are_forgotten_and_a_cache_may_be_missing(tmp_path: Path) -> No
     assert read_reached(CPU, Precision.bf16, blocked) == []
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "3", "null", "{}", '[3, null, {"a": 1}]']
+    + [f'[{{"flops": {flops}, "steps": 10, "time": 0}}]' for flops in ("0", "-1", "NaN", '"9"')],
+)
+def test_a_damaged_file_is_none(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "measure_products", lambda *_: 2e11)
+    use_measured(CPU, Precision.bf16, tmp_path)
+    remember(CPU, Precision.bf16, Reached(flops=1.0, steps=10, time=0.0), tmp_path)
+    files = list((tmp_path / "speeds").iterdir())
+    assert len(files) == 2
+    for file in files:
+        file.write_text(content)
+    assert read_reached(CPU, Precision.bf16, tmp_path) == []
+    if content != "3":
+        found = use_measured(CPU, Precision.bf16, tmp_path)
+        assert found.flops == pytest.approx(2e11 * STEP_SHARE["cpu"])
+
+
 def test_products_have_a_speed() -> None:
     assert measure_products("cpu", Precision.fp32, seconds=0.01) > 1e8
 

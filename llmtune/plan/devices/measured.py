@@ -6,7 +6,9 @@ than what products alone would allow, so that it counts where there is any.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import statistics
 import time
@@ -83,7 +85,12 @@ def remember(hardware: Hardware, precision: Precision, reached: Reached, cache_d
 def read_reached(hardware: Hardware, precision: Precision, cache_dir: Path) -> list[Reached]:
     """Read what runs reached on this machine, the oldest first."""
     stored = _read(cache_dir, hardware, f"runs-{precision.value}")
-    return [Reached(**values) for values in stored or []]
+    runs = []
+    for values in stored if isinstance(stored, list) else []:
+        # A file of another version, or a damaged one, is none.
+        with contextlib.suppress(TypeError):
+            runs.append(Reached(**values))
+    return [run for run in runs if _is_speed(run.flops) and _is_speed(run.time + 1)]
 
 
 def measure_products(accelerator: str, precision: Precision, seconds: float = SECONDS) -> float:
@@ -122,10 +129,14 @@ def _do_nothing() -> None:
 def _remembered_products(hardware: Hardware, precision: Precision, cache_dir: Path) -> float:
     name = f"products-{precision.value}"
     stored = _read(cache_dir, hardware, name)
-    if stored is None:
+    if not _is_speed(stored):
         stored = measure_products(hardware.accelerator, precision)
         _write(cache_dir, hardware, name, stored)
     return float(stored)
+
+
+def _is_speed(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
 def _read(cache_dir: Path, hardware: Hardware, name: str) -> Any:
