@@ -89,8 +89,6 @@ def resolve_ladder(
     on_node = max(1, world_size // config.hardware.nodes) if world_size else None
     hardware = resolve_hardware(config.hardware, config.offload.nvme_path, planning, on_node)
     _check_precision(config.precision, hardware)
-    if config.hardware.measured:
-        hardware = _measured(config, hardware)
     require(_check_trainable, config, hardware, world_size)
     if not planning and config.offload.nvme_path is None:
         # hardware.nvme_bytes alone is for planning.
@@ -106,6 +104,8 @@ def resolve_ladder(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
     )
 
+    hardware = _measured(config, hardware, shape)
+
     # The rungs; the stage that was chosen may be one that the architecture cannot use.
     ladder = build_ladder(config, hardware, shape, world, kernel, begun)
     if ladder.chosen is not None:
@@ -120,18 +120,28 @@ def resolve_ladder(
     return replace(ladder, refusals=tuple(refusals), notes=notes)
 
 
-def _measured(config: Config, hardware: Hardware) -> Hardware:
-    """Take the speed of this machine from runs and products.
+def _measured(config: Config, hardware: Hardware, shape: ModelShape) -> Hardware:
+    """Take the speed of this machine from runs and products, where that is asked for.
 
     Raises:
-        ConfigError: Other hardware than this machine's is named.
+        ConfigError: Other hardware than this machine's is named, or a speed.
     """
+    if not config.hardware.measured:
+        return hardware
+    for key in ("gpu_flops", "compute_efficiency"):
+        value = getattr(config.hardware, key)
+        if value is not None:
+            raise ConfigError(
+                f"hardware.{key}={value}: hardware=measured measures it; take hardware=probe to"
+                " set it"
+            )
     if config.hardware.gpu_name is not None:
         raise ConfigError(
             f"hardware.measured=true: hardware.gpu_name={config.hardware.gpu_name} names other"
             " hardware, which cannot be measured here; take hardware=measured"
         )
-    return use_measured(hardware, config.precision, find_cache(config.paths))
+    cache = find_cache(config.paths)
+    return use_measured(hardware, config.precision, shape.parameters, cache)
 
 
 def _check_row_length(config: Config, shape: ModelShape) -> None:

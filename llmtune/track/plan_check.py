@@ -50,10 +50,11 @@ class PlanCheck:
         if len(self._steps) < FEWEST_STEPS or offloads:
             return
         speed = compare_speed(self._plan, self._steps)
-        if speed is None or not speed.planned:
+        if speed is None or not (speed.planned and speed.measured):
             return
         reached = Reached(
             flops=reachable_flops(self._plan.hardware, self._precision) * speed.ratio,
+            parameters=self._plan.shape.parameters,
             steps=len(self._steps),
             time=time.time(),
         )

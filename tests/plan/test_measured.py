@@ -30,6 +30,12 @@ CPU = Hardware(
     accelerator="cpu", device_count=1, device_memory_bytes=8, host_memory_bytes=8, flops=1e12
 )
 
+SIZE = 1000
+
+
+def reached(flops: float, parameters: int = SIZE) -> Reached:
+    return Reached(flops=flops, parameters=parameters, steps=10, time=0.0)
+
 
 @pytest.mark.parametrize("precision", Precision)
 def test_products_are_measured_once_and_runs_tell_better(
@@ -43,27 +49,30 @@ def test_products_are_measured_once_and_runs_tell_better(
 
     monkeypatch.setattr(measured, "measure_products", measure)
     for _ in range(2):
-        found = use_measured(CPU, precision, tmp_path)
+        found = use_measured(CPU, precision, SIZE, tmp_path)
         assert reachable_flops(found, precision) == pytest.approx(2e11 * STEP_SHARE["cpu"])
         assert "of matrix products on this machine" in found.notes[-1]
     assert asked == [precision]
 
     # A GPU's table of speeds for fp32 does not count any more either.
     for flops in (1e10, 9e10, 4e10):
-        remember(CPU, precision, Reached(flops=flops, steps=10, time=0.0), tmp_path)
-    found = use_measured(replace(CPU, fp32_flops=7.0), precision, tmp_path)
+        remember(CPU, precision, reached(flops), tmp_path)
+    found = use_measured(replace(CPU, fp32_flops=7.0), precision, SIZE, tmp_path)
     assert reachable_flops(found, precision) == pytest.approx(4e10)
-    assert "the median of 3 runs on this machine (the last on 1970-01-01)" in found.notes[-1]
+    assert "3 runs of models of this size on this machine (the last on 1970" in found.notes[-1]
+    # Another size says nothing about this one.
+    for size, counts in ((4 * SIZE, True), (4 * SIZE + 4, False), (SIZE // 5, False)):
+        assert ("the median" in use_measured(CPU, precision, size, tmp_path).notes[-1]) == counts
     others = [one for one in Precision if one is not precision]
     assert all(read_reached(CPU, one, tmp_path) == [] for one in others)
     assert read_reached(replace(CPU, name="another"), precision, tmp_path) == []
 
 
 def test_old_runs_are_forgotten_and_a_cache_may_be_missing(tmp_path: Path) -> None:
-    for number in range(REMEMBERED + 5):
-        remember(CPU, Precision.bf16, Reached(flops=number, steps=10, time=0.0), tmp_path)
+    for number in range(1, REMEMBERED + 6):
+        remember(CPU, Precision.bf16, reached(number), tmp_path)
     runs = read_reached(CPU, Precision.bf16, tmp_path)
-    assert [run.flops for run in runs] == list(range(5, REMEMBERED + 5))
+    assert [run.flops for run in runs] == list(range(6, REMEMBERED + 6))
     blocked = tmp_path / "file"
     blocked.touch()
     remember(CPU, Precision.bf16, runs[0], blocked)
@@ -73,21 +82,27 @@ def test_old_runs_are_forgotten_and_a_cache_may_be_missing(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "content",
     ["", "{", "3", "null", "{}", '[3, null, {"a": 1}]']
-    + [f'[{{"flops": {flops}, "steps": 10, "time": 0}}]' for flops in ("0", "-1", "NaN", '"9"')],
+    + [
+        f'[{{"flops": {flops}, "parameters": {parameters}, "steps": 10, "time": {ended}}}]'
+        for flops, parameters, ended in (
+            *(("0", 9, 0), ("-1", 9, 0), ("NaN", 9, 0), ('"9"', 9, 0), ("true", 9, 0)),
+            *((1, "null", 0), (1, 9, "null"), (1, 9, "1e30"), (1, 9, "NaN")),
+        )
+    ],
 )
 def test_a_damaged_file_is_none(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measured, "measure_products", lambda *_: 2e11)
-    use_measured(CPU, Precision.bf16, tmp_path)
-    remember(CPU, Precision.bf16, Reached(flops=1.0, steps=10, time=0.0), tmp_path)
+    use_measured(CPU, Precision.bf16, SIZE, tmp_path)
+    remember(CPU, Precision.bf16, reached(1.0), tmp_path)
     files = list((tmp_path / "speeds").iterdir())
     assert len(files) == 2
     for file in files:
         file.write_text(content)
     assert read_reached(CPU, Precision.bf16, tmp_path) == []
     if content != "3":
-        found = use_measured(CPU, Precision.bf16, tmp_path)
+        found = use_measured(CPU, Precision.bf16, SIZE, tmp_path)
         assert found.flops == pytest.approx(2e11 * STEP_SHARE["cpu"])
 
 
@@ -98,6 +113,9 @@ def test_products_have_a_speed() -> None:
 def test_other_hardware_is_not_measured_here() -> None:
     config = compose_config(["model=tiny", "hardware=1xh200", "hardware.measured=true"]).config
     with pytest.raises(ConfigError, match="cannot be measured here; take hardware=measured"):
+        resolve_ladder(config, planning=True)
+    config = compose_config(["model=tiny", "hardware=measured", "hardware.gpu_flops=1e12"]).config
+    with pytest.raises(ConfigError, match="hardware.gpu_flops=1000.*take hardware=probe"):
         resolve_ladder(config, planning=True)
 
 

@@ -33,6 +33,9 @@ PRODUCTS = ((512, 576, 1536), (1024, 2048, 2048), (2048, 4096, 4096))
 SECONDS = 2.0
 #: Runs that are remembered, the newest ones.
 REMEMBERED = 20
+#: A run counts for models of up to so many times its parameters, and for as much smaller ones:
+#: small models spend their steps on other things than products.
+LIKE = 4.0
 #: Fewer steps say little.
 FEWEST_STEPS = 10
 
@@ -43,20 +46,32 @@ class Reached:
 
     flops: float
     """Operations per second of one accelerator."""
+    parameters: int
+    """Parameters of the model that it trained."""
     steps: int
     time: float
     """Seconds since 1970 when it ended."""
 
 
-def use_measured(hardware: Hardware, precision: Precision, cache_dir: Path) -> Hardware:
-    """Plan with the speed of this machine as it was measured, and measure it where it was not."""
-    runs = read_reached(hardware, precision, cache_dir)
+def use_measured(
+    hardware: Hardware, precision: Precision, parameters: int, cache_dir: Path
+) -> Hardware:
+    """Plan with the speed of this machine as it was measured, and measure it where it was not.
+
+    Args:
+        parameters: Of the model that is planned.
+    """
+    runs = [
+        run
+        for run in read_reached(hardware, precision, cache_dir)
+        if parameters / LIKE <= run.parameters <= parameters * LIKE
+    ]
     if runs:
         flops = statistics.median(run.flops for run in runs)
         last = date.fromtimestamp(runs[-1].time).isoformat()
         note = (
             f"speed: {flops / 1e12:.3g} TFLOP/s in {precision.value}, the median of"
-            f" {len(runs)} runs on this machine (the last on {last})"
+            f" {len(runs)} runs of models of this size on this machine (the last on {last})"
         )
     else:
         products = _remembered_products(hardware, precision, cache_dir)
@@ -65,7 +80,7 @@ def use_measured(hardware: Hardware, precision: Precision, cache_dir: Path) -> H
         note = (
             f"speed: {flops / 1e12:.3g} TFLOP/s in {precision.value}, {share} of the"
             f" {products / 1e12:.3g} TFLOP/s of matrix products on this machine; runs of"
-            f" {FEWEST_STEPS} steps and more will tell better"
+            f" {FEWEST_STEPS} steps and more of a model of this size will tell better"
         )
     return replace(
         hardware,
@@ -88,9 +103,12 @@ def read_reached(hardware: Hardware, precision: Precision, cache_dir: Path) -> l
     runs = []
     for values in stored if isinstance(stored, list) else []:
         # A file of another version, or a damaged one, is none.
-        with contextlib.suppress(TypeError):
-            runs.append(Reached(**values))
-    return [run for run in runs if _is_speed(run.flops) and _is_speed(run.time + 1)]
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            run = Reached(**values)
+            date.fromtimestamp(run.time)
+            if _is_positive(run.flops) and _is_positive(run.parameters):
+                runs.append(run)
+    return runs
 
 
 def measure_products(accelerator: str, precision: Precision, seconds: float = SECONDS) -> float:
@@ -129,20 +147,22 @@ def _do_nothing() -> None:
 def _remembered_products(hardware: Hardware, precision: Precision, cache_dir: Path) -> float:
     name = f"products-{precision.value}"
     stored = _read(cache_dir, hardware, name)
-    if not _is_speed(stored):
+    if not _is_positive(stored):
         stored = measure_products(hardware.accelerator, precision)
         _write(cache_dir, hardware, name, stored)
     return float(stored)
 
 
-def _is_speed(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+def _is_positive(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value > 0
 
 
 def _read(cache_dir: Path, hardware: Hardware, name: str) -> Any:
     try:
         return json.loads(_file(cache_dir, hardware, name).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
