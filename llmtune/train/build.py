@@ -175,12 +175,13 @@ def build_collator(request: RunRequest, model: Any, tokenizer: Any) -> Collator:
     """Build what makes batches of rows, with the targets of the task."""
     task, labels = find_task(request.config.model.task), request.labels
     kernel = request.plan.attn_implementation
-    # The noise of NEFTune depends on the length of a row.
-    joins = request.config.train.neftune_noise_alpha is None
+    # The noise of NEFTune depends on the length of a row. FlashAttention in transformers takes
+    # several packed rows only joined.
+    joins = kernel == VARLEN and request.config.train.neftune_noise_alpha is None
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
-        varlen=joins and (kernel == VARLEN or kernel.startswith("flash")),
-        flat=joins and kernel == VARLEN,
+        varlen=joins or kernel.startswith("flash"),
+        flat=joins,
         masked=sees_padding(model),
         token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
         find_targets=partial(task.make_targets, labels=labels),
