@@ -31,17 +31,17 @@ from llmtune.config.compose import compose_config
 from llmtune.data.read.stdlib_docs import read_stdlib_docs
 from llmtune.model.source import resolve_model_folder
 
-STEPS, ROWS, HELD_OUT, LENGTH, RATE = 12, 8, 32, 384, 1e-4
+ROWS, LENGTH, RATE = 8, 384, 1e-4
 #: Steps that do not count: kernels are chosen and memory is touched for the first time.
 WARM_UP = 2
 
 
-def write_rows(folder: Path, packed: bool) -> dict[str, str]:
+def write_rows(folder: Path, packed: bool, steps: int, held_out: int) -> dict[str, str]:
     """Write the rows as prompts and completions, the form of which both train the completion."""
     rows = read_stdlib_docs()
-    of_steps = STEPS * ROWS * (8 if packed else 1)
+    of_steps = steps * ROWS * (8 if packed else 1)
     files = {}
-    for name, some in (("train", rows[HELD_OUT:][:of_steps]), ("eval", rows[:HELD_OUT])):
+    for name, some in (("train", rows[held_out:][:of_steps]), ("eval", rows[:held_out])):
         lines = [
             {"prompt": row.prompt(), "completion": [row.messages[-1].to_dict()]} for row in some
         ]
@@ -59,13 +59,13 @@ def run_llmtune(job: dict[str, Any], output: Path) -> dict[str, Any]:
         *(f"data.eval={job['eval']}", f"data.max_seq_length={LENGTH}", "data.overlong=truncate"),
         *("data.max_overlong_share=1", f"data.packing={json.dumps(job['packed'])}"),
         *(f"precision={job['precision']}", f"train.global_batch_size={ROWS}"),
-        *(f"train.max_steps={STEPS}", f"optim.learning_rate={RATE}", "schedule=constant"),
+        *(f"train.max_steps={job['steps']}", f"optim.learning_rate={RATE}", "schedule=constant"),
         *("schedule.warmup_ratio=0", "train.sample_answers=false", "train.save_steps=null"),
         *("export=none", f"output_dir={output}", *job["overrides"]),
     ]
     # What is watched ends with a line of JSON.
     then_tell = 'out=$1; shift; "$@" >&2 && tail -n 1 "$out/metrics.jsonl"'
-    watched = run_watched(["sh", "-c", then_tell, "sh", str(output), *command], resident)
+    watched = run_watched(["sh", "-c", then_tell, "sh", str(output), *command], resident, 0.5)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     return {
@@ -82,7 +82,7 @@ def run_trl(job: dict[str, Any], output: Path, python: str) -> dict[str, Any]:
     file.write_text(json.dumps({**job, "output": str(output)}))
     script = str(Path(training_peers.__file__))
     env = {"OMP_NUM_THREADS": str(job["threads"])}
-    found: dict[str, Any] = run_watched([python, script, str(file)], resident, **env)
+    found: dict[str, Any] = run_watched([python, script, str(file)], resident, 0.5, **env)
     return found
 
 
@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="more than the two that do not count")
+    parser.add_argument("--held-out", type=int, default=32, help="rows")
     parser.add_argument("--micro-batch", type=int, default=4, help="TRL's rows a forward pass")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="overrides of llmtune's runs")
@@ -117,14 +119,14 @@ def main() -> None:
         folder = Path(name)
         config = compose_config(["model=smollm2_135m"]).config
         job = {
-            **write_rows(folder, arguments.packed),
+            **write_rows(folder, arguments.packed, arguments.steps, arguments.held_out),
             "model": str(resolve_model_folder(config.model, find_cache(config.paths))),
             "packed": arguments.packed,
             "precision": arguments.precision,
             "threads": len(os.sched_getaffinity(0)),
             "micro_batch": arguments.micro_batch,
             "overrides": arguments.overrides,
-            "steps": STEPS,
+            "steps": arguments.steps,
             "rows": ROWS,
             "length": LENGTH,
             "rate": RATE,
