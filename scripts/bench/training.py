@@ -72,7 +72,7 @@ def run_llmtune(job: dict[str, Any], output: Path) -> dict[str, Any]:
         "seconds": [line["seconds"] for line in steps],
         "tokens": [line["tokens"] for line in steps],
         "held_out": [line["eval_loss"] for line in lines if "eval_loss" in line][-1],
-        "peak_bytes": max(size for name, size in watched.items() if name.endswith("bytes")),
+        "peak_bytes": watched["pss_bytes"],
     }
 
 
@@ -83,7 +83,7 @@ def run_trl(job: dict[str, Any], output: Path, python: str) -> dict[str, Any]:
     script = str(Path(training_peers.__file__))
     env = {"OMP_NUM_THREADS": str(job["threads"])}
     found: dict[str, Any] = run_watched([python, script, str(file)], resident, 0.5, **env)
-    return found
+    return {**found, "peak_bytes": found["pss_bytes"]}
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -93,7 +93,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "seconds_per_step": statistics.median(seconds),
         "tokens_per_second": sum(tokens) / sum(seconds),
-        "peak_gb": max(one.get("peak_bytes", 0) for one in results) / 1e9,
+        "peak_gb": max(one["peak_bytes"] for one in results) / 1e9,
         "held_out": results[-1]["held_out"],
     }
 
