@@ -33,8 +33,8 @@ class Compiled:
         return f"{text}, with {sum(self.breaks.values())} breaks (first: {reason})"
 
 
-def compile_layers(model: nn.Module) -> int:
-    """Compile the layers of a model in place when they are first called; return their number.
+def compile_layers(model: nn.Module) -> None:
+    """Compile the layers of a model in place when they are first called.
 
     Names of parameters stay as they are. Call it after adapters were added.
     """
@@ -42,10 +42,8 @@ def compile_layers(model: nn.Module) -> int:
     loop = varlen_attention.attend_one_by_one
     if not hasattr(loop, "_torchdynamo_disable"):
         varlen_attention.attend_one_by_one = torch.compiler.disable(loop)
-    layers = find_layers(model)
-    for layer in layers:
+    for layer in find_layers(model):
         layer.compile(dynamic=True)
-    return len(layers)
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

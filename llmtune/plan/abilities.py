@@ -225,17 +225,23 @@ def resolve_attention(
         compute_capability: The GPU's; 0 where it is not known.
 
     Raises:
-        ConfigError: The architecture lacks the kernel asked for.
+        ConfigError: The architecture lacks the kernel asked for, or the GPU does.
     """
     kernel = config.model.attn_implementation
-    if kernel != "auto":
-        check_kernel(kernel, kernels, config.model.name_or_path)
-        return kernel
     # FlashAttention's kernels are for 16 bits, and for Ampere and later. They skip what SDPA masks:
     # the attention between the documents of a packed row.
     can_flash = (
         config.precision is not Precision.fp32 and not 0 < compute_capability < FIRST_WITH_BF16
     )
+    if kernel != "auto":
+        check_kernel(kernel, kernels, config.model.name_or_path)
+        if kernel == VARLEN and accelerator == "cuda" and not can_flash:
+            raise ConfigError(
+                f"model.attn_implementation={VARLEN}: its kernel on a GPU is for 16 bits, and for"
+                f" compute capability 8.0 and later (precision={config.precision.value}); take"
+                " model.attn_implementation=auto or sdpa"
+            )
+        return kernel
     packed = config.data.packing and "flash_attention_2" in kernels
     if accelerator == "cuda" and can_flash and packed and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"

@@ -188,6 +188,13 @@ def test_a_gpu_takes_borders_where_flash_attention_runs(
     config = compose_config(["model=tiny", f"precision={precision}"]).config
     chosen = resolve_attention(config, "cuda", ("eager", "sdpa", "varlen"), capability)
     assert chosen == ("varlen" if takes else "sdpa")
+    asked = ["model=tiny", f"precision={precision}", "model.attn_implementation=varlen"]
+    if takes:
+        config = compose_config(asked).config
+        assert resolve_attention(config, "cuda", ("eager", "varlen"), capability) == "varlen"
+        return
+    with pytest.raises(ConfigError, match=r"varlen: its kernel on a GPU .* take .*=auto or sdpa"):
+        resolve_attention(compose_config(asked).config, "cuda", ("eager", "varlen"), capability)
 
 
 def test_a_kernel_that_is_asked_for_and_missing_is_refused() -> None:

@@ -22,6 +22,7 @@ from llmtune.config.schema import Precision
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.storage.atomic import write_cache_file
 from llmtune.storage.hashing import sha256_bytes
+from llmtune.storage.tensors.dtypes import configured_dtype
 
 #: Share of the speed of plain matrix products that a training step reaches: on a CPU as in
 #: :mod:`llmtune.plan.devices.probe`, on a GPU that of published runs on A100s (0.57 of the data
@@ -123,7 +124,7 @@ def measure_products(accelerator: str, precision: Precision, seconds: float = SE
 
     if accelerator == "cpu" and precision is not Precision.fp32:
         multiply_in_fp32()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.value]
+    dtype = configured_dtype(precision.value)
     wait: Callable[[], None] = torch.cuda.synchronize if accelerator == "cuda" else _do_nothing
     rates = []
     for rows, inputs, outputs in PRODUCTS:
