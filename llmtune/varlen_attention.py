@@ -8,9 +8,12 @@ documents. Elsewhere SDPA attends within one document after the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 #: The name of this kernel in ``model.attn_implementation``.
@@ -21,6 +24,20 @@ LARGEST_HEAD, HEAD_STEP = 256, 8
 _LACKING = ("softcap", "s_aux", "position_bias")
 #: Up to this many tokens a document's products are written out on a CPU, where SDPA is slower.
 SHORT_DOCUMENT = 256
+
+
+class Exchange(Protocol):
+    """Exchanges tokens for heads with other ranks: ``engine/head_exchange.py``."""
+
+    def to_heads(self, *parts: torch.Tensor) -> list[torch.Tensor]:
+        """Return some heads for all tokens, of all heads for some tokens."""
+
+    def to_tokens(self, attended: torch.Tensor) -> torch.Tensor:
+        """Return all heads for some tokens, of some heads for all tokens."""
+
+
+#: With whom tokens are exchanged for heads, where ranks share the tokens of a batch.
+_exchange: Exchange | None = None
 
 #: Whether there are borders, for each running pass of a model that :func:`leave_out_masks` got.
 _passes: list[bool] = []
@@ -42,6 +59,17 @@ def leave_out_masks(model: Any) -> None:
     """Make no mask in those passes of a model with this kernel that have borders."""
     model.register_forward_pre_hook(_begin_pass, with_kwargs=True)
     model.register_forward_hook(_end_pass, always_call=True)
+
+
+@contextmanager
+def exchanging(exchange: Exchange | None) -> Iterator[None]:
+    """In the block, batches with borders are parts, whose tokens are exchanged for heads."""
+    global _exchange
+    before, _exchange = _exchange, exchange
+    try:
+        yield
+    finally:
+        _exchange = before
 
 
 def _begin_pass(_: Any, __: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -74,7 +102,8 @@ def attend(
         query: Shape (1, heads, tokens, width), as are ``key`` and ``value``, which may have fewer
             heads.
         cu_seq_lens_q: First token of each document, and the number of tokens, int32, shape
-            (documents + 1,). None for rows without borders.
+            (documents + 1,), of all ranks' tokens where these are exchanged. None for rows without
+            borders.
         said: By transformers' names. ``scaling`` of the products; ``sliding_window``, the tokens
             that each token attends to, itself among them; ``max_length_q``, the tokens of the
             longest document.
@@ -95,12 +124,14 @@ def attend(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **said)
     scaling, window = said.get("scaling"), said.get("sliding_window")
+    if _exchange is not None:
+        query, key, value = _exchange.to_heads(query, key, value)
     if query.device.type == "cuda":
         longest = said["max_length_q"]
         joined = _attend_on_gpu(query, key, value, cu_seq_lens_q, longest, scaling, window)
     else:
         joined = attend_one_by_one(query, key, value, cu_seq_lens_q, scaling, window)
-    return joined, None
+    return joined if _exchange is None else _exchange.to_tokens(joined), None
 
 
 def _attend_on_gpu(

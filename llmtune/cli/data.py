@@ -34,7 +34,7 @@ from llmtune.errors import DataError
 from llmtune.model.token_folder import resolve_base_folder
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.model.untrained_tokens import find_untrained_tokens
-from llmtune.plan.batch_sizes import resolve_batch
+from llmtune.plan.batch_sizes import Ranks, resolve_batch
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.run.attempt import resolve_run_target
 from llmtune.security.terminal import GRAY, GREEN, color, show_controls, to_json_line
@@ -161,7 +161,8 @@ def _build_report(
 ) -> DataReport:
     asked, global_batch = config.train.per_device_train_batch_size, config.train.global_batch_size
     if not isinstance(global_batch, int):
-        global_batch = resolve_batch(config.train, config.launch.nproc or 1).global_batch_size
+        ranks = Ranks(config.launch.nproc or 1)
+        global_batch = resolve_batch(config.train, ranks).global_batch_size
     lengths = measure_lengths(rows)
     padding = measure_padding(
         rows,

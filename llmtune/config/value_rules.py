@@ -39,6 +39,7 @@ POSITIVE = (
     "tuner.freeze.last_layers",
     "checkpoint.keep_every",
     "launch.nproc",
+    "launch.sequence_parallel_size",
     "launch.hang_timeout",
     "launch.stop_timeout",
     "hardware.nodes",

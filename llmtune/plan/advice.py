@@ -23,6 +23,7 @@ from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import element_bytes
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.param_groups import fit_optimizer
+from llmtune.plan.sequence_parallel import check_sequence_parallel
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count
 
@@ -177,7 +178,8 @@ Change = tuple[str, Config, Hardware]
 def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
     """List changes from the cheapest to the most expensive.
 
-    These are the user's own restrictions, drives, rows, optimizers, adapters, memory, machines.
+    These are the user's own restrictions, drives, ranks that share rows, shorter rows, optimizers,
+    adapters, memory, machines.
     """
     hardware = ladder.hardware
     free = _without_restrictions(config, ladder)
@@ -189,6 +191,11 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
         drives = _needed_nvme(ladder, find_optimizer(config.optim))
         change = f"offload.nvme_path=/path on a drive with {format_bytes(drives)} free"
         yield change, free, replace(hardware, nvme_bytes=drives)
+
+    for count in _larger_groups(config, ladder):
+        shared = copy.deepcopy(free)
+        shared.launch.sequence_parallel_size = count
+        yield f"launch.sequence_parallel_size={count}", shared, hardware
 
     length = config.data.max_seq_length
     for shorter_length in (length // 2, length // 8):
@@ -209,6 +216,18 @@ def _changes(config: Config, ladder: Ladder) -> Iterator[Change]:
 
     if hardware.accelerator == "cuda":
         yield from _more_hardware(free, ladder)
+
+
+def _larger_groups(config: Config, ladder: Ladder) -> list[int]:
+    """List the numbers of ranks that could share the tokens of rows, which changes no result."""
+    groups: list[int] = []
+    for count in range(config.launch.sequence_parallel_size + 1, ladder.world_size + 1):
+        shared = replace(config, launch=replace(config.launch, sequence_parallel_size=count))
+        with suppress(ConfigError):
+            kernel = ladder.attn_implementation
+            check_sequence_parallel(shared, ladder.shape, kernel, ladder.world_size)
+            groups.append(count)
+    return groups
 
 
 def _smaller_optimizers(config: Config, shape: ModelShape) -> list[Optimizer]:

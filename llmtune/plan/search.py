@@ -16,7 +16,7 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
 from llmtune.config.schema import Config, Precision
 from llmtune.optimizer.optimizer import find_optimizer
-from llmtune.plan.batch_sizes import BatchPlan, batch_options, resolve_batch
+from llmtune.plan.batch_sizes import BatchPlan, Ranks, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder, Rung, choose
@@ -28,6 +28,7 @@ from llmtune.plan.memory.placement import RUNGS, Placement, find_rung, make_plac
 from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.trace.activations import ActivationModel
+from llmtune.plan.memory.trace.exchange_bytes import exchange_bytes
 from llmtune.plan.memory.trace.fake_run import TraceSettings
 from llmtune.plan.memory.trace.loss_bytes import head_loss_bytes
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
@@ -81,7 +82,7 @@ def build_ladder(
             allowed += candidates
     chosen = choose(allowed)
     rungs = tuple(_rung(name, by_rung[name], blocked.get(name), chosen, asked) for name in RUNGS)
-    rows = resolve_batch(config.train, world_size, begun)
+    rows = resolve_batch(config.train, search.ranks, begun)
     return Ladder(
         hardware=hardware,
         shape=shape,
@@ -107,14 +108,15 @@ def _plan_again(
 ) -> Ladder:
     """Evaluate a job of so many ranks and nodes for changed config or hardware."""
     world_size = world_size * hardware.nodes // nodes
+    groups = Ranks(world_size, config.launch.sequence_parallel_size).groups
     rows = config.train.global_batch_size
-    if isinstance(rows, int) and rows % world_size:
+    if isinstance(rows, int) and rows % groups:
         # More ranks than before: rows rounded up to a multiple of them.
-        rounded_up = math.ceil(rows / world_size) * world_size
+        rounded_up = math.ceil(rows / groups) * groups
         config = replace(config, train=replace(config.train, global_batch_size=rounded_up))
     if config.train.batch_schedule is not None:
         grown = [
-            [start, math.ceil(size / world_size) * world_size]
+            [start, math.ceil(size / groups) * groups]
             for start, size in config.train.batch_schedule
         ]
         config = replace(config, train=replace(config.train, batch_schedule=grown))
@@ -193,7 +195,8 @@ class Search:
         self.attn_implementation = attn_implementation
         self.trace = ActivationModel(config.model, config.tuner, shape, find_cache(config.paths))
         length = config.data.max_seq_length
-        self.batches = batch_options(config.train, world_size, length, hardware.accelerator, begun)
+        self.ranks = Ranks(world_size, config.launch.sequence_parallel_size)
+        self.batches = batch_options(config.train, self.ranks, length, hardware.accelerator, begun)
         rows = self.batches[0].global_batch_size
         self.schedule = BatchSchedule.from_config(config.train, rows)
         self.origin = "traced"
@@ -225,7 +228,7 @@ class Search:
         states = state_bytes(shape, placement, sizes, self.arithmetic, world, most)
         settings = TraceSettings(
             rows=batch.micro_batch_size,
-            length=length,
+            length=math.ceil(length / self.ranks.sequence_parallel_size),
             gradient_checkpointing=recompute,
             attn_implementation=self.attn_implementation,
             precision=config.precision,
@@ -236,6 +239,13 @@ class Search:
         )
         activations = self.trace(settings)
         self.origin = activations.origin
+        exchanged = exchange_bytes(
+            shape,
+            batch.rank_tokens(length),
+            batch.sequence_parallel_size,
+            self.arithmetic.element_bytes,
+            recompute,
+        )
         memory = estimate_memory(
             shape,
             placement,
@@ -243,7 +253,7 @@ class Search:
             states,
             self.arithmetic,
             world,
-            Workload(activations, self._eval_logits(batch), hardware.accelerator),
+            Workload(activations.plus(exchanged), self._eval_logits(batch), hardware.accelerator),
         )
 
         # What is too small, and how fast it is.
@@ -287,7 +297,8 @@ class Search:
             return 0
         rows = self.config.train.per_device_eval_batch_size
         count = rows if isinstance(rows, int) else batch.micro_batch_size
-        judged = count if self.shape.judges_rows else count * self.config.data.max_seq_length
+        tokens = replace(batch, micro_batch_size=count).rank_tokens(self.config.data.max_seq_length)
+        judged = count if self.shape.judges_rows else tokens
         if self.shape.loss_in_head:
             accelerator = self.cluster.hardware.accelerator
             return head_loss_bytes(

@@ -21,6 +21,7 @@ from llmtune.plan.memory.parameter_groups import parameter_groups, sub_groups
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import Arithmetic, element_bytes
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
+from llmtune.plan.memory.trace.exchange_bytes import sent_numel
 from llmtune.plan.memory.zero_buffers import SUB_GROUP
 
 #: Seconds that Python and kernel launches add per layer and pass, without and with ZeRO 3's hooks.
@@ -106,6 +107,15 @@ class Cluster:
         across = nbytes * (hardware.nodes - 1) / hardware.nodes / hardware.network_bandwidth
         return max(inside, across)
 
+    def exchange_seconds(self, nbytes: float, count: int) -> float:
+        """Return the seconds in which ``count`` neighboring ranks exchange ``nbytes`` each."""
+        hardware = self.hardware
+        link = CPU_LINK_BANDWIDTH if hardware.accelerator == "cpu" else hardware.link_bandwidth
+        if count > self.ranks_on_node:
+            # The ranks of a machine share its network.
+            link = min(link, hardware.network_bandwidth / self.ranks_on_node)
+        return nbytes * (count - 1) / count / link
+
 
 def matrix_turns(
     shape: ModelShape, placement: Placement, world_size: int
@@ -137,7 +147,7 @@ def estimate_speed(
     """Predict the seconds of one optimizer step over rows of ``length`` tokens."""
     hardware, accumulation_steps = cluster.hardware, batch.accumulation_steps
     precision = arithmetic.precision
-    tokens = batch.micro_batch_size * length
+    tokens = batch.rank_tokens(length)
     ranks = cluster.ranks_on_node if hardware.accelerator == "cpu" else 1
     flops = reachable_flops(hardware, precision)
 
@@ -151,10 +161,12 @@ def estimate_speed(
     # Other work per micro-batch, and once per step.
     gathers = _gather_seconds(shape, placement, passes, precision, cluster)
     weights = _weights_seconds(shape, placement, passes, precision, cluster)
+    exchanges = _exchange_seconds(shape, batch, length, passes, precision, cluster)
     terms = {
         "compute": accumulation_steps * compute,
         "gathers": accumulation_steps * gathers,
         "weights from offload": accumulation_steps * weights,
+        "tokens for heads": accumulation_steps * exchanges,
         **_step_terms(shape, placement, batch, arithmetic, cluster),
         **_matrix_terms(shape, placement, arithmetic.optimizer, cluster),
     }
@@ -213,6 +225,26 @@ def _gather_seconds(
     if placement.zero_stage >= 2:
         seconds += cluster.collective_seconds(size * shape.trainable_parameters)
     return seconds
+
+
+def _exchange_seconds(
+    shape: ModelShape,
+    batch: BatchPlan,
+    length: int,
+    passes: int,
+    precision: Precision,
+    cluster: Cluster,
+) -> float:
+    """Return the seconds per micro-batch in which ranks that share rows exchange tokens for heads.
+
+    Attention waits for them.
+    """
+    count = batch.sequence_parallel_size
+    if count == 1:
+        return 0.0
+    numel = sum(sent_numel(shape, batch.rank_tokens(length), count))
+    nbytes = element_bytes(precision) * numel * passes * shape.layers
+    return cluster.exchange_seconds(nbytes, count)
 
 
 def _weights_seconds(

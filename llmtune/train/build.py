@@ -19,23 +19,21 @@ from llmtune.config.cache_folder import find_cache
 from llmtune.config.schema import Precision
 from llmtune.config.stored import to_plain
 from llmtune.cpu_products import multiply_in_fp32
-from llmtune.data.load.collate import Collator
-from llmtune.data.load.loader import LoaderSettings, Steps, TrainLoader
-from llmtune.data.load.streaming import RowStream, StreamLoader
 from llmtune.data.prepared_data import open_rows
 from llmtune.data.tokenize.chat_template import load_chat_template
 from llmtune.engine.distributed import Rank, gather_rows
+from llmtune.engine.head_exchange import exchanging_heads
 from llmtune.engine.neftune import add_noise
 from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
-from llmtune.model.build import WeightsTo, build_model, sees_padding
+from llmtune.model.build import WeightsTo, build_model
 from llmtune.model.compiled_layers import compile_layers
 from llmtune.model.nf4.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.abilities import compiles_layers
-from llmtune.plan.length.batch_schedule import BatchSchedule, ScheduledBatch
+from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.param_groups import groups_of_model
 from llmtune.plan.steps import evaluation_interval, save_interval
 from llmtune.report.refresh import ReportRefresher, write_report_now
@@ -52,6 +50,7 @@ from llmtune.track.service import TrackedRun, open_services
 from llmtune.track.tracker import Outcome, Tracker, Trackers
 from llmtune.track.utilization import find_utilization
 from llmtune.train.adapters.attach import attach_tuner
+from llmtune.train.build_batches import build_collator, build_loader
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.build_hooks import build_hooks
@@ -69,7 +68,6 @@ from llmtune.train.stop_request import Stop
 from llmtune.train.training_state import TrainingState
 from llmtune.tuner.head import Head
 from llmtune.tuner.tuner import TUNERS
-from llmtune.varlen_attention import VARLEN
 
 #: Longest wait at the end for copies to ``checkpoint.mirror``; shorter after a stop, because the
 #: user or the scheduler is waiting.
@@ -84,6 +82,11 @@ def run_job(request: RunRequest, rank: Rank, console: Console) -> None:
         StoppedError: A stop was requested; the state was saved.
     """
     stop = Stop(rank, request.run_folder)
+    with exchanging_heads(rank, request.plan.batch.sequence_parallel_size):
+        _run_job(request, rank, console, stop)
+
+
+def _run_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> None:
     try:
         job = build_job(request, rank, console, stop)
         # Thousands of modules with their hooks live until the end. Each collection would look
@@ -121,7 +124,7 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     state = None if stored is None else load_checkpoint(module, stored)
     start = resume_at(state, best, request.run_folder) if state else TrainingState()
 
-    collator = build_collator(request, module.model, tokenizer)
+    collator = build_collator(request, rank, module.model, tokenizer)
     if config.data.packing or collator.flat:
         dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
         name, packed = config.model.name_or_path, config.data.packing
@@ -168,24 +171,6 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
         ranks=RankSeconds(rank),
         utilization=find_utilization(plan, request.row_length, config.precision),
         gradients=GradientCheck(module, console.say),
-    )
-
-
-def build_collator(request: RunRequest, model: Any, tokenizer: Any) -> Collator:
-    """Build what makes batches of rows, with the targets of the task."""
-    task, labels = find_task(request.config.model.task), request.labels
-    kernel = request.plan.attn_implementation
-    # The noise of NEFTune depends on the length of a row. FlashAttention in transformers takes
-    # several packed rows only joined.
-    joins = kernel == VARLEN and request.config.train.neftune_noise_alpha is None
-    return Collator(
-        pad_token_id=tokenizer.pad_token_id,
-        varlen=joins or kernel.startswith("flash"),
-        flat=joins,
-        masked=sees_padding(model),
-        token_types="token_type_ids" in tokenizer.model_input_names and task.needs_labels,
-        find_targets=partial(task.make_targets, labels=labels),
-        find_weights=partial(task.row_weights, of=labels),
     )
 
 
@@ -277,39 +262,6 @@ def build_save_settings(request: RunRequest, rank: Rank, weights: WeightFiles) -
             "versions": describe_environment(),
         },
         signer=read_signer(checkpoint.sign) if rank.is_first else None,
-    )
-
-
-def build_loader(request: RunRequest, rank: Rank, tokenizer: Any, collator: Collator) -> Steps:
-    """Build the loader of training rows, from disk or tokenized during training."""
-    config = request.config
-    batch = ScheduledBatch.from_config(config.train, request.plan.batch)
-    pinned = config.data.pin_memory
-    settings = LoaderSettings(
-        config.data.dataloader_num_workers,
-        rank.device.type != "cpu" if isinstance(pinned, str) else pinned,
-    )
-    if config.data.streaming:
-        bad_rows = request.run_folder / layout.BAD_ROWS if rank.is_first else None
-        stream = RowStream(
-            config=config.data,
-            tokenizer=tokenizer,
-            seed=config.seed,
-            bad_rows=bad_rows,
-            model_folder=request.model_folder,
-        )
-        return StreamLoader(
-            stream=stream, batch=batch, rank=rank.rank, collator=collator, settings=settings
-        )
-    rows = open_rows(request.data, "train")
-    return TrainLoader(
-        rows=rows,
-        batch=batch,
-        rank=rank.rank,
-        seed=config.seed,
-        collator=collator,
-        last_row=request.steps.total_rows,
-        settings=settings,
     )
 
 

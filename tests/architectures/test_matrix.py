@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llmtune.varlen_attention import VARLEN
 from tests.architectures.families import FAMILIES, MIXING, USUAL, WHOLE
 from tests.support import largest_difference, matrix, product, train_engines
 
@@ -98,3 +99,39 @@ def test_ranks_try_the_model_itself_and_refuse_together(ranks: int, tmp_path: Pa
 def test_the_table_covers_what_the_field_trains() -> None:
     assert len(USUAL) >= 25
     assert set(USUAL) | MIXING | WHOLE <= set(FAMILIES)
+
+
+def shared_cells(families: list[str]) -> list[Any]:
+    """One cell of each family, with stages, tuners and rows in turn."""
+    ways = product(STAGES, TUNERS, ROWS)
+    return [(family, *ways[index % len(ways)], "shared") for index, family in enumerate(families)]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pytest.param(shared_cells(["llama", "gemma3_text", "gpt_neox", "mixtral"]), id="some"),
+        pytest.param(shared_cells(list(FAMILIES)), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_that_share_the_tokens_of_rows_train_as_one(
+    cells: list[Any], tmp_path: Path
+) -> None:
+    shared = 0
+    for cell, found in zip(
+        cells,
+        train_engines(cells, 2, tmp_path, timeout=900, module="tests.architectures.worker"),
+        strict=True,
+    ):
+        assert "error" not in found, (cell, found["error"])
+        if VARLEN not in found["kernels"] or "refused" in found:
+            assert found["code"] == 2, (cell, found)
+            continue
+        shared += 1
+        assert largest_difference(found["losses"], found["plain"]) < 1e-5, (cell, found)
+        norms = zip(found["norms"], found["plain_norms"], strict=True)
+        assert all(abs(norm - plain) < 1e-4 * max(plain, 0.1) for norm, plain in norms), (
+            cell,
+            found,
+        )
+    assert shared > len(cells) / 2

@@ -21,8 +21,10 @@ import transformers
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
 from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.load.sequence_part import SequencePart
 from llmtune.data.store.token_store import Row
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
+from llmtune.engine.head_exchange import exchanging_heads
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import LlmtuneError
 from llmtune.model.build import WeightsTo, build_model, sees_padding
@@ -34,6 +36,7 @@ from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
+from llmtune.plan.sequence_parallel import check_sequence_parallel
 from llmtune.run.check_model import check_model, check_quantized
 from llmtune.task.labels import Labels
 from llmtune.task.objective import Objective
@@ -109,9 +112,12 @@ def as_batch(documents: list[torch.Tensor], packed: bool, collator: Collator) ->
         # A document's first token is nobody's target.
         mask[np.cumsum([0, *(len(one) for one in group[:-1])])] = False
         rows.append(Row(ids=ids, mask=mask, documents=tuple(len(one) for one in group)))
-    if packed:
-        return collator.pack(rows)
-    return collator.join(rows) if collator.flat else collator.pad(rows)
+    return collator.collate_rows(rows, packed)
+
+
+def count_targets(documents: list[torch.Tensor]) -> int:
+    """All tokens but the first of each document."""
+    return sum(len(one) - 1 for one in documents)
 
 
 def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Rank) -> TrainModule:
@@ -155,10 +161,11 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
 
     Args:
         cell: Family, ZeRO stage, tuner, and ``padded``, ``packed``, or ``unchecked``: packed, and
-            tried on the ranks only.
+            tried on the ranks only. A fifth entry, ``shared``: all ranks share the tokens.
     """
-    family, stage, tuner, rows = cell
+    family, stage, tuner, rows, *how = cell
     folder, packed = make_folder(family, rank), rows != "padded"
+    count = rank.world_size if how else 1
     overrides = [
         f"model.name_or_path={folder}",
         "data.train=none.jsonl",
@@ -168,6 +175,7 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         f"zero={stage}",
         f"tuner={tuner}",
         f"data.packing={packed}",
+        f"launch.sequence_parallel_size={count}",
         "precision=fp32",
         f"optim.eps={EPS}",
     ]
@@ -184,18 +192,32 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         check_stage(int(stage), shape.kind, family)
         check_row_length(config.data.max_seq_length, shape.max_positions, family)
         kernel = resolve_attention(config, "cpu", shape.kernels)
+        check_sequence_parallel(config, shape, kernel, rank.world_size)
         if rows != "unchecked":
             check_quantized(config, int(stage), folder)
             check_model(config, kernel, folder, None, lambda _: None)
         module = build(config, shape, folder, kernel, rank)
         flat = kernel == VARLEN
         collator = Collator(
-            pad_token_id=0, masked=sees_padding(module.model), varlen=flat, flat=flat
+            pad_token_id=0,
+            masked=sees_padding(module.model),
+            varlen=flat,
+            flat=flat,
+            part=SequencePart(rank.rank % count, count),
         )
-        if packed or flat:
-            check_module(module, collator, shape.vocab_size, torch.float32, family, packed)
+        with exchanging_heads(rank, count):
+            return {**about, **train(module, collator, config, shape, folder)}
     except LlmtuneError as error:
         return {**about, "refused": str(error), "code": error.exit_code}
+
+
+def train(
+    module: TrainModule, collator: Collator, config: Config, shape: ModelShape, folder: Path
+) -> dict[str, Any]:
+    """Two steps, and the same in plain PyTorch."""
+    rank, packed = module.rank, config.data.packing
+    if packed or collator.flat:
+        check_module(module, collator, shape.vocab_size, torch.float32, shape.kind, packed)
     trained = {
         name for name, parameter in module.model.named_parameters() if parameter.requires_grad
     }
@@ -205,8 +227,9 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
     steps = draw_steps()
     for documents in steps:
         batch = as_batch(documents, packed, collator)
-        # All ranks have the same rows: their mean is that of one.
-        result = module.train_step([batch], len(batch.targets) * rank.world_size, RATE)
+        # All groups of ranks have the same rows: their mean is that of one.
+        groups = rank.world_size // collator.part.count
+        result = module.train_step([batch], count_targets(documents) * groups, RATE)
         assert result is not None
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -220,7 +243,6 @@ def run_cell(cell: list[Any], rank: Rank) -> dict[str, Any]:
         trained ^ {f"base_model.model.{name}" if adapters else name for name in planned}
     )
     return {
-        **about,
         "losses": losses,
         "plain": reference,
         "norms": norms,

@@ -26,6 +26,7 @@ from llmtune.config.schema import Config, Precision
 from llmtune.data.load.loader import TrainLoader
 from llmtune.data.prepared_data import open_rows
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
+from llmtune.engine.head_exchange import exchanging_heads
 from llmtune.engine.optimizer_state import read_loss_scale, write_loss_scale
 from llmtune.engine.train_module import TrainModule
 from llmtune.engine.unreached import find_unreached
@@ -43,7 +44,8 @@ from llmtune.storage.plain_fields import from_plain
 from llmtune.task.losses import sum_cross_entropy
 from llmtune.task.objective import ForwardPass
 from llmtune.task.targets import Targets
-from llmtune.train.build import build_collator, build_module
+from llmtune.train.build import build_module
+from llmtune.train.build_batches import build_collator
 from llmtune.train.model_files import render_model_files, resolve_weight_files
 from llmtune.train.request import RunRequest
 from tests.joined import join_ranks
@@ -54,6 +56,12 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
     weights.
     """
     config = adopt_task(compose_config(task["overrides"])).config
+    with exchanging_heads(rank, config.launch.sequence_parallel_size):
+        return run_steps(task, config, rank)
+
+
+def run_steps(task: dict[str, Any], config: Config, rank: Rank) -> dict[str, Any]:
+    """As :func:`run_task`."""
     if config.precision is Precision.fp16:
         pretend_fp16()
     cache = open_cache(config.paths)
@@ -96,7 +104,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         if task.get("without_gradient") and task["without_gradient"] in name:
             parameter.register_hook(torch.zeros_like)
     find_loss = module.objective.train
-    collator = build_collator(request, module.model, tokenizer)
+    collator = build_collator(request, rank, module.model, tokenizer)
     batch_plan = ScheduledBatch.from_config(config.train, plan.batch)
     loader = TrainLoader(open_rows(data, "train"), batch_plan, rank.rank, config.seed, collator)
     starts = list(itertools.islice(loader.step_starts(), task["last"]))

@@ -18,7 +18,7 @@ from llmtune.config.groups.schedule import ScheduleConfig
 from llmtune.config.groups.train import BatchScheduleLr, BatchScheduleUnit, TrainConfig
 from llmtune.errors import ConfigError
 from llmtune.plan.advice import find_smallest_change
-from llmtune.plan.batch_sizes import batch_options, resolve_batch
+from llmtune.plan.batch_sizes import Ranks, batch_options, resolve_batch
 from llmtune.plan.length.batch_schedule import BatchSchedule, Reached
 from llmtune.plan.length.resolve_steps import resolve_steps
 from llmtune.plan.resolve import resolve_ladder
@@ -159,13 +159,13 @@ def test_rows_that_are_also_set_must_be_those_of_the_first_step() -> None:
     with pytest.raises(ConfigError, match="contradicts train.batch_schedule, which begins with 8"):
         compose_config([*TINY, GROWING, "train.global_batch_size=32"])
     config = compose_config([*TINY, GROWING, "train.global_batch_size=8"]).config
-    assert resolve_batch(config.train, 1).global_batch_size == 8
+    assert resolve_batch(config.train, Ranks(1)).global_batch_size == 8
 
 
 def test_the_micro_batch_divides_every_size_and_accumulation_grows() -> None:
     train = TrainConfig(batch_schedule=[[0, 8], [5, 12], [9, 40]])
     for world in (1, 2, 4):
-        options = batch_options(train, world, 256, "cuda")
+        options = batch_options(train, Ranks(world), 256, "cuda")
         assert [plan.micro_batch_size for plan in options] == [
             size for size in (4, 2, 1) if size * world <= 4
         ]
@@ -176,7 +176,7 @@ def test_the_micro_batch_divides_every_size_and_accumulation_grows() -> None:
                 product = grown.micro_batch_size * grown.accumulation_steps * world
                 assert product == rows == grown.global_batch_size
     accumulating = TrainConfig(batch_schedule=[[0, 8], [5, 16]], gradient_accumulation_steps=4)
-    assert resolve_batch(accumulating, 2).micro_batch_size == 1
+    assert resolve_batch(accumulating, Ranks(2)).micro_batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_would(
 ) -> None:
     train = TrainConfig(batch_schedule=[[0, 8], [5, 10], [9, 18]], **values)
     with pytest.raises(ConfigError, match=part):
-        resolve_batch(train, world)
+        resolve_batch(train, Ranks(world))
 
 
 def test_a_resumed_run_keeps_its_sizes_on_other_ranks() -> None:
@@ -214,12 +214,12 @@ def test_a_resumed_run_keeps_its_sizes_on_other_ranks() -> None:
     for typed in commands:
         train = TrainConfig(batch_schedule=schedule, **typed)
         begun = TrainConfig(batch_schedule=schedule, **typed, global_batch_size=12)
-        assert resolve_batch(train, 1).micro_batch_size == 4
-        assert [resolve_batch(train, world, begun).micro_batch_size for world in (1, 2, 4)] == [
-            *(4, 2, 1)
-        ]
+        assert resolve_batch(train, Ranks(1)).micro_batch_size == 4
+        assert [
+            resolve_batch(train, Ranks(world), begun).micro_batch_size for world in (1, 2, 4)
+        ] == [*(4, 2, 1)]
         with pytest.raises(ConfigError, match=r"among 3 ranks: \[5,16\] needs 15 or 18"):
-            resolve_batch(train, 3, begun)
+            resolve_batch(train, Ranks(3), begun)
 
 
 def test_epochs_end_with_the_last_row_whatever_the_sizes() -> None:

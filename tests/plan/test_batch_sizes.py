@@ -9,13 +9,13 @@ import pytest
 
 from llmtune.config.groups.train import TrainConfig
 from llmtune.errors import ConfigError
-from llmtune.plan.batch_sizes import StepRows, _divisors, batch_options, resolve_batch
+from llmtune.plan.batch_sizes import Ranks, StepRows, _divisors, batch_options, resolve_batch
 
 
 def resolve(
     world: int = 1, length: int = 2048, accelerator: str = "cuda", **values: Any
 ) -> tuple[int, int]:
-    plan = batch_options(TrainConfig(**values), world, length, accelerator)[0]
+    plan = batch_options(TrainConfig(**values), Ranks(world), length, accelerator)[0]
     assert (
         plan.micro_batch_size * plan.accumulation_steps * plan.world_size == plan.global_batch_size
     )
@@ -30,7 +30,7 @@ def test_auto_fills_a_micro_batch_up_to_a_number_of_tokens() -> None:
 
 
 def test_the_ladder_gets_every_micro_batch_that_divides() -> None:
-    options = batch_options(TrainConfig(global_batch_size=12), 2, 2048, "cuda")
+    options = batch_options(TrainConfig(global_batch_size=12), Ranks(2), 2048, "cuda")
     assert [(plan.micro_batch_size, plan.accumulation_steps) for plan in options] == [
         (6, 1),
         (3, 2),
@@ -93,7 +93,7 @@ def test_numbers_that_do_not_multiply_up_are_refused(
 def test_rows_of_a_step_follow_from_the_ranks_and_what_is_set(
     world: int, values: dict[str, Any], expected: int
 ) -> None:
-    assert resolve_batch(TrainConfig(**values), world).global_batch_size == expected
+    assert resolve_batch(TrainConfig(**values), Ranks(world)).global_batch_size == expected
 
 
 def test_any_two_of_the_three_settle_the_third() -> None:
@@ -107,7 +107,7 @@ def test_any_two_of_the_three_settle_the_third() -> None:
         for left_out in (None, *given):
             values = {key: value for key, value in given.items() if key != left_out}
             assert resolve(world, **values) == (micro, accumulation)
-            assert resolve_batch(TrainConfig(**values), world).global_batch_size == rows
+            assert resolve_batch(TrainConfig(**values), Ranks(world)).global_batch_size == rows
 
 
 TYPED: list[dict[str, Any]] = [
@@ -128,16 +128,16 @@ def test_a_run_keeps_its_rows_a_step_on_other_ranks(values: dict[str, Any]) -> N
     """
     for before, now in itertools.product((1, 2, 4, 8, 16), repeat=2):
         typed = TrainConfig(**values)
-        rows = resolve_batch(typed, before).global_batch_size
+        rows = resolve_batch(typed, Ranks(before)).global_batch_size
         begun = TrainConfig(**{**values, "global_batch_size": rows})
         if rows % now:
             with pytest.raises(
                 ConfigError,
                 match=f"began with train.global_batch_size={rows}, .* among {now} ranks",
             ):
-                batch_options(typed, now, 2048, "cuda", begun)
+                batch_options(typed, Ranks(now), 2048, "cuda", begun)
             continue
-        for plan in batch_options(typed, now, 2048, "cuda", begun):
+        for plan in batch_options(typed, Ranks(now), 2048, "cuda", begun):
             assert (
                 plan.micro_batch_size * plan.accumulation_steps * now
                 == plan.global_batch_size
@@ -157,19 +157,24 @@ def test_a_run_keeps_its_rows_a_step_on_other_ranks(values: dict[str, Any]) -> N
 
 def test_what_is_set_since_the_start_counts() -> None:
     begun = TrainConfig(global_batch_size=16)
-    assert resolve_batch(TrainConfig(per_device_train_batch_size=2), 4, begun).micro_batch_size == 2
+    assert (
+        resolve_batch(TrainConfig(per_device_train_batch_size=2), Ranks(4), begun).micro_batch_size
+        == 2
+    )
     with pytest.raises(
         ConfigError,
         match="train.per_device_train_batch_size=3 does not divide the 4 rows per rank",
     ):
-        resolve_batch(TrainConfig(per_device_train_batch_size=3), 4, begun)
+        resolve_batch(TrainConfig(per_device_train_batch_size=3), Ranks(4), begun)
     other = TrainConfig(per_device_train_batch_size=1, gradient_accumulation_steps=32)
-    assert resolve_batch(other, 1, begun).global_batch_size == 32, (
+    assert resolve_batch(other, Ranks(1), begun).global_batch_size == 32, (
         "another run, which its folder refuses"
     )
-    assert resolve_batch(TrainConfig(global_batch_size=32), 1, begun) == StepRows(32, None, None)
+    assert resolve_batch(TrainConfig(global_batch_size=32), Ranks(1), begun) == StepRows(
+        32, None, None
+    )
     with pytest.raises(ConfigError, match=r"resume with one of \[1, 2, 4, 8, 16\] ranks"):
-        resolve_batch(TrainConfig(), 3, begun)
+        resolve_batch(TrainConfig(), Ranks(3), begun)
 
 
 def test_a_billion_rows_a_step_are_counted_at_once() -> None:

@@ -16,7 +16,7 @@ from llmtune.cli.verbs import VERBS
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
-from llmtune.plan.batch_sizes import resolve_batch
+from llmtune.plan.batch_sizes import Ranks, resolve_batch
 from llmtune.plan.memory.trace import activations
 from llmtune.plan.resolve import resolve_ladder
 from tests.documented import Shown, commands_of_page, find_commands
@@ -206,7 +206,7 @@ def test_every_recipe_for_two_nodes_trains_on_sixteen_ranks() -> None:
         compose_config([*parse(list(shown.words), VERBS).overrides, "hardware=16xa100_80gb"]).config
         for shown in recipes
     ]
-    assert {resolve_batch(config.train, 16).global_batch_size for config in configs} == {16}
+    assert {resolve_batch(config.train, Ranks(16)).global_batch_size for config in configs} == {16}
     ladder = resolve_ladder(configs[0], 16, planning=True)
     assert ladder.chosen is not None
     assert ladder.chosen.batch.global_batch_size == 16

@@ -10,7 +10,7 @@ import torch
 
 from llmtune.config.compose import compose_config
 from llmtune.task.labels import Labels
-from llmtune.train.build import build_collator
+from llmtune.train.build_batches import build_collator
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,14 @@ def test_rows_are_joined_for_kernels_that_take_borders(
 ) -> None:
     request: Any = SimpleNamespace(
         config=compose_config(["model=tiny", *overrides]).config,
-        plan=SimpleNamespace(attn_implementation=kernel),
+        plan=SimpleNamespace(
+            attn_implementation=kernel, batch=SimpleNamespace(sequence_parallel_size=1)
+        ),
         labels=Labels(),
     )
     model: Any = torch.nn.Module()
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(model_type="llama"))
+    rank: Any = SimpleNamespace(rank=0)
     tokenizer: Any = SimpleNamespace(pad_token_id=0, model_input_names=[])
-    collator = build_collator(request, model, tokenizer)
+    collator = build_collator(request, rank, model, tokenizer)
     assert (collator.varlen, collator.flat) == (varlen, flat)

@@ -12,6 +12,8 @@ class LaunchConfig:
 
     nproc: int | None = None
     """Ranks on this machine; all GPUs, or 1 on a CPU."""
+    sequence_parallel_size: int = 1
+    """Ranks that share the tokens of the same rows, for rows too long for one GPU (Ulysses)."""
     hostfile: str | None = None
     """File that lists the machines for DeepSpeed's runner, one ``HOST slots=N`` per line.
 

@@ -6,11 +6,12 @@ In a packed row, positions restart at each document.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmtune.data.load.sequence_part import SequencePart
 from llmtune.data.store.token_store import Row, Rows
 from llmtune.task.targets import Targets, next_token_targets
 
@@ -29,7 +30,7 @@ class VarlenIndex:
     max_length: int
     """Tokens of the longest document."""
     row_lengths: tuple[int, ...]
-    """Tokens of each row that was flattened."""
+    """Tokens of each row that was flattened; in a part of a batch, those that are in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +58,9 @@ class Batch:
         if self.varlen is not None:
             lengths = list(self.varlen.row_lengths)
         cut = {
-            field.name: self._split_rows(getattr(self, field.name))
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), torch.Tensor)
+            one.name: self._split_rows(getattr(self, one.name))
+            for one in fields(self)
+            if isinstance(getattr(self, one.name), torch.Tensor)
         }
         batches: list[Batch] = []
         start = 0
@@ -111,15 +112,15 @@ class Batch:
 
     def _map(self, change: Any) -> Batch:
         values = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, torch.Tensor):
                 value = change(value)
             elif isinstance(value, VarlenIndex):
                 value = replace(value, cu_seq_lens=change(value.cu_seq_lens))
             elif isinstance(value, Targets):
                 value = value.map(change)
-            values[field.name] = value
+            values[one.name] = value
         return Batch(**values)
 
 
@@ -140,6 +141,8 @@ class Collator:
     """
     token_types: bool = False
     """Say which tokens are of the second text of a pair."""
+    part: SequencePart = field(default_factory=SequencePart)
+    """The part of a flattened batch that is this rank's; the others' compute the rest."""
     find_targets: Callable[[Sequence[Row | None], int], Targets] = next_token_targets
     """Finds the targets of rows that are padded to a length."""
     find_weights: Callable[..., Any] | None = None
@@ -158,9 +161,13 @@ class Collator:
     def collate(self, rows: Rows, numbers: Sequence[int | None]) -> Batch:
         """Make the batch of some rows; None makes an empty row, which trains nothing."""
         picked = [rows.row(number) if number is not None else None for number in numbers]
-        if rows.packed:
-            return self.pack(picked)
-        return self.join(picked) if self.flat else self.pad(picked)
+        return self.collate_rows(picked, rows.packed)
+
+    def collate_rows(self, rows: Sequence[Row | None], packed: bool) -> Batch:
+        """Make this rank's batch of rows; None is an empty row, which trains nothing."""
+        collate = self.pack if packed else self.join if self.flat else self.pad
+        batch = collate(rows)
+        return self.part.cut(batch, self.pad_token_id)
 
     def pad(self, rows: Sequence[Row | None]) -> Batch:
         """One document a row."""

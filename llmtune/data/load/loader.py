@@ -187,10 +187,13 @@ class TrainLoader:
 
 
 def share_of_rank(rows: Sequence[Any], batch: BatchPlan, rank: int) -> list[list[Any]]:
-    """Return the micro-batches of a rank out of the global batch; None fills it up."""
+    """Return the micro-batches of a rank out of the global batch; None fills it up.
+
+    The ranks of a sequence group have the same rows.
+    """
     slots: list[Any] = [*rows, *[None] * (batch.global_batch_size - len(rows))]
-    micro, world = batch.micro_batch_size, batch.world_size
-    starts = [(number * world + rank) * micro for number in range(batch.accumulation_steps)]
+    micro, group = batch.micro_batch_size, rank // batch.sequence_parallel_size
+    starts = [(number * batch.groups + group) * micro for number in range(batch.accumulation_steps)]
     return [slots[start : start + micro] for start in starts]
 
 
@@ -242,13 +245,15 @@ def iterate_eval(
 ) -> Iterator[Batch]:
     """Yield this rank's evaluation batches, the same number on every rank.
 
-    The number must be the same, because ZeRO 3 gathers weights in each of them.
+    The number must be the same, because ZeRO 3 gathers weights in each of them. The ranks of a
+    sequence group have the same rows.
     """
+    group, groups = rank // collator.part.count, world_size // collator.part.count
     count = min(len(rows), max_rows or len(rows))
     # By length, so that little is padded.
     order = np.argsort(rows.lengths[:count], kind="stable").tolist()
-    rounds = -(-count // (batch_size * world_size))
+    rounds = -(-count // (batch_size * groups))
     for number in range(rounds):
-        start = (number * world_size + rank) * batch_size
+        start = (number * groups + group) * batch_size
         chosen: list[int | None] = order[start : start + batch_size]
         yield collator.collate(rows, chosen or [None])

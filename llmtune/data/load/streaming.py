@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -340,7 +341,7 @@ class StreamLoader:
             mine = share_of_rank(chosen, self.batch.resized(size), self.rank)
             tokens = sum(len(row.ids) for row in chosen)
             reached = Reached(reached.steps + 1, reached.tokens + tokens)
-            collate = self.collator.pack if self.stream.config.packing else self.collator.pad
+            collate = partial(self.collator.collate_rows, packed=self.stream.config.packing)
             yield StepBatch(
                 micro_batches=[collate(rows_of) for rows_of in mine],
                 loss_weight=sum(int(np.count_nonzero(row.mask)) for row in chosen),

@@ -31,6 +31,7 @@ from llmtune.plan.memory.tensor_shapes import (
     packed_sizes,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
+from llmtune.plan.sequence_parallel import has_dynamic_positions
 from llmtune.storage.plain_json import parse_json
 from llmtune.task.task import find_task
 from llmtune.tuner.blocks import count_frozen_layers
@@ -160,6 +161,9 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         layers=layers,
         vocab_size=vocabulary,
         attention_width=heads * int(getattr(text, "head_dim", None) or hidden // heads),
+        heads=heads,
+        key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        dynamic_positions=has_dynamic_positions(text),
         task=task.name,
         outputs=(architecture.num_labels or 0) if head else int(getattr(text, "vocab_size", 0)),
         judges_rows=bool(head) and task.judges_rows,

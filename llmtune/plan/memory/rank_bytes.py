@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtune.config.schema import Precision
 from llmtune.optimizer.optimizer import Optimizer
@@ -99,3 +99,7 @@ class ActivationBytes(LayerBytes):
 
     logits: int
     """Peak of head and loss beyond ``saved``, forward and backward."""
+
+    def plus(self, more: LayerBytes) -> ActivationBytes:
+        """Add what else is saved, and what is worked with at the same time."""
+        return replace(self, saved=self.saved + more.saved, working=self.working + more.working)

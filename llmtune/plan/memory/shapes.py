@@ -82,6 +82,12 @@ class ModelShape:
     """Rows of its tables of tokens, before ``tuner.new_tokens`` are added."""
     attention_width: int
     """Heads times head size, which is attention's cost per pair of positions."""
+    heads: int = 1
+    """Attention heads of queries."""
+    key_heads: int = 1
+    """Those of keys and values."""
+    dynamic_positions: bool = False
+    """Rotary positions depend on the length of the row (``dynamic``, ``longrope``)."""
     task: str = "causal_lm"
     """Name of the task whose head the model has."""
     outputs: int = 0

@@ -59,7 +59,8 @@ class Evaluator:
         rank = self.module.rank
         assert self.rows is not None
         rows = min(len(self.rows), self.max_rows or len(self.rows))
-        count = -(-rows // (self.batch_size * rank.world_size))
+        groups = rank.world_size // self.collator.part.count
+        count = -(-rows // (self.batch_size * groups))
         for number, batch in enumerate(batches, start=1):
             rank.phases.tell(f"batch {number} of {count}")
             yield batch

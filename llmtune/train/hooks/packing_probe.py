@@ -27,12 +27,12 @@ import torch
 from llmtune.data.load.collate import Batch, Collator
 from llmtune.data.store.token_store import Row
 from llmtune.draws import Draw, generator, torch_seed
-from llmtune.engine.distributed import all_reduce_sum
+from llmtune.engine.distributed import all_reduce_sum, gather_rows
 from llmtune.errors import ConfigError
 from llmtune.model.attention import answer_on_host
 from llmtune.plan.abilities import named_positions
 from llmtune.plan.architecture.shrink import VOCABULARY, shrink
-from llmtune.varlen_attention import VARLEN
+from llmtune.varlen_attention import VARLEN, exchanging
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -259,7 +259,11 @@ def check_module(
         ConfigError: On every rank: documents of a row see each other, or the model answers with
             NaN.
     """
-    mixing = measure_mixing(module.logits, collator, draw_documents(LENGTHS, vocabulary))
+    documents, limit = draw_documents(LENGTHS, vocabulary), LIMITS[dtype]
+    if collator.part.count > 1:
+        _check_parts(module, collator, documents, limit, name)
+    with exchanging(None):
+        mixing = measure_mixing(module.logits, collator, documents)
 
     # Sums over ranks, so that all of them raise the same error.
     flags = [float(index in mixing.nan_alone) for index in (0, 1)]
@@ -281,7 +285,39 @@ def check_module(
             )
         )
     problem = _describe_leak(
-        size / module.rank.world_size, LIMITS[dtype], name, module.model.config.model_type, packed
+        size / module.rank.world_size, limit, name, module.model.config.model_type, packed
     )
     if problem is not None:
         raise ConfigError(problem)
+
+
+def _check_parts(
+    module: TrainModule, collator: Collator, documents: tuple[Row, Row], limit: float, name: str
+) -> None:
+    """Compare tokens that the ranks of a group share with the same tokens on one rank.
+
+    Collective.
+
+    Args:
+        limit: Largest root mean square of the differences, in units of the logits' spread.
+        name: The model's name in messages.
+
+    Raises:
+        ConfigError: On every rank: something else than attention looks at other tokens.
+    """
+    whole = collator.pack([_join(*documents)])
+    with exchanging(None):
+        alone = module.logits(whole)[0].float()
+    own = module.logits(collator.part.cut(whole, collator.pad_token_id))[0].float()
+    # The parts of the first group, which has the same tokens as the others.
+    together = gather_rows(own, module.rank)[: len(alone)]
+    spread = float(alone.std()) or 1.0
+    difference = float((together - alone).square().mean().sqrt()) / spread
+    (size,) = all_reduce_sum([difference], module.rank)
+    if not size / module.rank.world_size <= limit:
+        raise ConfigError(
+            f"launch.sequence_parallel_size={collator.part.count}: {name} answers otherwise where"
+            f" ranks share the tokens of a row: logits change by"
+            f" {size / module.rank.world_size:.1e} of their spread. Leave"
+            " launch.sequence_parallel_size out"
+        )
