@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmtune.data.load.collate import Batch
+from llmtune.data.load.batch import Batch
 from llmtune.task.targets import Targets
 
 #: Label of a position that is not trained; torch's own default.

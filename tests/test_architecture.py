@@ -812,8 +812,8 @@ SUBJECTS = {
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
     "data": {"growing_batch", "huge_rows", "malformed", "spellings"},
     "engine": {
-        *("bad_gradients", "growing_batch", "optimizers", "parity", "placements"),
-        *("qlora", "qlora_family", "qlora_models", "states"),
+        *("bad_gradients", "growing_batch", "parity", "placements"),
+        *("qlora", "qlora_family", "qlora_models", "sequence_parallel", "states"),
     },
     "export": {"merge_faults", "restart", "zero_command"},
     "launch": {"hangs", "memory_errors", "slurm_script"},

@@ -17,7 +17,8 @@ from llmtune.track.status import Status
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from llmtune.data.load.collate import Batch, Collator
+    from llmtune.data.load.batch import Batch
+    from llmtune.data.load.collate import Collator
     from llmtune.run.target import Target
     from llmtune.task.labels import Labels
     from llmtune.task.task import Task

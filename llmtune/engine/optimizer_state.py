@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.engine.converting_optimizer import Blocks, ConvertingOptimizer
 from llmtune.engine.nvme_swap import swapped_in
+from llmtune.engine.optimizers.converting_optimizer import Blocks, ConvertingOptimizer
 from llmtune.engine.state_slices import StateSlice, list_slices
 from llmtune.optimizer.block_codes import count_blocks, encode_blocks
 from llmtune.optimizer.storage import BLOCK_ELEMENTS, SCALES

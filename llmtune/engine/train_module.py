@@ -11,7 +11,6 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from llmtune.engine.converting_optimizer import ConvertingOptimizer
 from llmtune.engine.deepspeed_fixes import (
     allow_bf16_masters,
     grow_loss_scale_behind_step,
@@ -24,13 +23,14 @@ from llmtune.engine.deepspeed_fixes import (
     undo_stage0_dummy_step,
 )
 from llmtune.engine.distributed import Rank, all_reduce_sum
-from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
-from llmtune.engine.matrix_optimizer import MatrixOptimizer
 from llmtune.engine.nvme_swap import check_swapped_offsets
+from llmtune.engine.optimizers.converting_optimizer import ConvertingOptimizer
+from llmtune.engine.optimizers.elementwise_optimizer import ElementwiseOptimizer
+from llmtune.engine.optimizers.matrix_optimizer import MatrixOptimizer
+from llmtune.engine.optimizers.whole_optimizer import WholeOptimizer
 from llmtune.engine.phases.gather_time import time_gathers
 from llmtune.engine.phases.phase_clock import REST
 from llmtune.engine.state_slices import list_slices
-from llmtune.engine.whole_optimizer import WholeOptimizer
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.optimizer.param_groups import DEFAULT_GROUP, RATE_FACTOR, GroupOf, plain_name
 from llmtune.plan.memory.parameter_groups import parameter_groups

@@ -54,8 +54,8 @@ class MatrixRule:
     """The part of an optimizer that updates matrices of layers as a whole.
 
     ZeRO cuts matrices anywhere. The engine puts the pieces of one together on one rank, and sends
-    the direction of its step back (:mod:`llmtune.engine.matrix_optimizer`). All other parameters
-    are updated element by element.
+    the direction of its step back (:mod:`llmtune.engine.optimizers.matrix_optimizer`). All other
+    parameters are updated element by element.
     """
 
     title: str

@@ -18,12 +18,12 @@ from llmtune.errors import ConfigError, DoesNotFitError
 from llmtune.optimizer.optimizer import FP32_BYTES, OPTIMIZERS, Optimizer, find_optimizer
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.ladder import Candidate, Ladder
+from llmtune.plan.length.sequence_parallel import check_sequence_parallel
 from llmtune.plan.memory.peak_memory import USABLE_SHARE
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import element_bytes
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.param_groups import fit_optimizer
-from llmtune.plan.sequence_parallel import check_sequence_parallel
 from llmtune.tuner.tuner import TUNERS
 from llmtune.units import counted, format_bytes, format_count
 

@@ -26,12 +26,12 @@ from llmtune.plan.devices.measured import use_measured
 from llmtune.plan.devices.probe import fp16_supported, resolve_hardware
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.learning_rate import resolve_learning_rate
+from llmtune.plan.length.sequence_parallel import check_sequence_parallel
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.param_groups import check_groups, describe_groups
 from llmtune.plan.plan import Plan
 from llmtune.plan.search import build_ladder
-from llmtune.plan.sequence_parallel import check_sequence_parallel
 from llmtune.task.task import TASKS
 from llmtune.tuner.coverage import Weight, describe_coverage
 from llmtune.tuner.token_rows.settings import TOKEN_ROWS
@@ -104,8 +104,7 @@ def resolve_ladder(
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
     )
-
-    require(check_sequence_parallel, config, shape, kernel, world)
+    check_sequence_parallel(config, shape, kernel, world)
     hardware = _measured(config, hardware, shape)
 
     # The rungs; the stage that was chosen may be one that the architecture cannot use.

@@ -21,7 +21,6 @@ from llmtune.plan.memory.parameter_groups import parameter_groups, sub_groups
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.memory.rank_bytes import Arithmetic, element_bytes
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
-from llmtune.plan.memory.trace.exchange_bytes import sent_numel
 from llmtune.plan.memory.zero_buffers import SUB_GROUP
 
 #: Seconds that Python and kernel launches add per layer and pass, without and with ZeRO 3's hooks.
@@ -122,8 +121,8 @@ def matrix_turns(
 ) -> list[list[TensorShape]]:
     """Return the matrices that are updated as a whole, in the turns in which the ranks take them.
 
-    Each rank has one matrix of a turn (:mod:`llmtune.engine.matrix_optimizer`). Stage 3 makes a
-    step of each sub-group, so that no turn has matrices of two.
+    Each rank has one matrix of a turn (:mod:`llmtune.engine.optimizers.matrix_optimizer`). Stage 3
+    makes a step of each sub-group, so that no turn has matrices of two.
     """
     groups = parameter_groups(list(shape.tensors), placement, world_size)
     if placement.zero_stage == 3:
@@ -242,7 +241,7 @@ def _exchange_seconds(
     count = batch.sequence_parallel_size
     if count == 1:
         return 0.0
-    numel = sum(sent_numel(shape, batch.rank_tokens(length), count))
+    numel = sum(shape.exchanged_numel(batch.rank_tokens(length), count))
     nbytes = element_bytes(precision) * numel * passes * shape.layers
     return cluster.exchange_seconds(nbytes, count)
 

@@ -20,7 +20,8 @@ import transformers
 
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Config
-from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.load.batch import Batch
+from llmtune.data.load.collate import Collator
 from llmtune.data.load.sequence_part import SequencePart
 from llmtune.data.store.token_store import Row
 from llmtune.engine.distributed import Rank, barrier, broadcast_object
@@ -32,11 +33,11 @@ from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.abilities import check_row_length, check_stage, resolve_attention
 from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.deepspeed_config import to_deepspeed
+from llmtune.plan.length.sequence_parallel import check_sequence_parallel
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.placement import make_placement
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
-from llmtune.plan.sequence_parallel import check_sequence_parallel
 from llmtune.run.check_model import check_model, check_quantized
 from llmtune.task.labels import Labels
 from llmtune.task.objective import Objective

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.data.load.collate import Batch, Collator, VarlenIndex
+from llmtune.data.load.batch import Batch, VarlenIndex
+from llmtune.data.load.collate import Collator
 from llmtune.data.store.token_store import Row
 from llmtune.engine.deepspeed_fixes import norms_of
 from llmtune.model.attention import answer_on_host

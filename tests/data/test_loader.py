@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.load.batch import Batch
+from llmtune.data.load.collate import Collator
 from llmtune.data.load.loader import LoaderSettings, TrainLoader, iterate_eval
 from llmtune.data.store.packing import pack_rows
 from llmtune.data.store.token_store import Rows

@@ -21,7 +21,8 @@ from transformers import (
 
 from llmtune.config.groups.data import DataConfig
 from llmtune.data.formats.format import FORMATS
-from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.load.batch import Batch
+from llmtune.data.load.collate import Collator
 from llmtune.data.prepare import prepare_data
 from llmtune.data.settings import check_data_settings
 from llmtune.data.store.packing import pack_rows, packing_efficiency

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.load.batch import Batch
+from llmtune.data.load.collate import Collator
 from llmtune.data.load.sequence_part import SequencePart
 from llmtune.data.store.token_store import Row
 from llmtune.engine.distributed import Rank, barrier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmtune.data.load.collate import Batch
+from llmtune.data.load.batch import Batch
 from tests.labels import targets_of
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llmtune.config.groups.optim import OptimConfig, Rounding
-from llmtune.engine import converting_optimizer
-from llmtune.engine.converting_optimizer import Blocks, ConvertingOptimizer
+from llmtune.engine.optimizers import converting_optimizer
+from llmtune.engine.optimizers.converting_optimizer import Blocks, ConvertingOptimizer
 from llmtune.engine.state_slices import StateSlice
 from llmtune.optimizer.block_codes import decode_blocks
 from llmtune.optimizer.optimizer import find_optimizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmtune.engine.matrix_optimizer import MatrixOptimizer
+from llmtune.engine.optimizers.matrix_optimizer import MatrixOptimizer
 from llmtune.optimizer.optimizer import OPTIMIZERS
 from llmtune.optimizer.param_groups import IS_MATRICES
 

@@ -14,7 +14,7 @@ from llmtune.checkpoint.stored_states import StoredParameter, StoredSlice
 from llmtune.config.compose import compose_config
 from llmtune.config.groups.optim import OptimConfig
 from llmtune.config.groups.tuner import TunerConfig
-from llmtune.engine.whole_optimizer import WholeOptimizer
+from llmtune.engine.optimizers.whole_optimizer import WholeOptimizer
 from llmtune.errors import CheckpointError
 from llmtune.optimizer.optimizer import OPTIMIZERS, Optimizer
 from llmtune.optimizer.update import Update

@@ -14,8 +14,8 @@ from llmtune.config.compose import compose_config
 from llmtune.config.groups.optim import OptimConfig, Rounding
 from llmtune.config.schema import Precision
 from llmtune.config.stored import parse_yaml
-from llmtune.engine import elementwise_optimizer
-from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
+from llmtune.engine.optimizers import elementwise_optimizer
+from llmtune.engine.optimizers.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.errors import ConfigError
 from llmtune.export.card.facts import Facts
 from llmtune.export.card.tables import describe_settings

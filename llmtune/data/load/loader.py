@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.load.batch import Batch
+from llmtune.data.load.collate import Collator
 from llmtune.data.store.token_store import Rows
 from llmtune.draws import Draw, generator
 from llmtune.errors import CheckpointError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from llmtune.data.load.collate import Batch
+    from llmtune.data.load.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,9 @@ from typing import Any
 from llmtune.config.nearest import nearest
 from llmtune.errors import ConfigError, first_line
 
+#: Kinds of rotary positions that look at the length of the row, of which a rank has only a part.
+_DYNAMIC = ("dynamic", "longrope")
+
 #: ``rope_type`` of transformers -> its keys beside ``rope_type`` and ``factor``, with the values of
 #: transformers' ``modeling_rope_utils.py`` where they are left out.
 KINDS: dict[str, dict[str, float | None]] = {
@@ -198,3 +201,10 @@ def _find_refusal(text: Any) -> str | None:
     if kind != "default":
         return f"has rotary positions that are scaled already ({kind})"
     return None
+
+
+def has_dynamic_positions(text: Any) -> bool:
+    """Tell whether rotary positions of a transformers configuration depend on the row's length."""
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
+    return any(kind.get("rope_type", kind.get("type")) in _DYNAMIC for kind in kinds)

@@ -14,7 +14,11 @@ from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_posi
 from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
-from llmtune.plan.architecture.rope_scaling import check_scaled, is_scalable
+from llmtune.plan.architecture.rope_scaling import (
+    check_scaled,
+    has_dynamic_positions,
+    is_scalable,
+)
 from llmtune.plan.architecture.varlen_trial import takes_borders
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
 from llmtune.plan.memory.tensor_shapes import (
@@ -31,7 +35,6 @@ from llmtune.plan.memory.tensor_shapes import (
     packed_sizes,
 )
 from llmtune.plan.memory.trace_cache import read_cached, write_cached
-from llmtune.plan.sequence_parallel import has_dynamic_positions
 from llmtune.storage.plain_json import parse_json
 from llmtune.task.task import find_task
 from llmtune.tuner.blocks import count_frozen_layers
@@ -142,7 +145,6 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     text: Any = architecture.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
     layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
-    heads = int(getattr(text, "num_attention_heads", 0) or 1)
     base = [tensor for tensor in tensors if not tensor.adapter]
     layer_parameters, layer_quantized = largest_layer(model, adapters, tensors)
     return ModelShape(
@@ -160,9 +162,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         intermediate_size=_intermediate_size(text) or 4 * hidden,
         layers=layers,
         vocab_size=vocabulary,
-        attention_width=heads * int(getattr(text, "head_dim", None) or hidden // heads),
-        heads=heads,
-        key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        **_count_heads(text, hidden),
         dynamic_positions=has_dynamic_positions(text),
         task=task.name,
         outputs=(architecture.num_labels or 0) if head else int(getattr(text, "vocab_size", 0)),
@@ -183,6 +183,16 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         kind=str(architecture.model_type),
         tensors=tuple(tensors),
     )
+
+
+def _count_heads(text: Any, hidden: int) -> dict[str, Any]:
+    """Count heads of attention, and the numbers of all of them."""
+    heads = int(getattr(text, "num_attention_heads", 0) or 1)
+    return {
+        "heads": heads,
+        "key_heads": int(getattr(text, "num_key_value_heads", None) or heads),
+        "attention_width": heads * int(getattr(text, "head_dim", None) or hidden // heads),
+    }
 
 
 def _find_kernels(model: Any, architecture: Any, config: ModelConfig) -> tuple[str, ...]:

@@ -161,6 +161,20 @@ class ModelShape:
         """Return the number of elements that are stored in 4 bits."""
         return sum(tensor.numel for tensor in self.tensors if tensor.is_quantized)
 
+    def exchanged_numel(self, tokens: int, count: int) -> tuple[int, int]:
+        """Return the elements that a rank exchanges for a layer, before and behind attention.
+
+        Before it these are queries, keys and values, behind it the result for each query; heads of
+        keys are repeated where they do not divide among the ranks (``engine/head_exchange.py``).
+
+        Args:
+            tokens: Of one rank.
+            count: Ranks that share a row.
+        """
+        width = self.attention_width // self.heads
+        keys = math.lcm(self.key_heads, count)
+        return tokens * width * (self.heads + 2 * keys), tokens * self.attention_width
+
     def weight_bytes(self, element_bytes: int) -> int:
         """Return the bytes of the model's weights as they are kept, without adapters."""
         packed = sum(

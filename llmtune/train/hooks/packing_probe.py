@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmtune.data.load.collate import Batch, Collator
+from llmtune.data.load.batch import Batch
+from llmtune.data.load.collate import Collator
 from llmtune.data.store.token_store import Row
 from llmtune.draws import Draw, generator, torch_seed
 from llmtune.engine.distributed import all_reduce_sum, gather_rows

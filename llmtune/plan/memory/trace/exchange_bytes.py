@@ -2,25 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from llmtune.plan.memory.rank_bytes import LayerBytes
 from llmtune.plan.memory.shapes import ModelShape
-
-
-def sent_numel(shape: ModelShape, tokens: int, count: int) -> tuple[int, int]:
-    """Return the elements that a rank exchanges for a layer, before and behind attention.
-
-    Before it these are queries, keys and values, behind it the result for each query; heads of keys
-    are repeated where they do not divide among the ranks (``engine/head_exchange.py``).
-
-    Args:
-        tokens: Of one rank.
-        count: Ranks that share a row.
-    """
-    width = shape.attention_width // shape.heads
-    repeated = math.lcm(shape.key_heads, count)
-    return tokens * width * (shape.heads + 2 * repeated), tokens * shape.attention_width
 
 
 def exchange_bytes(
@@ -38,7 +21,7 @@ def exchange_bytes(
     """
     if count == 1:
         return LayerBytes(saved=0, working=0)
-    before, behind = sent_numel(shape, tokens, count)
+    before, behind = shape.exchanged_numel(tokens, count)
     both_sides = element_bytes * behind
     working = 3 * element_bytes * before
     if recompute:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
+from llmtune.engine.optimizers.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.optimizer.update import Update
 
 

@@ -1,24 +1,12 @@
-"""Whether ranks can share the tokens of a row (``launch.sequence_parallel_size``)."""
+"""Check whether ranks can share the tokens of a row (``launch.sequence_parallel_size``)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from llmtune.config.groups.train import Compile
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.varlen_attention import VARLEN
-
-#: Kinds of rotary positions that look at the length of the row, of which a rank has only a part.
-_DYNAMIC = ("dynamic", "longrope")
-
-
-def has_dynamic_positions(text: Any) -> bool:
-    """Tell whether rotary positions of a transformers configuration depend on the row's length."""
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
-    return any(kind.get("rope_type", kind.get("type")) in _DYNAMIC for kind in kinds)
 
 
 def check_sequence_parallel(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from llmtune.engine.distributed import Rank
-from llmtune.engine.elementwise_optimizer import ElementwiseOptimizer
+from llmtune.engine.optimizers.elementwise_optimizer import ElementwiseOptimizer
 from llmtune.engine.state_slices import list_slices
 from llmtune.optimizer.optimizer import MatrixRule, Optimizer
 from llmtune.optimizer.param_groups import IS_MATRICES
