@@ -6,6 +6,7 @@ from llmtune.config.groups.train import Compile
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError
 from llmtune.plan.memory.shapes import ModelShape
+from llmtune.units import counted
 from llmtune.varlen_attention import VARLEN
 
 
@@ -27,7 +28,8 @@ def check_sequence_parallel(
     without = "or leave launch.sequence_parallel_size out"
     if world_size % count:
         raise ConfigError(
-            f"{asked}: {world_size} ranks do not divide into groups of {count}; take one of"
+            f"{asked}: {counted(world_size, 'rank')} {'does' if world_size == 1 else 'do'} not"
+            f" divide into groups of {count}; take one of"
             f" {[size for size in range(1, world_size + 1) if world_size % size == 0]}"
         )
     if shape.heads % count:

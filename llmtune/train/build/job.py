@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.resume_best import resume_best
 from llmtune.checkpoint.retention import Retention, list_checkpoints
@@ -50,7 +51,6 @@ from llmtune.track.service import TrackedRun, open_services
 from llmtune.track.tracker import Outcome, Tracker, Trackers
 from llmtune.track.utilization import find_utilization
 from llmtune.train.adapters.attach import attach_tuner
-from llmtune.train.build.module import build_module
 from llmtune.train.build.batches import build_collator, build_loader
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
@@ -264,6 +264,56 @@ def build_save_settings(request: RunRequest, rank: Rank, weights: WeightFiles) -
         },
         signer=read_signer(checkpoint.sign) if rank.is_first else None,
     )
+
+
+def build_module(request: RunRequest, rank: Rank) -> TrainModule:
+    """Build the model with its adapters, and DeepSpeed's engine around it.
+
+    The weights are those of the base, or of the checkpoint that is resumed.
+    """
+    rank.phases.enter("load")
+    config, plan = request.config, request.plan
+    if rank.device.type == "cpu" and config.precision is not Precision.fp32:
+        multiply_in_fp32()
+    tuner = TUNERS.find(config.tuner.kind)
+
+    # Weights go to slices under ZeRO 3, else straight to the GPU or to the host.
+    weights = WeightsTo(rank=rank.rank)
+    if plan.placement.zero_stage == 3:
+        weights = replace(weights, partitioned=lambda: zero_init(plan.deepspeed))
+    elif rank.device.type != "cpu" and not tuner.has_adapter:
+        # Adapters are drawn on the host, so that every rung begins with the same ones.
+        weights = replace(weights, device_map={"": str(rank.device)})
+    if tuner.is_quantized:
+        double_quant = config.tuner.bnb_4bit_use_double_quant
+        in_4_bits = In4Bits(double_quant, rank.device, partial(gather_rows, rank=rank))
+        weights = replace(weights, in_4_bits=in_4_bits)
+
+    # A full fine-tuning resumes from the weights of the checkpoint, an adapter from its base.
+    folder = request.model_folder
+    if request.resume_from is not None and not tuner.has_adapter:
+        folder = request.resume_from
+    recompute, kernel = plan.gradient_checkpointing, plan.attn_implementation
+    model = build_model(folder, config.model, config.precision, recompute, kernel, weights)
+    task = find_task(config.model.task)
+    head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
+    model = attach_tuner(model, request, rank, head)
+    if (alpha := config.train.neftune_noise_alpha) is not None:
+        add_noise(model, alpha)
+    if compiles_layers(config.train, plan.placement.zero_stage):
+        compile_layers(model)
+    smoothing = config.train.label_smoothing
+    module = TrainModule(
+        model,
+        plan.deepspeed,
+        rank,
+        Objective.of_model(model, task, request.labels, smoothing),
+        optimizer=find_optimizer(config.optim),
+        group_of=groups_of_model(config.optim, config.tuner, model, head.modules),
+        seed=config.seed,
+    )
+    gather_for_readers(tuner.find_read_elsewhere(model))
+    return module
 
 
 def build_trackers(request: RunRequest, rank: Rank, console: Console, first_step: int) -> Trackers:
