@@ -46,7 +46,10 @@ _KEYS_OF_UNITS: dict[str, tuple[str, ...]] = {
     "price of an hour": ("hardware.gpu_hour_price",),
     "machines": ("hardware.nodes",),
     "GPUs": ("hardware.gpus_per_node",),
-    "processes": ("launch.nproc", "data.num_workers", "data.dataloader_num_workers"),
+    "processes": (
+        *("launch.nproc", "launch.sequence_parallel_size"),
+        *("data.num_workers", "data.dataloader_num_workers"),
+    ),
     SECONDS: ("launch.hang_timeout", "launch.stop_timeout", "hparams_search.timeout"),
     "restarts": ("launch.max_restarts",),
     "layers": ("tuner.freeze.last_layers", "tuner.layers_to_transform"),
