@@ -43,6 +43,8 @@ class Draw(StrEnum):
     """The first weights of a head that the model's files lack."""
     packing_probe = "packing_probe"
     """The documents with which packing is tried on a model, the same in every run."""
+    kernel_check = "kernel_check"
+    """The numbers with which faster kernels are compared with the plain ones. [rank of a LoRA]"""
     dropout = "dropout"
     """The elements that dropout leaves out, and noise on embeddings. [steps done, rank]"""
     rounding = "rounding"

@@ -169,7 +169,7 @@ ROOMS: dict[str, list[str]] = {
     "tuner": ["stacks", "token_rows", "kinds"],
     "optimizer": ["kinds"],
     "serve": ["engines"],
-    "model": ["weights", "nf4", "folders"],
+    "model": ["weights", "nf4", "folders", "kernels"],
     "export": ["sources", "publish", "merge", "writers", "formats", "verify", "card"],
     "launch": ["launchers", "preflight", "processes", "supervise"],
 }

@@ -46,6 +46,7 @@ def test_draws_that_change_get_a_new_version() -> None:
         "adapter": [94, 26, 22],
         "head": [71, 83, 7],
         "packing_probe": [84, 9, 5],
+        "kernel_check": [82, 80, 70],
         "dropout": [21, 80, 65],
         "rounding": [19, 18, 54],
         "answer": [94, 7, 76],

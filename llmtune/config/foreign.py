@@ -28,6 +28,8 @@ MEANINGS: dict[str, str] = {
     "use_flash_attention_2": "model.attn_implementation=flash_attention_2",
     "use_flash_attn": "model.attn_implementation=flash_attention_2",
     "sdp_attention": "model.attn_implementation=sdpa",
+    "use_liger_kernel": "model.kernels=liger",
+    "enable_liger_kernel": "model.kernels=liger",
     "eager_attention": "model.attn_implementation=eager",
     "tokenizer": "nothing: the tokenizer is the model's own (model.name_or_path)",
     "tokenizer_name_or_path": "nothing: the tokenizer is the model's own (model.name_or_path)",

@@ -6,9 +6,10 @@ import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
 
+from llmtune.config.groups.model import Kernels
 from llmtune.config.groups.train import Compile, TrainConfig
 from llmtune.config.schema import Config, Precision
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.architecture.rope_scaling import COUNTS_SCALED
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
 from llmtune.varlen_attention import VARLEN
@@ -249,3 +250,62 @@ def resolve_attention(
         return VARLEN
     short = accelerator == "cpu" and config.data.max_seq_length <= SHORT_ROW_TOKENS
     return "eager" if short or "sdpa" not in kernels else "sdpa"
+
+
+#: The package behind ``model.kernels=liger``, as it is imported.
+LIGER = "liger_kernel"
+
+
+def resolve_kernels(asked: Kernels, accelerator: str, in_fp32: bool) -> Kernels:
+    """Return the elementwise kernels of a run: those asked for, or the fastest here.
+
+    On a CPU torch's were faster in fp32 alone, and there for LoRA alone
+    (``scripts/bench/kernels.py``, docs/speed.md).
+
+    Args:
+        asked: ``model.kernels``.
+        accelerator: ``cuda``, ``cpu`` or another name of DeepSpeed's.
+        in_fp32: The model is trained in fp32.
+    """
+    if asked is not Kernels.auto:
+        return asked
+    if accelerator == "cpu":
+        return Kernels.torch if in_fp32 else Kernels.none
+    has_liger = accelerator == "cuda" and importlib.util.find_spec(LIGER) is not None
+    return Kernels.liger if has_liger else Kernels.torch
+
+
+def check_kernels(asked: Kernels, accelerator: str) -> None:
+    """Refuse Liger's kernels where they cannot run.
+
+    Raises:
+        ConfigError: There is no NVIDIA GPU.
+        MissingPrerequisiteError: The package is missing.
+    """
+    if asked is not Kernels.liger:
+        return
+    if accelerator != "cuda":
+        raise ConfigError(
+            f"model.kernels=liger: Liger's kernels are for NVIDIA GPUs, and this run is on"
+            f" {accelerator}; take model.kernels=auto"
+        )
+    if importlib.util.find_spec(LIGER) is None:
+        raise MissingPrerequisiteError(
+            "model.kernels=liger: the package liger-kernel is not installed; pip install"
+            " liger-kernel, or take model.kernels=auto"
+        )
+
+
+def describe_kernels(asked: Kernels, accelerator: str, in_fp32: bool) -> str:
+    """Say which elementwise kernels are taken and why; empty for ``none``, and for a CPU's own.
+
+    Each run says before step 1 what was replaced.
+    """
+    kernels = resolve_kernels(asked, accelerator, in_fp32)
+    if kernels is Kernels.none or (asked is Kernels.auto and accelerator == "cpu"):
+        return ""
+    origin = "model.kernels"
+    if asked is Kernels.auto:
+        installed = "installed" if kernels is Kernels.liger else "not installed"
+        origin = f"auto: liger-kernel is {installed}" if accelerator == "cuda" else "auto"
+    return f"elementwise kernels: {kernels.value} ({origin})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, LlmtuneError, MissingPrerequisiteError
 from llmtune.optimizer.optimizer import find_optimizer
-from llmtune.plan.abilities import check_compile, check_row_length, check_stage, resolve_attention
+from llmtune.plan.abilities import (
+    check_compile,
+    check_kernels,
+    check_row_length,
+    check_stage,
+    describe_kernels,
+    resolve_attention,
+)
 from llmtune.plan.advice import check_fits
 from llmtune.plan.architecture.corrected_architecture import describe_correction
 from llmtune.plan.architecture.rope_scaling import describe_scaling
@@ -105,6 +112,7 @@ def resolve_ladder(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
     )
     check_sequence_parallel(config, shape, kernel, world)
+    require(check_kernels, config.model.kernels, hardware.accelerator)
     hardware = _measured(config, hardware, shape)
 
     # The rungs; the stage that was chosen may be one that the architecture cannot use.
@@ -113,12 +121,19 @@ def resolve_ladder(
         stage = ladder.chosen.placement.zero_stage
         require(check_stage, stage, shape.kind, config.model.name_or_path)
         require(check_compile, config.train, stage, TUNERS.find(config.tuner.kind).is_quantized)
+    notes = (*hardware.notes, *_describe_model(config, hardware, shape))
+    return replace(ladder, refusals=tuple(refusals), notes=notes)
+
+
+def _describe_model(config: Config, hardware: Hardware, shape: ModelShape) -> Iterator[str]:
+    """Say what is changed in the model: its configuration, its positions, its kernels."""
+    in_fp32 = config.precision is Precision.fp32
     described = (
         describe_correction(Path(config.model.name_or_path).expanduser()),
         describe_scaling(config.model.rope_scaling, shape.max_positions),
+        describe_kernels(config.model.kernels, hardware.accelerator, in_fp32),
     )
-    notes = (*hardware.notes, *filter(None, described))
-    return replace(ladder, refusals=tuple(refusals), notes=notes)
+    yield from filter(None, described)
 
 
 def _measured(config: Config, hardware: Hardware, shape: ModelShape) -> Hardware:

@@ -9,13 +9,17 @@ import pytest
 from transformers import AutoConfig
 
 from llmtune.config.compose import compose_config
-from llmtune.errors import ConfigError
+from llmtune.config.groups.model import Kernels
+from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.abilities import (
     attention_kernels,
+    check_kernels,
     check_row_length,
     check_stage,
+    describe_kernels,
     max_positions,
     resolve_attention,
+    resolve_kernels,
 )
 from llmtune.plan.architecture.meta_model import build_meta_model
 from llmtune.plan.resolve import resolve_ladder
@@ -220,3 +224,47 @@ def test_a_stage_that_an_architecture_cannot_take_is_refused() -> None:
     check_stage(2, "gemma3n_text", "m")
     with pytest.raises(ConfigError, match=r"zero=3: m \(gemma3n_text\) uses weights .*take zero=2"):
         check_stage(3, "gemma3n_text", "m")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("accelerator", ["cuda", "cpu", "xpu"])
+def test_kernels_are_those_that_run_here(
+    accelerator: str, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = object() if installed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    on_gpu = Kernels.liger if installed and accelerator == "cuda" else Kernels.torch
+    on_cpu = {False: Kernels.none, True: Kernels.torch}
+    for in_fp32 in (False, True):
+        fastest = on_cpu[in_fp32] if accelerator == "cpu" else on_gpu
+        assert resolve_kernels(Kernels.auto, accelerator, in_fp32) is fastest
+    for asked in (Kernels.torch, Kernels.none, Kernels.auto):
+        check_kernels(asked, accelerator)
+    for asked in (Kernels.torch, Kernels.none, Kernels.liger):
+        assert resolve_kernels(asked, accelerator, False) is asked
+    told = describe_kernels(Kernels.auto, accelerator, True)
+    assert (told == "") == (accelerator == "cpu")
+    if accelerator == "cuda":
+        is_there = "installed" if installed else "not installed"
+        assert told == f"elementwise kernels: {on_gpu.value} (auto: liger-kernel is {is_there})"
+    assert describe_kernels(Kernels.none, accelerator, False) == ""
+    assert describe_kernels(Kernels.torch, accelerator, False).endswith("torch (model.kernels)")
+    if accelerator == "cuda" and installed:
+        check_kernels(Kernels.liger, accelerator)
+        return
+    error, message = (
+        (ConfigError, rf"=liger: .* NVIDIA GPUs, and this run is on {accelerator}; take .*=auto")
+        if accelerator != "cuda"
+        else (MissingPrerequisiteError, r"not installed; pip install liger-kernel, or take")
+    )
+    with pytest.raises(error, match=message):
+        check_kernels(Kernels.liger, accelerator)
+
+
+def test_liger_is_refused_before_a_rank_starts_and_noted_in_a_plan() -> None:
+    config = compose_config(
+        ["model=tiny", "model.kernels=liger", "hardware.accelerator=cpu"]
+    ).config
+    with pytest.raises(ConfigError, match=r"model.kernels=liger: .*take model.kernels=auto"):
+        resolve_ladder(config)
+    assert "model.kernels=liger" in resolve_ladder(config, planning=True).refusals[0]

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
+
+
+class Kernels(Enum):
+    """The functions that compute a model's elementwise operations in training."""
+
+    auto = "auto"
+    liger = "liger"
+    torch = "torch"
+    none = "none"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +56,16 @@ class ModelConfig:
     (docs/speed.md). ``auto`` takes it for language models that keep documents apart with it, but
     ``flash_attention_2`` for packed rows on CUDA where ``flash_attn`` is installed. Else it is
     ``sdpa``, but ``eager`` for short rows on a CPU.
+    """
+    kernels: Kernels = Kernels.auto
+    """Elementwise kernels in training: ``liger``, ``torch``, ``none`` or ``auto``.
+
+    ``torch`` computes RMSNorm with ``torch.nn.functional.rms_norm`` and adds a LoRA adapter in one
+    product (docs/speed.md). ``liger`` takes RMSNorm, SwiGLU and rotary positions from the package
+    ``liger-kernel`` where it has them, on CUDA. ``auto`` is ``liger`` on CUDA where that is
+    installed and else ``torch``; on a CPU it adds adapters in one product in fp32, and leaves all
+    else. ``none`` leaves all modules as transformers and peft have them. Each is compared with the
+    plain module before step 1.
     """
     trust_remote_code: bool = False
     """Allow Python code from the model's repository."""

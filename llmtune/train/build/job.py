@@ -57,6 +57,7 @@ from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.build_hooks import build_hooks
 from llmtune.train.hooks.evaluation import Evaluator
 from llmtune.train.hooks.gradient_check import GradientCheck
+from llmtune.train.hooks.kernel_check import use_kernels
 from llmtune.train.hooks.packing_probe import check_module
 from llmtune.train.hooks.rank_seconds import RankSeconds
 from llmtune.train.hooks.step_profile import StepProfile
@@ -118,7 +119,6 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     config, plan = request.config, request.plan
     template = load_chat_template(config.data.chat_template)
     tokenizer = load_tokenizer(request.model_folder, config.model, template)
-
     module = build_module(request, rank)
     best = resolve_best_model(config)
     stored = request.resume_from
@@ -126,8 +126,9 @@ def build_job(request: RunRequest, rank: Rank, console: Console, stop: Stop) -> 
     start = resume_at(state, best, request.run_folder) if state else TrainingState()
 
     collator = build_collator(request, rank, module.model, tokenizer)
+    dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
+    use_kernels(module, config.model, vocabulary, dtype, collator.masked, console.say)
     if config.data.packing or collator.flat:
-        dtype, vocabulary = configured_dtype(config.precision.value), plan.shape.vocab_size
         name, packed = config.model.name_or_path, config.data.packing
         check_module(module, collator, vocabulary, dtype, name, packed)
     evaluator = Evaluator(
