@@ -18,51 +18,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from load_sides import RANKS, Peak, join_transformers, kept_bytes, run_side
 from merge import HIDDEN, LAYERS, VOCAB, write_base
-from watch import anonymous_bytes
-
-RANKS = 2
 
 #: Targets: what may be held beside half of the model and its largest tensor, and how far the bytes
 #: that are kept may be from the plan.
 SLACK, APART = 0.15, 0.01
 
-#: No progress bars, and no warnings of libraries.
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
-
 LARGEST_BYTES = VOCAB * HIDDEN * 2
-
-
-class Peak:
-    """The most anonymous memory of this process from here on, above what it had."""
-
-    def __init__(self) -> None:
-        self._before: int = anonymous_bytes(os.getpid())
-        self._most = self._before
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            self._most = max(self._most, anonymous_bytes(os.getpid()))
-
-    def stop(self) -> int:
-        """Return its bytes."""
-        self._done.set()
-        self._watcher.join()
-        most: int = max(self._most, anonymous_bytes(os.getpid()))
-        return most - self._before
 
 
 def quantize_once() -> None:
@@ -70,12 +40,6 @@ def quantize_once() -> None:
     from llmtune.model.nf4.nf4_slices import load_bitsandbytes
 
     load_bitsandbytes().quantize_4bit(torch.ones(64, dtype=torch.bfloat16), quant_type="nf4")
-
-
-def kept_bytes(model: Any) -> int:
-    """Bytes of the parameters that this rank keeps."""
-    slices: Any = (parameter.ds_tensor for parameter in model.parameters())
-    return sum(int(one.numel() * one.element_size()) for one in slices)
 
 
 def load_llmtune(folder: Path, meeting: Path) -> dict[str, float]:
@@ -120,22 +84,9 @@ def load_transformers(folder: Path, meeting: Path) -> dict[str, float]:
     """Load the whole model in 4 bits, then let DeepSpeed partition it."""
     import deepspeed
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    deepspeed.init_distributed(
-        "gloo",
-        init_method=f"file://{meeting}",
-        rank=int(os.environ["RANK"]),
-        world_size=RANKS,
-        verbose=False,
-    )
-    settings: dict[str, Any] = {
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3},
-        "train_micro_batch_size_per_gpu": 1,
-    }
     # transformers asks it whether ZeRO 3 is on, as long as it lives.
-    alive = HfDeepSpeedConfig(settings)
+    settings, alive = join_transformers(meeting)
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     quantize_once()
@@ -167,40 +118,11 @@ SIDES: dict[str, Callable[[Path, Path], dict[str, float]]] = {
 }
 
 
-def run_side(side: str, folder: Path, root: Path) -> list[dict[str, float]]:
-    """Start the ranks of one side, and return what each measured.
-
-    Raises:
-        RuntimeError: A rank failed.
-    """
-    meeting = root / f"meeting-{side}"
-    processes = []
-    for rank in range(RANKS):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-        # DeepSpeed asks for both, though the ranks meet through a file.
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, "--side", side, str(folder), str(meeting)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", **QUIET, **place},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    found = []
-    for process in processes:
-        out, _ = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"{side}: a rank ended with {process.returncode}")
-        found.append(json.loads(out.splitlines()[-1]))
-    return found
-
-
 def compare(size: str, root: Path) -> bool:
     """Print a row for each side; tell whether llmtune has reached its targets."""
     base = root / size
     write_base(base, LAYERS[size])
-    ours, theirs = (run_side(side, base, root) for side in ("llmtune", "transformers"))
+    ours, theirs = (run_side(__file__, side, base, root) for side in ("llmtune", "transformers"))
     whole = sum(rank["kept_bytes"] for rank in ours)
     target = (1 + SLACK) * (whole / RANKS + LARGEST_BYTES)
     print(f"{size}: {whole / 1e6:.0f} MB in 4 bits; target of the peak {target / 1e6:.0f} MB")
@@ -215,7 +137,7 @@ def compare(size: str, root: Path) -> bool:
     print(f"llmtune's peak is {ratio:.2f} of transformers'")
     apart = max(abs(rank["kept_bytes"] / rank["planned_bytes"] - 1) for rank in ours)
     print(f"kept and planned bytes are {100 * apart:.2f} % apart")
-    return most <= target and apart <= APART
+    return bool(most <= target and apart <= APART)
 
 
 def main() -> int:
