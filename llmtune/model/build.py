@@ -44,7 +44,6 @@ def build_model(
     folder: Path,
     config: ModelConfig,
     precision: Precision,
-    gradient_checkpointing: bool,
     attn_implementation: str,
     weights: WeightsTo = WeightsTo(),
 ) -> Any:
@@ -79,10 +78,6 @@ def build_model(
     group_heads_only_for_flash()
     if attn_implementation == VARLEN:
         leave_out_masks(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Frozen embeddings would leave the first checkpoint without an input that needs a gradient.
-        model.enable_input_require_grads()
     return model
 
 

@@ -10,7 +10,12 @@ from typing import Any
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError
-from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_positions
+from llmtune.plan.abilities import (
+    attention_kernels,
+    find_recomputing,
+    is_bidirectional,
+    max_positions,
+)
 from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
@@ -174,6 +179,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         max_positions=max_positions(model, architecture),
         scalable=is_scalable(text),
         frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
+        recomputing=find_recomputing(model),
         adapted=tuple(adapted.all_endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
         loss_in_head=trainable and task.judges_words and _is_plain_head(model, adapters, tables),
