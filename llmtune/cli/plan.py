@@ -331,7 +331,7 @@ def _row(rung: Rung, ladder: Ladder) -> list[str]:
         f"{mark} {rung.name}",
         str(candidate.placement.zero_stage),
         str(candidate.batch.micro_batch_size),
-        candidate.recomputed.describe(),
+        candidate.recomputed.describe().removesuffix(" layers"),
         format_bytes(memory.device.total),
         format_bytes(host_bytes(rung, ladder)),
         format_bytes(nvme) if nvme else "-",
