@@ -67,8 +67,8 @@ def element_bytes(precision: Precision) -> int:
 
 
 def largest_trained_numel(shape: ModelShape) -> int:
-    """Return the elements of the largest trained tensor."""
-    return max(tensor.numel for tensor in shape.tensors if tensor.trained)
+    """Return the elements of the largest trained tensor; 0 of a shape without its tensors."""
+    return max((tensor.numel for tensor in shape.tensors if tensor.trained), default=0)
 
 
 def step_gradient_bytes(numel: int, arithmetic: Arithmetic) -> int:

@@ -136,6 +136,10 @@ def _unpartitioned_weights(shape: ModelShape, size: int) -> tuple[Split, Split]:
 
 
 def _reduction_bytes(shape: ModelShape, sizes: ZeroSizes, size: int) -> int:
-    """The bucket of ``zero/stage_1_and_2.py: setup_buckets``, and the gradient copied into it."""
-    bucket = min(sizes.reduce_bucket, shape.trainable_parameters)
-    return size * bucket + size * largest_trained_numel(shape)
+    """The bucket of ``zero/stage_1_and_2.py: setup_buckets``, and the gradient copied into it.
+
+    Where reductions overlap with the backward pass there are two buckets, and the one that is
+    reduced has a flat copy (``allreduce_bucket``) while the other is filled.
+    """
+    buckets = 3 if sizes.overlaps else 1
+    return size * (buckets * sizes.reduce_bucket + largest_trained_numel(shape))
