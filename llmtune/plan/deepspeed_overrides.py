@@ -127,6 +127,7 @@ def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
         "param_buffers": param.get("buffer_count"),
         "optimizer_buffers": zero.get("offload_optimizer", {}).get("buffer_count"),
         "overlaps": zero.get("overlap_comm"),
+        "secondary_ranks": zero.get("zero_hpz_partition_size"),
         "aio": replace(sizes.aio, **aio_sizes),
     }
     found = replace(sizes, **{key: value for key, value in overrides.items() if value is not None})

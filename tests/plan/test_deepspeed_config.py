@@ -222,3 +222,23 @@ def test_a_bucket_that_the_largest_gradient_does_not_fit_is_not_overlapped() -> 
     assert overlaps(reduce_bucket_size=1000, overlap_comm=True)
     of_stage_3 = resolve_zero_sizes(shape, Placement(3), ADAMW, 8, "cuda")
     assert resize(of_stage_3, {"zero_optimization": {"reduce_bucket_size": 1000}}).overlaps
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_the_second_partition_of_hpz_is_counted_where_the_weights_are(tuner: str) -> None:
+    """On two ranks an engine of this model has 106,816 bytes of it for frozen weights."""
+    config = compose_config(["model=tiny", f"tuner={tuner}"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    raw = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+    for param in ("none", "cpu"):
+        placement = Placement(3, "cpu", param)
+        plain = resolve_zero_sizes(shape, placement, ADAMW, 2, "cuda")
+        arithmetic = Arithmetic(config.precision, ADAMW)
+        without, with_it = (
+            state_bytes(shape, placement, sizes, arithmetic, 2)
+            for sizes in (plain, resize(plain, raw))
+        )
+        more = with_it.weights.device - without.weights.device
+        more_on_host = with_it.weights.host - without.weights.host
+        assert (more, more_on_host) == ((106_816, 0) if param == "none" else (0, 106_816))
+        assert with_it.adapters == without.adapters

@@ -132,7 +132,7 @@ def test_the_smallest_number_that_fits_is_found(total: int, least: int) -> None:
         asked.append(count)
         return Fake(count, count >= least)
 
-    found = list(search_layers(evaluate, total, one_by_one=True))
+    found = [as_fake(one) for one in search_layers(evaluate, total, one_by_one=True)]
     counts = [one.count for one in found]
     assert len(set(counts)) == len(counts)
     assert len(asked) == len(set(asked)) <= 14

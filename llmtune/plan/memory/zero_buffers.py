@@ -65,6 +65,8 @@ class ZeroSizes:
     """Gradients are reduced while the backward pass goes on."""
     largest_gradient: int
     """Elements of the largest gradient that a bucket of a stage below 3 must hold to overlap."""
+    secondary_ranks: int = 1
+    """Ranks that hold a second partition of all weights among themselves (hpZ); 1 without it."""
     optimizer_buffers: int
     """Swap buffers of a sub-group for weights, states and gradient on NVMe."""
     param_buffers: int = PARAM_SWAP_BUFFERS
