@@ -816,6 +816,7 @@ SUBJECTS = {
         *("qlora", "qlora_family", "qlora_models", "sequence_parallel", "states"),
     },
     "export": {"merge_faults", "restart", "zero_command"},
+    "model": {"recompute"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {
         "by_hand",

@@ -107,13 +107,7 @@ def resolve_ladder(
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_task, shape, config.model.name_or_path)
-    check_groups(config.optim, shape)
-    check_recomputing(
-        config.train.gradient_checkpointing,
-        shape.recomputing,
-        shape.layers,
-        config.model.name_or_path,
-    )
+    _check_settings(config, shape)
     require(_check_row_length, config, shape)
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
@@ -157,6 +151,17 @@ def _measured(config: Config, hardware: Hardware, shape: ModelShape) -> Hardware
         )
     cache = find_cache(config.paths)
     return use_measured(hardware, config.precision, shape.parameters, cache)
+
+
+def _check_settings(config: Config, shape: ModelShape) -> None:
+    """Refuse settings of the optimizer and of recomputation that the model does not have."""
+    check_groups(config.optim, shape)
+    check_recomputing(
+        config.train.gradient_checkpointing,
+        shape.recomputing,
+        shape.layers,
+        config.model.name_or_path,
+    )
 
 
 def _check_row_length(config: Config, shape: ModelShape) -> None:

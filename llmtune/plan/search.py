@@ -176,7 +176,7 @@ def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """A placement and a micro-batch, with what a rank holds for them between two steps."""
 
@@ -277,7 +277,7 @@ class Search:
         # takes none for one.
         most = batch.resized(self.schedule.largest).accumulation_steps
         states = state_bytes(shape, placement, sizes, self.arithmetic, world, most)
-        return Held(placement, batch, sizes, states)
+        return Held(placement=placement, batch=batch, sizes=sizes, states=states)
 
     def evaluate(self, held: Held, layers: int) -> Candidate:
         """Estimate memory and speed of one candidate.

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from llmtune.config.groups.tuner import FreezeConfig, TunerConfig
-from llmtune.model.recompute import recompute_layers
+from llmtune.model.build import recompute_layers
 from llmtune.plan.abilities import NEVER, ONE_BY_ONE, TOGETHER, find_recomputing
 from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.tuner.blocks import find_blocks

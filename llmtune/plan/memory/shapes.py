@@ -116,7 +116,10 @@ class ModelShape:
     frozen_layers: int = 0
     """Layers before everything that is trained: no gradient flows back through them."""
     recomputing: str = "one by one"
-    """How its layers can be computed again (:func:`llmtune.plan.abilities.find_recomputing`)."""
+    """Kind of recomputation that its layers allow.
+
+    See :func:`llmtune.plan.abilities.find_recomputing`.
+    """
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()
@@ -157,6 +160,11 @@ class ModelShape:
         """Build the shape from what JSON made of it."""
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists})
+
+    @property
+    def largest_gradient(self) -> int:
+        """Return the elements of the largest trained tensor; 0 of a shape without its tensors."""
+        return max((tensor.numel for tensor in self.tensors if tensor.trained), default=0)
 
     @property
     def reached_layers(self) -> int:

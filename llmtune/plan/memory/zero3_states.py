@@ -20,7 +20,6 @@ from llmtune.plan.memory.rank_bytes import (
     Arithmetic,
     Split,
     StateBytes,
-    largest_trained_numel,
     step_gradient_bytes,
 )
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
@@ -84,7 +83,7 @@ def partition_states(
         adapters=_partitioned_weights(adapters, placement, sizes, size, world_size),
         gradients=size * sum(numels),
         buckets=Split(device=size * (sizes.reduce_bucket + persistent), host=buffers),
-        backward=size * largest_trained_numel(shape),
+        backward=size * shape.largest_gradient,
         sub_group_numels=numels,
     )
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from llmtune.optimizer.optimizer import Optimizer
 from llmtune.plan.memory.parameter_groups import partition_numel
 from llmtune.plan.memory.placement import Placement
-from llmtune.plan.memory.rank_bytes import largest_trained_numel
 from llmtune.plan.memory.shapes import ModelShape
 
 #: DeepSpeed swaps tensors of at least this many bytes (``swap_tensor/utils.py: MIN_AIO_BYTES``, or
@@ -113,7 +112,7 @@ def resolve_zero_sizes(
         max_in_cpu=trained + shape.adapter_parameters if shape.adapter_parameters else 0,
         aio=aio,
         overlaps=overlaps,
-        largest_gradient=largest_trained_numel(shape) if placement.zero_stage < 3 else 0,
+        largest_gradient=shape.largest_gradient if placement.zero_stage < 3 else 0,
         optimizer_buffers=optimizer.swap_buffers,
     )
 
@@ -158,5 +157,5 @@ def _reduce_bucket(
         or accelerator != "cuda"
     ):
         return min(trained, LARGEST_BUCKET), False
-    bucket = max(largest_trained_numel(shape), min(trained // OVERLAPPED, LARGEST_BUCKET))
+    bucket = max(shape.largest_gradient, min(trained // OVERLAPPED, LARGEST_BUCKET))
     return bucket, bucket < trained

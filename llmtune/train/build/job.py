@@ -28,10 +28,9 @@ from llmtune.engine.neftune import add_noise
 from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
-from llmtune.model.build import WeightsTo, build_model
+from llmtune.model.build import WeightsTo, build_model, recompute_layers
 from llmtune.model.compiled_layers import compile_layers
 from llmtune.model.nf4.nf4_model import In4Bits
-from llmtune.model.recompute import recompute_layers
 from llmtune.model.tokenizer import load_tokenizer
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.abilities import compiles_layers
