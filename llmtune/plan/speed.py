@@ -237,7 +237,7 @@ def _exchange_seconds(
     shape: ModelShape,
     batch: BatchPlan,
     length: int,
-    passes: int,
+    passes: float,
     precision: Precision,
     cluster: Cluster,
 ) -> float:
