@@ -812,10 +812,11 @@ SUBJECTS = {
     "config": {"default_job", "defaults", "documented", "one_report", "typed_texts", "values"},
     "data": {"growing_batch", "huge_rows", "malformed", "spellings"},
     "engine": {
-        *("bad_gradients", "growing_batch", "parity", "placements"),
+        *("bad_gradients", "growing_batch", "parity", "placements", "reductions"),
         *("qlora", "qlora_family", "qlora_models", "sequence_parallel", "states"),
     },
     "export": {"merge_faults", "restart", "zero_command"},
+    "model": {"recompute"},
     "launch": {"hangs", "memory_errors", "slurm_script"},
     "plan": {
         "by_hand",

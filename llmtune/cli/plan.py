@@ -159,7 +159,8 @@ def _rung_to_json(rung: Rung, ladder: Ladder) -> dict[str, Any]:
         "seconds": candidate.speed.terms,
         "per_device_train_batch_size": candidate.batch.micro_batch_size,
         "gradient_accumulation_steps": candidate.batch.accumulation_steps,
-        "gradient_checkpointing": candidate.gradient_checkpointing,
+        "gradient_checkpointing": candidate.recomputed.count > 0,
+        "recomputed_layers": candidate.recomputed.count,
     }
     if ladder.schedule.grows:
         found["batch_schedule"] = [
@@ -330,7 +331,7 @@ def _row(rung: Rung, ladder: Ladder) -> list[str]:
         f"{mark} {rung.name}",
         str(candidate.placement.zero_stage),
         str(candidate.batch.micro_batch_size),
-        "on" if candidate.gradient_checkpointing else "off",
+        candidate.recomputed.describe().removesuffix(" layers"),
         format_bytes(memory.device.total),
         format_bytes(host_bytes(rung, ladder)),
         format_bytes(nvme) if nvme else "-",

@@ -109,7 +109,6 @@ COUNTS_OR_AUTO = (
 
 #: Switches that may also be ``auto``.
 FLAGS_OR_AUTO = (
-    "train.gradient_checkpointing",
     "train.sample_answers",
     "train.load_best_model_at_end",
     "checkpoint.greater_is_better",
@@ -200,6 +199,12 @@ def _find_choice_problems(config: Config) -> Iterator[str]:
     rate = config.optim.learning_rate
     if rate != "auto" and (isinstance(rate, str) or rate <= 0):
         yield f"optim.learning_rate={rate}: 'auto', or a number above 0"
+    layers = config.train.gradient_checkpointing
+    is_count = type(layers) is int and layers > 0
+    if layers != "auto" and not isinstance(layers, bool) and not is_count:
+        yield (
+            f"train.gradient_checkpointing={layers}: 'auto', true, false, or the number of layers"
+        )
     for key in FLAGS_OR_AUTO:
         flag = read_key(config, key)
         if flag not in ("auto", True, False):

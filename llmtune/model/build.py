@@ -19,10 +19,12 @@ from llmtune.model.weights.files import read_entries
 from llmtune.model.weights.quantized import find_meaningless, quantization
 from llmtune.model.weights.report import WeightReport
 from llmtune.model.weights.zero3_loading import load_partitions, restore_buffers
-from llmtune.plan.abilities import is_bidirectional
+from llmtune.plan.abilities import ONE_BY_ONE, find_recomputing, is_bidirectional
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.process import no_collection
 from llmtune.storage.tensors.dtypes import configured_dtype
 from llmtune.task.task import find_task
+from llmtune.tuner.blocks import find_blocks
 from llmtune.varlen_attention import VARLEN, leave_out_masks, register_varlen
 
 
@@ -44,7 +46,6 @@ def build_model(
     folder: Path,
     config: ModelConfig,
     precision: Precision,
-    gradient_checkpointing: bool,
     attn_implementation: str,
     weights: WeightsTo = WeightsTo(),
 ) -> Any:
@@ -79,10 +80,6 @@ def build_model(
     group_heads_only_for_flash()
     if attn_implementation == VARLEN:
         leave_out_masks(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Frozen embeddings would leave the first checkpoint without an input that needs a gradient.
-        model.enable_input_require_grads()
     return model
 
 
@@ -222,6 +219,34 @@ def _refuse_random(model: Any, missing: Iterable[str], folder: Path) -> None:
         unused=(),
         meaningless=tuple(meaningless),
     ).refuse(str(folder), folder)
+
+
+def recompute_layers(model: Any, layers: RecomputedLayers) -> None:
+    """Switch recomputation on for the first layers that a gradient reaches.
+
+    The last layers keep their activations, because theirs are the first that the backward pass
+    frees: they are gone when a layer is computed again. Layers before everything that is trained
+    keep nothing in any case.
+
+    Call it after adapters were added. peft would make the first layer's input need a gradient, and
+    so would transformers' ``enable_input_require_grads``; checkpoints that are not reentrant do
+    without, and layers that are frozen as a whole then stay out of the backward pass.
+
+    Args:
+        model: A transformers model with or without adapters, also partitioned by ZeRO 3. Modules
+            beside its stack of layers, such as an encoder of images, are recomputed too where any
+            layer is.
+    """
+    if layers.count == 0:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    blocks = find_blocks(base)
+    if blocks is None or find_recomputing(base) != ONE_BY_ONE:
+        return
+    first = len(blocks.modules) - layers.total
+    for index, block in enumerate(blocks.modules):
+        block.gradient_checkpointing = first <= index < first + layers.count
 
 
 def sees_padding(model: Any) -> bool:

@@ -12,6 +12,7 @@ from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, MissingPrerequisiteError
 from llmtune.plan.architecture.rope_scaling import COUNTS_SCALED
 from llmtune.plan.devices.gpus import FIRST_WITH_BF16
+from llmtune.tuner.blocks import find_blocks
 from llmtune.varlen_attention import VARLEN
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ _KERNELS = {
     "flash_attention_2": "_supports_flash_attn",
     "flex_attention": "_supports_flex_attn",
 }
+
+#: How layers can be computed again in the backward pass: each by itself, all or none, or never.
+ONE_BY_ONE, TOGETHER, NEVER = "one by one", "together", "never"
 
 #: Kinds of rotary scaling whose ``factor`` multiplies the trained positions.
 _SCALING = ("linear", "dynamic", "yarn")
@@ -180,6 +184,66 @@ def check_stage(stage: int, kind: str, name: str) -> None:
         raise ConfigError(
             f"zero=3: {name} ({kind}) uses weights without calling the layers that own them, and"
             " DeepSpeed would not have gathered them; take zero=2"
+        )
+
+
+def find_recomputing(model: Any) -> str:
+    """Tell how the layers of a model can be computed again in the backward pass.
+
+    Each can be by itself where it is transformers' ``GradientCheckpointingLayer``. Models of two
+    stacks, models that use a layer several times, and code of their own have one switch for all.
+
+    Args:
+        model: A transformers model, on any device.
+
+    Returns:
+        :data:`ONE_BY_ONE`, :data:`TOGETHER` or :data:`NEVER`.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return NEVER
+    blocks = find_blocks(model)
+    text = model.config.get_text_config()
+    if (
+        blocks is None
+        or getattr(model.config, "is_encoder_decoder", False)
+        or len(blocks.modules) != getattr(text, "num_hidden_layers", None)
+        or not all(isinstance(block, GradientCheckpointingLayer) for block in blocks.modules)
+    ):
+        return TOGETHER
+    return ONE_BY_ONE
+
+
+def check_recomputing(setting: bool | int | str, recomputing: str, layers: int, name: str) -> None:
+    """Refuse recomputation that the architecture does not have.
+
+    Args:
+        setting: ``train.gradient_checkpointing``.
+        recomputing: The architecture's, of :func:`find_recomputing`.
+        layers: The number of its layers.
+        name: The model's name in the message.
+
+    Raises:
+        ConfigError: It cannot recompute its layers, or not one by one, or has fewer of them.
+    """
+    key = f"train.gradient_checkpointing={str(setting).lower()}"
+    if setting in (False, "auto"):
+        return
+    if recomputing == NEVER:
+        raise ConfigError(
+            f"{key}: transformers cannot compute the layers of {name} again; take auto or false"
+        )
+    if setting is True:
+        return
+    if recomputing == TOGETHER:
+        raise ConfigError(
+            f"{key}: the layers of {name} can be computed again together, not one by one; take"
+            " auto, true or false"
+        )
+    if int(setting) > layers:
+        raise ConfigError(
+            f"{key}: {name} has {layers} layers; take at most {layers}, or true for all"
         )
 
 

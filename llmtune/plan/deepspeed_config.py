@@ -63,9 +63,8 @@ def _zero(placement: Placement, sizes: ZeroSizes) -> dict[str, Any]:
         "stage": placement.zero_stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        # Races in overlapped reduction gave NaN gradients in practice; other trainers switch it off
-        # below stage 3, too.
-        "overlap_comm": placement.zero_stage == 3,
+        # Below stage 3 it is right under conditions (plan/memory/zero_buffers.py).
+        "overlap_comm": sizes.overlaps,
         "reduce_bucket_size": sizes.reduce_bucket,
         "allgather_bucket_size": sizes.allgather_bucket,
     }

@@ -126,9 +126,15 @@ def resize(sizes: ZeroSizes, raw: dict[str, Any]) -> ZeroSizes:
         "max_in_cpu": param.get("max_in_cpu"),
         "param_buffers": param.get("buffer_count"),
         "optimizer_buffers": zero.get("offload_optimizer", {}).get("buffer_count"),
+        "overlaps": zero.get("overlap_comm"),
+        "secondary_ranks": zero.get("zero_hpz_partition_size"),
         "aio": replace(sizes.aio, **aio_sizes),
     }
-    return replace(sizes, **{key: value for key, value in overrides.items() if value is not None})
+    found = replace(sizes, **{key: value for key, value in overrides.items() if value is not None})
+    if overrides["overlaps"] is None and found.reduce_bucket < found.largest_gradient:
+        # A gradient that no bucket holds is not reduced rightly with overlap.
+        found = replace(found, overlaps=False)
+    return found
 
 
 def _find_problems(values: dict[str, Any], section: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Build the ladder of placements, and choose the fastest candidate that fits.
 
-Candidates are all placements, micro-batch sizes and activation checkpointing at the user's global
-batch size.
+Candidates are all placements, micro-batch sizes and numbers of recomputed layers at the user's
+global batch size.
 
 :mod:`llmtune.plan.search` evaluates them.
 """
@@ -18,6 +18,7 @@ from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.length.batch_schedule import BatchSchedule
 from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.memory.placement import RUNGS, Placement
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.zero_buffers import ZeroSizes
 from llmtune.plan.speed import Cluster, SpeedPlan
@@ -38,7 +39,7 @@ class Candidate:
     placement: Placement
     batch: BatchPlan
     """The batch of the first step, where ``train.batch_schedule`` lets it grow."""
-    gradient_checkpointing: bool
+    recomputed: RecomputedLayers
     sizes: ZeroSizes
     memory: MemoryPlan
     speed: SpeedPlan
@@ -56,16 +57,13 @@ class Candidate:
     @property
     def key(self) -> dict[str, Any]:
         """Return what tells it from the other candidates of a job, as plain values."""
-        return candidate_key(
-            self.placement, self.batch.micro_batch_size, self.gradient_checkpointing
-        )
+        return candidate_key(self.placement, self.batch.micro_batch_size, self.recomputed)
 
     def describe(self) -> str:
         """Describe the candidate in one phrase, for messages."""
-        checkpointing = "on" if self.gradient_checkpointing else "off"
         return (
             f"{self.placement.describe()}; micro-batch {self.batch.micro_batch_size}, checkpointing"
-            f" {checkpointing}"
+            f" {self.recomputed.describe()}"
         )
 
 
@@ -109,14 +107,21 @@ class Ladder:
 
 
 def candidate_key(
-    placement: Placement, micro_batch_size: int, gradient_checkpointing: bool
+    placement: Placement, micro_batch_size: int, recomputed: RecomputedLayers
 ) -> dict[str, Any]:
-    """Return what tells a candidate from the others of its job, as plain values."""
-    return {
+    """Return what tells a candidate from the others of its job, as plain values.
+
+    Where all layers are the same the values are those that earlier versions wrote, so that what
+    they remember of memory that ran out still counts.
+    """
+    key = {
         **asdict(placement),
         "micro_batch_size": micro_batch_size,
-        "gradient_checkpointing": gradient_checkpointing,
+        "gradient_checkpointing": recomputed.count > 0,
     }
+    if recomputed.is_partial:
+        key["recomputed_layers"] = recomputed.count
+    return key
 
 
 def failure_conditions(
@@ -195,7 +200,7 @@ def _needed(candidate: Candidate, pool: str, only_persistent: bool) -> int:
     return on_device if pool == "device" else on_host
 
 
-def _simplicity(candidate: Candidate) -> tuple[int, int, bool, int]:
+def _simplicity(candidate: Candidate) -> tuple[int, int, int, int]:
     order = list(RUNGS).index(candidate.placement.rung)
     total = candidate.memory.device.total
-    return order, candidate.placement.zero_stage, candidate.gradient_checkpointing, total
+    return order, candidate.placement.zero_stage, candidate.recomputed.count, total

@@ -13,6 +13,7 @@ from llmtune.plan.deepspeed_config import with_nvme_path
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.plan.memory.shapes import ModelShape
 
 
@@ -28,12 +29,17 @@ class Plan:
     memory: MemoryPlan
     tokens_per_second: float
     """Predicted, for full rows."""
-    gradient_checkpointing: bool
+    recomputed: RecomputedLayers
     attn_implementation: str
     learning_rate: float
     deepspeed: dict[str, Any]
     notes: tuple[str, ...]
     """Origins of the derived values, for the page before step 1."""
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Tell whether any layer is computed again in the backward pass."""
+        return self.recomputed.count > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for ``plan.json`` and for the ranks."""

@@ -15,8 +15,11 @@ from llmtune.config.schema import Config, Precision
 from llmtune.errors import ConfigError, LlmtuneError, MissingPrerequisiteError
 from llmtune.optimizer.optimizer import find_optimizer
 from llmtune.plan.abilities import (
+    NEVER,
+    TOGETHER,
     check_compile,
     check_kernels,
+    check_recomputing,
     check_row_length,
     check_stage,
     describe_kernels,
@@ -106,7 +109,7 @@ def resolve_ladder(
     world = world_size or _resolve_world_size(config, hardware)
     shape = resolve_shape(config.model, config.tuner, find_cache(config.paths))
     require(_check_task, shape, config.model.name_or_path)
-    check_groups(config.optim, shape)
+    _check_settings(config, shape)
     require(_check_row_length, config, shape)
     kernel = resolve_attention(
         config, hardware.accelerator, shape.kernels, hardware.compute_capability
@@ -160,6 +163,17 @@ def _measured(config: Config, hardware: Hardware, shape: ModelShape) -> Hardware
     return use_measured(hardware, config.precision, shape.parameters, cache)
 
 
+def _check_settings(config: Config, shape: ModelShape) -> None:
+    """Refuse settings of the optimizer and of recomputation that the model does not have."""
+    check_groups(config.optim, shape)
+    check_recomputing(
+        config.train.gradient_checkpointing,
+        shape.recomputing,
+        shape.layers,
+        config.model.name_or_path,
+    )
+
+
 def _check_row_length(config: Config, shape: ModelShape) -> None:
     check_row_length(
         config.data.max_seq_length,
@@ -209,7 +223,7 @@ def plan_candidate(
         batch=candidate.batch,
         memory=candidate.memory,
         tokens_per_second=candidate.speed.tokens_per_second,
-        gradient_checkpointing=candidate.gradient_checkpointing,
+        recomputed=candidate.recomputed,
         attn_implementation=ladder.attn_implementation,
         learning_rate=rate,
         deepspeed=merge_raw(planned, config.zero.deepspeed),
@@ -288,17 +302,23 @@ def describe_choice(config: Config, ladder: Ladder, candidate: Candidate) -> lis
     if config.zero.stage == "auto" or config.offload.optimizer.value == "auto":
         notes.append(f"placement: {_describe_placement(config, ladder, candidate)}")
     if config.train.gradient_checkpointing == "auto":
-        state = "on" if candidate.gradient_checkpointing else "off"
-        saved = format_bytes(candidate.memory.device.activations)
-        notes.append(
-            f"gradient checkpointing: {state} (activations of a micro-batch: {saved} per rank)"
-        )
+        notes.append(_describe_recomputing(ladder.shape, candidate))
     notes += _describe_adapters(config, ladder.shape)
     if TUNERS.find(config.tuner.kind).has_adapter and ladder.shape.tensors:
         notes.append(_describe_coverage(ladder.shape))
     if ladder.activations_origin != "traced":
         notes.append("activations: a rough estimate, because this architecture could not be traced")
     return notes
+
+
+def _describe_recomputing(shape: ModelShape, candidate: Candidate) -> str:
+    saved = format_bytes(candidate.memory.device.activations)
+    about = f"activations of a micro-batch: {saved} per rank"
+    if shape.recomputing == TOGETHER:
+        about += "; its layers can be computed again together, not one by one"
+    elif shape.recomputing == NEVER:
+        about += "; transformers cannot compute its layers again"
+    return f"gradient checkpointing: {candidate.recomputed.describe()} ({about})"
 
 
 def _describe_placement(config: Config, ladder: Ladder, candidate: Candidate) -> str:

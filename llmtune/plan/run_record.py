@@ -15,6 +15,7 @@ from llmtune.plan.batch_sizes import BatchPlan
 from llmtune.plan.devices.hardware import Hardware
 from llmtune.plan.memory.memory_plan import MemoryPlan
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.prepared_data import PreparedData
 from llmtune.plan.steps import StepsPlan
@@ -68,6 +69,9 @@ class RunRecord:
     tokens_per_second: float | None = None
     """Predicted, for full rows."""
     gradient_checkpointing: bool | None = None
+    """Any layer is computed again in the backward pass."""
+    recomputed: RecomputedLayers | None = None
+    """Their number; None in a run of an earlier version, whose layers were all the same."""
     attn_implementation: str | None = None
     learning_rate: float | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -93,7 +97,8 @@ class RunRecord:
         values = {item.name: getattr(plan, item.name) for item in fields(plan)}
         # Hundreds of tensors that only planning needs.
         shape = replace(plan.shape, tensors=())
-        return cls(**{**values, "shape": shape}, **rest)
+        values |= {"shape": shape, "gradient_checkpointing": plan.gradient_checkpointing}
+        return cls(**values, **rest)
 
     def to_json(self) -> str:
         """Return the text of the file, without secrets."""

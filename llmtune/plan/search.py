@@ -1,4 +1,4 @@
-"""Search the rungs of a job: evaluate all placements, micro-batch sizes and checkpointing.
+"""Search the rungs of a job: evaluate all placements, micro-batches and recomputed layers.
 
 Rungs never change what is computed: precision of states, optimizer and row length are the user's.
 """
@@ -6,8 +6,8 @@ Rungs never change what is computed: precision of states, optimizer and row leng
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -16,6 +16,7 @@ from llmtune.config.groups.train import TrainConfig
 from llmtune.config.groups.zero import OffloadConfig, OffloadDevice
 from llmtune.config.schema import Config, Precision
 from llmtune.optimizer.optimizer import find_optimizer
+from llmtune.plan.abilities import NEVER, ONE_BY_ONE
 from llmtune.plan.batch_sizes import BatchPlan, Ranks, batch_options, resolve_batch
 from llmtune.plan.deepspeed_overrides import resize
 from llmtune.plan.devices.hardware import Hardware
@@ -25,13 +26,14 @@ from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.parameter_groups import assign_groups
 from llmtune.plan.memory.peak_memory import Workload, estimate_memory, find_shortfall
 from llmtune.plan.memory.placement import RUNGS, Placement, find_rung, make_placement
-from llmtune.plan.memory.rank_bytes import Arithmetic
+from llmtune.plan.memory.rank_bytes import Arithmetic, StateBytes
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.trace.activations import ActivationModel
 from llmtune.plan.memory.trace.exchange_bytes import exchange_bytes
 from llmtune.plan.memory.trace.fake_run import TraceSettings
 from llmtune.plan.memory.trace.loss_bytes import head_loss_bytes
-from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
+from llmtune.plan.memory.zero_buffers import ZeroSizes, resolve_zero_sizes
 from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.param_groups import fit_optimizer, groups_of_shape
 from llmtune.plan.speed import Cluster, SpeedPlan, average_speed, estimate_speed
@@ -174,6 +176,49 @@ def _blocked(rung: str, config: Config, hardware: Hardware) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A placement and a micro-batch, with what a rank holds for them between two steps."""
+
+    placement: Placement
+    batch: BatchPlan
+    sizes: ZeroSizes
+    states: StateBytes
+
+
+def search_layers(
+    evaluate: Callable[[int], Candidate], total: int, one_by_one: bool
+) -> Iterator[Candidate]:
+    """Evaluate numbers of recomputed layers, among them the smallest that fits.
+
+    Each recomputed layer takes memory away and adds time, so that the smallest number that fits is
+    the fastest. Where memory runs out all the same, the ladder goes on with one of the others:
+    they divide what is left in four.
+
+    Args:
+        total: The largest number.
+        one_by_one: Layers need not all be the same.
+    """
+    none = evaluate(0)
+    yield none
+    if total == 0:
+        return
+    every = evaluate(total)
+    yield every
+    if not one_by_one:
+        return
+    least, found = 0, {0: none, total: every}
+    if not none.fits and every.fits:
+        too_few, least = 0, total
+        while least - too_few > 1:
+            middle = (too_few + least) // 2
+            found[middle] = evaluate(middle)
+            too_few, least = (too_few, middle) if found[middle].fits else (middle, least)
+    wanted = {least, *(least + (total - least) * part // 4 for part in (1, 2, 3))}
+    for count in sorted(wanted - {0, total}):
+        yield found.get(count) or evaluate(count)
+
+
 class Search:
     """Evaluate candidates; what they share is computed once."""
 
@@ -202,34 +247,52 @@ class Search:
         self.origin = "traced"
 
     def candidates(self, rung: str) -> Iterator[Candidate]:
-        """Evaluate every stage, micro-batch and checkpointing that the config leaves open."""
+        """Evaluate every stage, micro-batch and recomputation that the config leaves open."""
         asked = self.config.zero.stage
         stages = [stage for stage in RUNGS[rung].stages if asked in ("auto", stage)]
-        setting = self.config.train.gradient_checkpointing
-        checkpointing = [setting] if isinstance(setting, bool) else [False, True]
-        for stage, batch, recompute in product(stages, self.batches, checkpointing):
+        for stage, batch in product(stages, self.batches):
             placement = make_placement(stage, rung, self.tuner.trains_all)
             if self.arithmetic.optimizer.find_obstacle(stage, placement.optimizer):
                 continue
-            yield self.evaluate(placement, batch, recompute)
+            evaluate = partial(self.evaluate, self.hold(placement, batch))
+            total = self.shape.reached_layers
+            setting = self.config.train.gradient_checkpointing
+            if isinstance(setting, str):
+                one_by_one = self.shape.recomputing == ONE_BY_ONE
+                top = 0 if self.shape.recomputing == NEVER else total
+                yield from search_layers(evaluate, top, one_by_one)
+            else:
+                asked_for = total if setting is True else min(int(setting), total)
+                yield evaluate(asked_for)
 
-    def evaluate(self, placement: Placement, batch: BatchPlan, recompute: bool) -> Candidate:
-        """Estimate memory and speed of one candidate."""
-        config, shape, world = self.config, self.shape, self.cluster.world_size
-        hardware, length = self.cluster.hardware, config.data.max_seq_length
-        optimizer = self.arithmetic.optimizer
+    def hold(self, placement: Placement, batch: BatchPlan) -> Held:
+        """Count what a placement and a micro-batch hold, however many layers are recomputed."""
+        shape, world = self.shape, self.cluster.world_size
+        hardware, optimizer = self.cluster.hardware, self.arithmetic.optimizer
         sizes = resize(
             resolve_zero_sizes(shape, placement, optimizer, world, hardware.accelerator),
-            config.zero.deepspeed,
+            self.config.zero.deepspeed,
         )
         # What accumulates gradients on the host takes no more of it for more micro-batches, but
         # takes none for one.
         most = batch.resized(self.schedule.largest).accumulation_steps
         states = state_bytes(shape, placement, sizes, self.arithmetic, world, most)
+        return Held(placement=placement, batch=batch, sizes=sizes, states=states)
+
+    def evaluate(self, held: Held, layers: int) -> Candidate:
+        """Estimate memory and speed of one candidate.
+
+        Args:
+            layers: The number of layers that are recomputed.
+        """
+        config, shape, world = self.config, self.shape, self.cluster.world_size
+        hardware, length = self.cluster.hardware, config.data.max_seq_length
+        placement, batch, sizes = held.placement, held.batch, held.sizes
+        recomputed = RecomputedLayers(layers, shape.reached_layers)
         settings = TraceSettings(
             rows=batch.micro_batch_size,
             length=math.ceil(length / self.ranks.sequence_parallel_size),
-            gradient_checkpointing=recompute,
+            gradient_checkpointing=layers > 0,
             attn_implementation=self.attn_implementation,
             precision=config.precision,
             zero3=placement.zero_stage == 3,
@@ -237,20 +300,20 @@ class Search:
             bidirectional=shape.bidirectional,
             accelerator=hardware.accelerator,
         )
-        activations = self.trace(settings)
+        activations = self.trace.of_layers(settings, recomputed)
         self.origin = activations.origin
         exchanged = exchange_bytes(
             shape,
             batch.rank_tokens(length),
             batch.sequence_parallel_size,
             self.arithmetic.element_bytes,
-            recompute,
+            recomputed,
         )
         memory = estimate_memory(
             shape,
             placement,
             sizes,
-            states,
+            held.states,
             self.arithmetic,
             world,
             Workload(activations.plus(exchanged), self._eval_logits(batch), hardware.accelerator),
@@ -258,12 +321,12 @@ class Search:
 
         # What is too small, and how fast it is.
         lacks = find_shortfall(memory, hardware, self.cluster.ranks_on_node)
-        speeds = self._speeds(placement, batch, recompute)
+        speeds = self._speeds(placement, batch, recomputed)
         steps = self.schedule.steps_by_rows(config.train.max_steps, length)
         return Candidate(
             placement=placement,
             batch=batch,
-            gradient_checkpointing=recompute,
+            recomputed=recomputed,
             sizes=sizes,
             memory=memory,
             speed=average_speed([(speeds[rows], count) for rows, count in steps]),
@@ -272,7 +335,7 @@ class Search:
         )
 
     def _speeds(
-        self, placement: Placement, batch: BatchPlan, recompute: bool
+        self, placement: Placement, batch: BatchPlan, recomputed: RecomputedLayers
     ) -> dict[int, SpeedPlan]:
         """Predict the speed of a step of each size of the schedule, by its rows."""
         return {
@@ -281,7 +344,7 @@ class Search:
                 placement,
                 batch.resized(rows),
                 self.config.data.max_seq_length,
-                recompute,
+                recomputed.share,
                 self.arithmetic,
                 self.cluster,
             )

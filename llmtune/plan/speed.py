@@ -64,24 +64,26 @@ def forward_flops(shape: ModelShape, length: int) -> float:
     return 2.0 * shape.matrix_parameters + products * shape.layers
 
 
-def step_flops(shape: ModelShape, length: int, gradient_checkpointing: bool) -> float:
+def step_flops(shape: ModelShape, length: int, recomputed: float) -> float:
     """Count the operations per token of a step.
 
     They are those of the forward pass, recomputation, and the gradients of inputs and weights.
+
+    Args:
+        recomputed: Share of the layers that are computed again, of those that a gradient reaches.
     """
     forward = forward_flops(shape, length)
     head = 0.0 if shape.judges_rows else 2.0 * shape.head_parameters
-    recomputed = forward - head if gradient_checkpointing else 0.0
-    # Checkpointing makes the first layer's input need a gradient (``model/build.py``).
-    frozen_layers = 0 if gradient_checkpointing else shape.frozen_layers
-    inputs = forward * (1 - frozen_layers / shape.layers)
+    reached = shape.reached_layers / shape.layers
+    again = recomputed * reached * (forward - head)
+    inputs = forward * reached
     weights = 0.0
     if not shape.adapter_parameters:
         weights = forward * shape.trainable_parameters / shape.parameters
     # Adapters of stacks take theirs from the gradient of the whole stack.
     weights += 2.0 * shape.adapted_per_token
     of_layers = shape.adapter_parameters - shape.stack_adapter_parameters
-    return forward + inputs + recomputed + weights + 6.0 * of_layers
+    return forward + inputs + again + weights + 6.0 * of_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +141,15 @@ def estimate_speed(
     placement: Placement,
     batch: BatchPlan,
     length: int,
-    gradient_checkpointing: bool,
+    recomputed: float,
     arithmetic: Arithmetic,
     cluster: Cluster,
 ) -> SpeedPlan:
-    """Predict the seconds of one optimizer step over rows of ``length`` tokens."""
+    """Predict the seconds of one optimizer step over rows of ``length`` tokens.
+
+    Args:
+        recomputed: Share of the layers that are computed again, of those that a gradient reaches.
+    """
     hardware, accumulation_steps = cluster.hardware, batch.accumulation_steps
     precision = arithmetic.precision
     tokens = batch.rank_tokens(length)
@@ -151,8 +157,9 @@ def estimate_speed(
     flops = reachable_flops(hardware, precision)
 
     # Arithmetic, and the launches of kernels.
-    compute = tokens * step_flops(shape, length, gradient_checkpointing) * ranks / flops
-    passes = 3 if gradient_checkpointing else 2
+    compute = tokens * step_flops(shape, length, recomputed) * ranks / flops
+    # Two of all layers, and a third of those that are computed again.
+    passes = 2 + recomputed * shape.reached_layers / shape.layers
     compute += (
         passes * shape.layers * LAUNCH_SECONDS[hardware.accelerator][placement.zero_stage == 3]
     )
@@ -212,7 +219,7 @@ def reachable_flops(hardware: Hardware, precision: Precision) -> float:
 
 
 def _gather_seconds(
-    shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
+    shape: ModelShape, placement: Placement, passes: float, precision: Precision, cluster: Cluster
 ) -> float:
     """Return the seconds of a micro-batch's collectives: weights in both passes, and gradients."""
     size = element_bytes(precision)
@@ -230,7 +237,7 @@ def _exchange_seconds(
     shape: ModelShape,
     batch: BatchPlan,
     length: int,
-    passes: int,
+    passes: float,
     precision: Precision,
     cluster: Cluster,
 ) -> float:
@@ -247,7 +254,7 @@ def _exchange_seconds(
 
 
 def _weights_seconds(
-    shape: ModelShape, placement: Placement, passes: int, precision: Precision, cluster: Cluster
+    shape: ModelShape, placement: Placement, passes: float, precision: Precision, cluster: Cluster
 ) -> float:
     """Return the seconds per micro-batch to bring offloaded weights to the accelerator."""
     if placement.param == "none":

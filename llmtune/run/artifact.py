@@ -186,9 +186,7 @@ def _load_weights(target: Target) -> Any:
     )
     if target.adapter is not None and TUNERS.find(config.tuner.kind).needs_4_bits(config.tuner):
         places = WeightsTo(in_4_bits=_in_4_bits(config))
-    return build_model(
-        target.model_folder, config.model, config.precision, False, attention, places
-    )
+    return build_model(target.model_folder, config.model, config.precision, attention, places)
 
 
 def _in_4_bits(config: Config) -> In4Bits:

@@ -45,7 +45,7 @@ def find_utilization(plan: Plan, length: int, precision: Precision) -> Utilizati
     is_fp32 = precision is Precision.fp32
     card = (hardware.fp32_flops or hardware.flops / 2) if is_fp32 else hardware.flops
     return Utilization(
-        model_flops=step_flops(plan.shape, length, False),
-        computed_flops=step_flops(plan.shape, length, plan.gradient_checkpointing),
+        model_flops=step_flops(plan.shape, length, 0.0),
+        computed_flops=step_flops(plan.shape, length, plan.recomputed.share),
         peak=card * plan.world_size,
     )

@@ -287,15 +287,14 @@ def predict(row: Row) -> Candidate:
     hardware = resolve_hardware(config.hardware, planning=True)
     shape = resolve_shape(config.model, config.tuner)
     search = Search(config, hardware, shape, row.world, "flash_attention_2")
+    rows = BatchPlan(
+        global_batch_size=batch,
+        micro_batch_size=row.rows,
+        accumulation_steps=row.accumulation,
+        world_size=row.world,
+    )
     found = search.evaluate(
-        row.placement,
-        BatchPlan(
-            global_batch_size=batch,
-            micro_batch_size=row.rows,
-            accumulation_steps=row.accumulation,
-            world_size=row.world,
-        ),
-        row.recompute,
+        search.hold(row.placement, rows), shape.reached_layers if row.recompute else 0
     )
     if row.chunked_loss:
         tokens = row.rows * row.length * shape.vocab_size

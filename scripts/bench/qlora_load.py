@@ -70,7 +70,7 @@ def load_llmtune(folder: Path, meeting: Path) -> dict[str, float]:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     peak, started = Peak(), time.monotonic()
-    model = build_model(folder, config.model, config.precision, False, "eager", weights)
+    model = build_model(folder, config.model, config.precision, "eager", weights)
     seconds = time.monotonic() - started
     return {
         "peak_bytes": peak.stop(),

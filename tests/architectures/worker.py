@@ -143,7 +143,7 @@ def build(config: Config, shape: ModelShape, folder: Path, kernel: str, rank: Ra
     )
     partitioned = (lambda: zero_init(plan)) if placement.zero_stage == 3 else None
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank)
-    model = build_model(folder, config.model, config.precision, False, kernel, weights)
+    model = build_model(folder, config.model, config.precision, kernel, weights)
     if lora:
         model = add_lora(model, config.tuner, "base", config.seed)
     objective = Objective.of_model(model, find_task("causal_lm"), Labels())

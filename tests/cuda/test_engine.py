@@ -179,6 +179,23 @@ def _check_waits(cell: Any, steps: list[dict[str, Any]]) -> None:
         assert max(places.values()) <= 3, (cell, places)
 
 
+def test_overlapped_reductions_give_the_same_curve(cache: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step, and buckets on a stream of their own."""
+    given = [
+        *overrides(((2, "none"), "full", "bf16", "padded"), cache, tmp_path),
+        "hardware.accelerator=cuda",
+    ]
+    key = "zero.deepspeed.zero_optimization.overlap_comm"
+    tasks = [
+        {"overrides": [*given, f"{key}={overlaps}"], "first": 0, "last": STEPS}
+        for overlaps in ("true", "false")
+    ]
+    overlapped, plain = train_engines(tasks, 2, tmp_path, module="tests.cuda.worker")
+    assert overlapped["losses"] == plain["losses"]
+    assert overlapped["norms"] == plain["norms"]
+    _check_waits("overlapped", overlapped["waits"])
+
+
 @pytest.mark.slow
 def test_hpz_trains_on_the_weights_of_the_files(cache: Path, tmp_path: Path) -> None:
     """Its second slice, from which nodes gather among themselves, is cut before the weights are

@@ -101,7 +101,7 @@ def run_task(task: dict[str, Any], rank: Rank) -> dict[str, Any]:
         double_quant = config.tuner.bnb_4bit_use_double_quant
         in_4_bits = In4Bits(double_quant, rank.device, partial(gather_rows, rank=rank))
     weights = WeightsTo(partitioned=partitioned, rank=rank.rank, in_4_bits=in_4_bits)
-    model = build_model(model_folder, config.model, config.precision, False, "eager", weights)
+    model = build_model(model_folder, config.model, config.precision, "eager", weights)
     numbers = find_token_ids(model_folder, config.tuner.new_tokens)
     tuner_config = with_new_tokens(model, config.tuner, numbers)
     model = tuner.attach(model, tuner_config, "base", 0, gather=gather)

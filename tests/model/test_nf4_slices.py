@@ -192,7 +192,7 @@ def load_in_4_bits(folder: Path, precision: Precision = Precision.fp32) -> Any:
     """A model in 4 bits, of one rank without ZeRO."""
     in_4_bits = In4Bits(True, torch.device("cpu"), lambda scales: scales)
     config = ModelConfig(name_or_path=str(folder))
-    return build_model(folder, config, precision, False, "eager", WeightsTo(in_4_bits=in_4_bits))
+    return build_model(folder, config, precision, "eager", WeightsTo(in_4_bits=in_4_bits))
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
@@ -253,7 +253,6 @@ def test_the_plan_counts_the_bytes_that_are_there(
         tiny_model,
         config.model,
         Precision(precision),
-        False,
         "eager",
         WeightsTo(in_4_bits=in_4_bits),
     )

@@ -242,7 +242,6 @@ def test_slices_of_packed_weights_are_refused_on_the_ranks_too(tmp_path: Path) -
             folder,
             ModelConfig(name_or_path="m"),
             Precision.fp32,
-            False,
             "eager",
             WeightsTo(partitioned=never),
         )

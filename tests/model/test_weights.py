@@ -117,12 +117,12 @@ RIGHT: dict[str, tuple[Callable[[Tensors], Tensors], list[str]]] = {
 def test_what_transformers_reads_all_the_same_is_not_refused(case: str, tmp_path: Path) -> None:
     how, expected = RIGHT[case]
     original = build_model(
-        save_model("gpt2", tmp_path), ModelConfig(name_or_path="m"), Precision.fp32, False, "eager"
+        save_model("gpt2", tmp_path), ModelConfig(name_or_path="m"), Precision.fp32, "eager"
     )
     change(tmp_path, how)
     assert [line for line in look(tmp_path) if "tied by" not in line] == expected
     read = build_model(
-        tmp_path, ModelConfig(name_or_path="m"), Precision.fp32, False, "eager"
+        tmp_path, ModelConfig(name_or_path="m"), Precision.fp32, "eager"
     ).state_dict()
     assert all(torch.equal(value, read[name]) for name, value in original.state_dict().items())
 
@@ -221,7 +221,7 @@ def test_a_model_that_was_not_looked_at_before_is_refused_where_it_is_read(tmp_p
         MissingPrerequisiteError,
         match="transformer.ln_f.weight. transformers would draw random numbers",
     ):
-        build_model(tmp_path, ModelConfig(name_or_path="m"), Precision.fp32, False, "eager")
+        build_model(tmp_path, ModelConfig(name_or_path="m"), Precision.fp32, "eager")
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -11,12 +11,16 @@ import pytest
 from llmtune.config.compose import compose_config
 from llmtune.errors import ConfigError
 from llmtune.optimizer.optimizer import OPTIMIZERS
+from llmtune.plan.batch_sizes import BatchPlan
+from llmtune.plan.deepspeed_config import to_deepspeed
 from llmtune.plan.deepspeed_overrides import KNOWN, OWNED, check_raw, merge_raw, resize
 from llmtune.plan.memory.model_shape import resolve_shape
 from llmtune.plan.memory.parameter_groups import parameter_groups, sub_groups
 from llmtune.plan.memory.placement import Placement
+from llmtune.plan.memory.rank_bytes import Arithmetic
 from llmtune.plan.memory.shapes import TensorShape
 from llmtune.plan.memory.zero_buffers import resolve_zero_sizes
+from llmtune.plan.memory.zero_states import state_bytes
 from llmtune.plan.resolve import plan_candidate, resolve_ladder
 from tests.support import ROOT, run
 
@@ -160,3 +164,81 @@ print(json.dumps({
     for section, known in theirs.items():
         assert KNOWN[section] <= set(known), KNOWN[section] - set(known)
     assert not KNOWN[""] & set(OWNED)
+
+
+@pytest.mark.parametrize(
+    ("tuner", "placement", "ranks", "accelerator", "overlaps"),
+    [
+        ("full", Placement(2), 8, "cuda", True),
+        ("full", Placement(3), 8, "cuda", True),
+        ("full", Placement(1), 8, "cuda", False),
+        ("full", Placement(2), 1, "cuda", False),
+        ("full", Placement(2), 8, "cpu", False),
+        ("full", Placement(2, "cpu"), 8, "cuda", False),
+        ("lora", Placement(2), 8, "cuda", False),
+    ],
+)
+def test_reductions_overlap_where_that_is_right_and_has_an_effect(
+    tuner: str, placement: Placement, ranks: int, accelerator: str, overlaps: bool
+) -> None:
+    config = compose_config(["model=smollm2_360m", f"tuner={tuner}"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    sizes = resolve_zero_sizes(shape, placement, ADAMW, ranks, accelerator)
+    assert sizes.overlaps == overlaps
+    largest = max(tensor.numel for tensor in shape.tensors if tensor.trained)
+    if placement.zero_stage < 3:
+        assert sizes.reduce_bucket >= largest
+        parts = 4 if overlaps else 1
+        assert sizes.reduce_bucket == max(largest, shape.trainable_parameters // parts)
+    deepspeed = to_deepspeed(
+        placement,
+        BatchPlan(global_batch_size=8, micro_batch_size=1, accumulation_steps=1, world_size=ranks),
+        sizes,
+        {},
+        config.precision,
+        1.0,
+    )
+    assert deepspeed["zero_optimization"]["overlap_comm"] == overlaps
+
+    # Two buckets and a flat copy are counted, in bf16.
+    states = state_bytes(shape, placement, sizes, Arithmetic(config.precision, ADAMW), ranks)
+    if placement.zero_stage < 3:
+        buckets = 3 if overlaps else 1
+        assert states.backward == 2 * (buckets * sizes.reduce_bucket + largest)
+
+
+def test_a_bucket_that_the_largest_gradient_does_not_fit_is_not_overlapped() -> None:
+    config = compose_config(["model=smollm2_360m", "tuner=full"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    sizes = resolve_zero_sizes(shape, Placement(2), ADAMW, 8, "cuda")
+
+    def overlaps(**keys: object) -> bool:
+        return resize(sizes, {"zero_optimization": keys}).overlaps
+
+    assert overlaps()
+    assert overlaps(reduce_bucket_size=sizes.largest_gradient)
+    assert not overlaps(reduce_bucket_size=sizes.largest_gradient - 1)
+    assert not overlaps(overlap_comm=False)
+    assert overlaps(reduce_bucket_size=1000, overlap_comm=True)
+    of_stage_3 = resolve_zero_sizes(shape, Placement(3), ADAMW, 8, "cuda")
+    assert resize(of_stage_3, {"zero_optimization": {"reduce_bucket_size": 1000}}).overlaps
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_the_second_partition_of_hpz_is_counted_where_the_weights_are(tuner: str) -> None:
+    """On two ranks an engine of this model has 106,816 bytes of it for frozen weights."""
+    config = compose_config(["model=tiny", f"tuner={tuner}"]).config
+    shape = resolve_shape(config.model, config.tuner)
+    raw = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+    for param in ("none", "cpu"):
+        placement = Placement(3, "cpu", param)
+        plain = resolve_zero_sizes(shape, placement, ADAMW, 2, "cuda")
+        arithmetic = Arithmetic(config.precision, ADAMW)
+        without, with_it = (
+            state_bytes(shape, placement, sizes, arithmetic, 2)
+            for sizes in (plain, resize(plain, raw))
+        )
+        more = with_it.weights.device - without.weights.device
+        more_on_host = with_it.weights.host - without.weights.host
+        assert (more, more_on_host) == ((106_816, 0) if param == "none" else (0, 106_816))
+        assert with_it.adapters == without.adapters

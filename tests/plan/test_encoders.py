@@ -332,5 +332,5 @@ def test_roberta_large_at_8_x_512_in_fp16_fits_24_gb_without_recomputation() -> 
     states = device.weights + device.gradients + device.optimizer
     assert states == pytest.approx(16 * 355_361_794, rel=0.01)
     assert device.activations == pytest.approx(24 * 34 * 8 * 512 * 1024, rel=0.1)
-    assert not ladder.chosen.gradient_checkpointing
+    assert ladder.chosen.recomputed.count == 0
     assert ladder.chosen.batch.micro_batch_size == 8

@@ -26,6 +26,7 @@ KEYS = [
     "memory",
     "tokens_per_second",
     "gradient_checkpointing",
+    "recomputed",
     "attn_implementation",
     "learning_rate",
     "deepspeed",

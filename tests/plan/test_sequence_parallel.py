@@ -112,10 +112,12 @@ def test_128k_tokens_of_70b_fit_on_8_cards_that_share_them() -> None:
     assert ladder.chosen is None
     assert "Try: launch.sequence_parallel_size=" in describe_misfit(config, ladder)
     alone = ladder.rungs[0].candidate
-    shared = chosen(*LONG, "launch.sequence_parallel_size=8")
     assert alone is not None
-    assert shared.placement.rung == "none"
-    # An eighth of the tokens is saved by each.
+    assert chosen(*LONG, "launch.sequence_parallel_size=8").placement.rung == "none"
+    # An eighth of the tokens is saved by each, with as many layers recomputed.
+    every = "train.gradient_checkpointing=true"
+    shared = chosen(*LONG, "launch.sequence_parallel_size=8", every)
+    assert alone.recomputed.count == alone.recomputed.total
     device = shared.memory.device
     assert device.activations < 1.01 * alone.memory.device.activations / 8
     # Weights and states are those of all ranks, as before.

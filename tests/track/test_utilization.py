@@ -9,6 +9,7 @@ import pytest
 from llmtune.config.compose import compose_config
 from llmtune.config.schema import Precision
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.plan.plan import Plan
 from llmtune.plan.resolve import resolve_plan
 from llmtune.track.utilization import Utilization, find_utilization
@@ -30,7 +31,7 @@ def planned(tuner: str, recomputes: bool) -> Plan:
         shape=resolve_shape(config.model, config.tuner),
         hardware=replace(plan.hardware, accelerator="cuda", flops=312e12),
         world_size=8,
-        gradient_checkpointing=recomputes,
+        recomputed=RecomputedLayers(32 if recomputes else 0, 32),
     )
 
 

@@ -89,10 +89,11 @@ class TrainConfig:
 
     Evaluations have the loss without it.
     """
-    gradient_checkpointing: bool | str = "auto"
-    """Recompute activations in the backward pass.
+    gradient_checkpointing: bool | int | str = "auto"
+    """Recompute activations in the backward pass: of all layers, of none, or of so many.
 
-    ``auto`` does so where they would take too much of the device's memory.
+    ``auto`` takes as few layers as the device's memory allows, or a smaller micro-batch where that
+    is faster (docs/planner.md).
     """
     compile: Compile = Compile.none
     """Parts of the model that ``torch.compile`` compiles: ``layers``, each by itself, or ``none``.

@@ -138,7 +138,7 @@ def describe_plan(facts: Facts) -> Rows:
         ("hardware", _describe_hardware(hardware) if hardware and hardware.name else None),
         ("world size", plan.world_size),
         ("placement", _describe_placement(plan.placement)),
-        ("gradient checkpointing", _yes(plan.gradient_checkpointing)),
+        ("gradient checkpointing", _describe_recomputing(plan)),
         ("attention", plan.attn_implementation),
         ("predicted memory per rank", _describe_memory(plan.memory)),
         (
@@ -260,6 +260,12 @@ def _describe_memory(memory: MemoryPlan | None) -> str | None:
 
 def _rows(*pairs: tuple[str, Any]) -> Rows:
     return [(label, str(value)) for label, value in pairs if value is not None and value != ""]
+
+
+def _describe_recomputing(plan: RunRecord) -> str | None:
+    if plan.recomputed is not None and plan.recomputed.is_partial:
+        return plan.recomputed.describe()
+    return _yes(plan.gradient_checkpointing)
 
 
 def _yes(value: Any) -> str | None:

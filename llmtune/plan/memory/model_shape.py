@@ -10,7 +10,12 @@ from typing import Any
 from llmtune.config.groups.model import ModelConfig
 from llmtune.config.groups.tuner import TunerConfig
 from llmtune.errors import ConfigError
-from llmtune.plan.abilities import attention_kernels, is_bidirectional, max_positions
+from llmtune.plan.abilities import (
+    attention_kernels,
+    find_recomputing,
+    is_bidirectional,
+    max_positions,
+)
 from llmtune.plan.architecture.corrected_architecture import correct_architecture
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import build_meta_model, set_outputs
@@ -144,7 +149,6 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
     # Sizes, under the names that architectures give them.
     text: Any = architecture.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0))
-    layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
     base = [tensor for tensor in tensors if not tensor.adapter]
     layer_parameters, layer_quantized = largest_layer(model, adapters, tensors)
     return ModelShape(
@@ -160,7 +164,7 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         layer_quantized=layer_quantized,
         hidden_size=hidden,
         intermediate_size=_intermediate_size(text) or 4 * hidden,
-        layers=layers,
+        **_count_layers(model, trained, head, adapted is not None),
         vocab_size=vocabulary,
         **_count_heads(text, hidden),
         dynamic_positions=has_dynamic_positions(text),
@@ -173,7 +177,6 @@ def _count(config: ModelConfig, tuner: TunerConfig) -> ModelShape:
         kernels=_find_kernels(model, architecture, config),
         max_positions=max_positions(model, architecture),
         scalable=is_scalable(text),
-        frozen_layers=0 if adapted else min(layers, count_frozen_layers(model, trained, head)),
         adapted=tuple(adapted.all_endings) if adapted else (),
         left_alone=tuple(adapted.left_alone_endings) if adapted else (),
         loss_in_head=trainable and task.judges_words and _is_plain_head(model, adapters, tables),
@@ -192,6 +195,19 @@ def _count_heads(text: Any, hidden: int) -> dict[str, Any]:
         "heads": heads,
         "key_heads": int(getattr(text, "num_key_value_heads", None) or heads),
         "attention_width": heads * int(getattr(text, "head_dim", None) or hidden // heads),
+    }
+
+
+def _count_layers(
+    model: Any, trained: Collection[str], head: Sequence[str], has_adapter: bool
+) -> dict[str, Any]:
+    """Count the layers, and those before everything that is trained."""
+    layers = max(1, int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)))
+    frozen = 0 if has_adapter else min(layers, count_frozen_layers(model, trained, head))
+    return {
+        "layers": layers,
+        "frozen_layers": frozen,
+        "recomputing": find_recomputing(model),
     }
 
 

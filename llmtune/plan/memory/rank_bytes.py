@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from llmtune.config.schema import Precision
 from llmtune.optimizer.optimizer import Optimizer
-from llmtune.plan.memory.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +63,6 @@ class StateBytes:
 def element_bytes(precision: Precision) -> int:
     """Return the bytes of one element of weights, activations and gradients."""
     return 4 if precision is Precision.fp32 else 2
-
-
-def largest_trained_numel(shape: ModelShape) -> int:
-    """Return the elements of the largest trained tensor."""
-    return max(tensor.numel for tensor in shape.tensors if tensor.trained)
 
 
 def step_gradient_bytes(numel: int, arithmetic: Arithmetic) -> int:

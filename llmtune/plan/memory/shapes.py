@@ -115,6 +115,11 @@ class ModelShape:
     """Its positions are rotary, and ``model.rope_scaling`` can multiply them."""
     frozen_layers: int = 0
     """Layers before everything that is trained: no gradient flows back through them."""
+    recomputing: str = "one by one"
+    """Kind of recomputation that its layers allow.
+
+    See :func:`llmtune.plan.abilities.find_recomputing`.
+    """
     adapted: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters."""
     left_alone: tuple[str, ...] = ()
@@ -155,6 +160,16 @@ class ModelShape:
         """Build the shape from what JSON made of it."""
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists})
+
+    @property
+    def largest_gradient(self) -> int:
+        """Return the elements of the largest trained tensor; 0 of a shape without its tensors."""
+        return max((tensor.numel for tensor in self.tensors if tensor.trained), default=0)
+
+    @property
+    def reached_layers(self) -> int:
+        """Return the number of layers that a gradient flows back through."""
+        return max(0, self.layers - self.frozen_layers)
 
     @property
     def quantized_parameters(self) -> int:

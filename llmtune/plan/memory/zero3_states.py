@@ -5,6 +5,7 @@ There is one function per placement of the optimizer.
 Paths of DeepSpeed 0.19.8 are relative to ``deepspeed/runtime/``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmtune.optimizer.optimizer import FP32_BYTES, Optimizer
@@ -19,7 +20,6 @@ from llmtune.plan.memory.rank_bytes import (
     Arithmetic,
     Split,
     StateBytes,
-    largest_trained_numel,
     step_gradient_bytes,
 )
 from llmtune.plan.memory.shapes import ModelShape, TensorShape
@@ -55,6 +55,7 @@ def partition_states(
     ``zero/stage3.py``: ``_create_fp16_sub_groups``; ``_setup_for_real_optimizer`` (bucket,
     ``grad_partitions_flat_buffer``); ``__add_grad_to_ipg_bucket`` (one unpartitioned gradient).
     ``zero/parameter_offload.py: mark_persistent_parameters`` (small weights that stay gathered).
+    ``zero/partition_parameters.py: _partition_param_sec`` (hpZ's second partition).
     """
     # The sub-groups that are stepped one after the other, and this rank's elements of each.
     trained = [tensor for tensor in shape.tensors if tensor.trained]
@@ -75,15 +76,41 @@ def partition_states(
     adapters = [tensor for tensor in shape.tensors if tensor.adapter]
     left = _tied_head_on_nvme(shape, placement, sizes, size, world_size)
     weights = _partitioned_weights(base, placement, sizes, size, world_size)
+    weights += _second_partition(base, placement, sizes, size, world_size)
     return Partitions(
         weights=weights + Split(nvme=left),
         left_on_nvme=left,
         adapters=_partitioned_weights(adapters, placement, sizes, size, world_size),
         gradients=size * sum(numels),
         buckets=Split(device=size * (sizes.reduce_bucket + persistent), host=buffers),
-        backward=size * largest_trained_numel(shape),
+        backward=size * shape.largest_gradient,
         sub_group_numels=numels,
     )
+
+
+def _second_partition(
+    tensors: Sequence[TensorShape],
+    placement: Placement,
+    sizes: ZeroSizes,
+    size: int,
+    world_size: int,
+) -> Split:
+    """Return the bytes of hpZ's slices, which are where the weights are.
+
+    Trained ones are there from the first gather of a step on, until the optimizer changes the
+    weights; adapters have none.
+    """
+    if sizes.secondary_ranks < 2:
+        return Split()
+    # Weights are padded for all ranks, and then cut for those that share the second partition.
+    nbytes = sum(
+        size
+        * world_size
+        * partition_numel(tensor.stored_numel(size), world_size)
+        // sizes.secondary_ranks
+        for tensor in tensors
+    )
+    return Split(device=nbytes) if placement.param == "none" else Split(host=nbytes)
 
 
 def stage_3_on_device(partitions: Partitions, arithmetic: Arithmetic) -> StateBytes:

@@ -22,6 +22,10 @@ SWAP_ALIGNMENT_BYTES = 1024
 ELEMENT_BYTES = 2
 #: Elements of a rank that stage 3 steps at once, unless states are on NVMe.
 SUB_GROUP = 100_000_000
+#: Most elements of a bucket of gradients, unless one gradient has more.
+LARGEST_BUCKET = 500_000_000
+#: Buckets of a small model at least, where their reductions overlap with the backward pass.
+OVERLAPPED = 4
 #: Weights in flight between NVMe and the accelerator.
 PARAM_SWAP_BUFFERS = 6
 
@@ -56,6 +60,12 @@ class ZeroSizes:
     max_in_cpu: int
     """Trained weights that stay on the host although weights are on NVMe."""
     aio: AioSizes
+    overlaps: bool
+    """Gradients are reduced while the backward pass goes on."""
+    largest_gradient: int
+    """Elements of the largest gradient that a bucket of a stage below 3 must hold to overlap."""
+    secondary_ranks: int = 1
+    """Ranks that hold a second partition of all weights among themselves (hpZ); 1 without it."""
     optimizer_buffers: int
     """Swap buffers of a sub-group for weights, states and gradient on NVMe."""
     param_buffers: int = PARAM_SWAP_BUFFERS
@@ -88,8 +98,9 @@ def resolve_zero_sizes(
         max_reuse_distance = max(1_000_000_000, 2 * layer)
         prefetch = max(layer * 7 // 20, 1)
     trained = partition_numel(shape.trainable_parameters, world_size)
+    reduce_bucket, overlaps = _reduce_bucket(shape, placement, world_size, accelerator)
     return ZeroSizes(
-        reduce_bucket=_reduce_bucket(shape, placement),
+        reduce_bucket=reduce_bucket,
         allgather_bucket=_to_even(min(shape.trainable_parameters, 500_000_000)),
         sub_group=sub_group,
         max_live=2 * layer + shape.largest_tensor,
@@ -100,6 +111,8 @@ def resolve_zero_sizes(
         param_buffer=-(-largest // lengths) * lengths,
         max_in_cpu=trained + shape.adapter_parameters if shape.adapter_parameters else 0,
         aio=aio,
+        overlaps=overlaps,
+        largest_gradient=shape.largest_gradient if placement.zero_stage < 3 else 0,
         optimizer_buffers=optimizer.swap_buffers,
     )
 
@@ -113,7 +126,36 @@ def _to_even(numel: int) -> int:
     return numel + numel % 2
 
 
-def _reduce_bucket(shape: ModelShape, placement: Placement) -> int:
-    if placement.zero_stage < 3:
-        return min(shape.trainable_parameters, 500_000_000)
-    return max(shape.hidden_size**2, shape.largest_adapter_tensor, 1_000_000)
+def _reduce_bucket(
+    shape: ModelShape, placement: Placement, world_size: int, accelerator: str
+) -> tuple[int, bool]:
+    """Return the elements of a bucket of gradients, and whether its reduction is overlapped.
+
+    The gradients of adapters go in one reduction, unless there are more than half a billion.
+
+    Below stage 3 DeepSpeed 0.19.8 overlaps rightly as far as its source shows
+    (``stage_1_and_2.py``), which versions before did not: the two buffers take turns
+    (``IPGBucket.clear`` keeps ``index``), the reduction waits for all streams that filled a buffer
+    (``copy_streams``), a buffer is filled again behind its reduction (``average_tensor``), and
+    results live until they are used (``record_stream``). What is left out here:
+
+    * A gradient larger than a bucket, whose memory is free again before its reduction has read it
+      (``extra_large_param_to_reduce``). No bucket is smaller than the largest gradient.
+    * Stage 1. With overlap it reduces only what has a gradient in the last micro-batch of a step,
+      and leaves out what had one in an earlier micro-batch alone.
+    * An optimizer on the host, to which gradients are copied behind their reduction.
+    * A CPU, whose reductions wait in any case.
+    """
+    if placement.zero_stage == 3:
+        return max(shape.hidden_size**2, shape.largest_adapter_tensor, 1_000_000), True
+    trained = shape.trainable_parameters
+    if (
+        placement.zero_stage < 2
+        or placement.optimizer != "none"
+        or shape.adapter_parameters
+        or world_size == 1
+        or accelerator != "cuda"
+    ):
+        return min(trained, LARGEST_BUCKET), False
+    bucket = max(shape.largest_gradient, min(trained // OVERLAPPED, LARGEST_BUCKET))
+    return bucket, bucket < trained

@@ -15,7 +15,6 @@ from llmtune.plan.memory.rank_bytes import (
     Arithmetic,
     Split,
     StateBytes,
-    largest_trained_numel,
     step_gradient_bytes,
 )
 from llmtune.plan.memory.shapes import ModelShape
@@ -116,7 +115,7 @@ def _stages_1_and_2_on_host(
     gradient = master_bytes * share
     copy_of_weights = size * share
     # One gradient in transfer, on either side.
-    transfer = size * largest_trained_numel(shape)
+    transfer = size * shape.largest_gradient
     master_and_states = int(arithmetic.optimizer.master_and_state_bytes * share)
     on_host = master_and_states + gradient + copy_of_weights + transfer
     accumulates = accumulates_on_host and master_bytes == FP32_BYTES
@@ -136,6 +135,10 @@ def _unpartitioned_weights(shape: ModelShape, size: int) -> tuple[Split, Split]:
 
 
 def _reduction_bytes(shape: ModelShape, sizes: ZeroSizes, size: int) -> int:
-    """The bucket of ``zero/stage_1_and_2.py: setup_buckets``, and the gradient copied into it."""
-    bucket = min(sizes.reduce_bucket, shape.trainable_parameters)
-    return size * bucket + size * largest_trained_numel(shape)
+    """The bucket of ``zero/stage_1_and_2.py: setup_buckets``, and the gradient copied into it.
+
+    Where reductions overlap with the backward pass there are two buckets, and the one that is
+    reduced has a flat copy (``allreduce_bucket``) while the other is filled.
+    """
+    buckets = 3 if sizes.overlaps else 1
+    return size * (buckets * sizes.reduce_bucket + shape.largest_gradient)

@@ -28,7 +28,7 @@ from llmtune.engine.neftune import add_noise
 from llmtune.engine.partitions import gather_for_readers
 from llmtune.engine.train_module import TrainModule, zero_init
 from llmtune.errors import StoppedError
-from llmtune.model.build import WeightsTo, build_model
+from llmtune.model.build import WeightsTo, build_model, recompute_layers
 from llmtune.model.compiled_layers import compile_layers
 from llmtune.model.nf4.nf4_model import In4Bits
 from llmtune.model.tokenizer import load_tokenizer
@@ -294,11 +294,12 @@ def build_module(request: RunRequest, rank: Rank) -> TrainModule:
     folder = request.model_folder
     if request.resume_from is not None and not tuner.has_adapter:
         folder = request.resume_from
-    recompute, kernel = plan.gradient_checkpointing, plan.attn_implementation
-    model = build_model(folder, config.model, config.precision, recompute, kernel, weights)
+    kernel = plan.attn_implementation
+    model = build_model(folder, config.model, config.precision, kernel, weights)
     task = find_task(config.model.task)
     head = Head(modules=tuple(task.head_modules(model)), peft_type=task.peft_type)
     model = attach_tuner(model, request, rank, head)
+    recompute_layers(model, plan.recomputed)
     if (alpha := config.train.neftune_noise_alpha) is not None:
         add_noise(model, alpha)
     if compiles_layers(config.train, plan.placement.zero_stage):

@@ -14,6 +14,7 @@ from llmtune.config.groups.tuner import TunerConfig
 from llmtune.plan.architecture.load import load_architecture
 from llmtune.plan.architecture.meta_model import set_outputs
 from llmtune.plan.memory.rank_bytes import ActivationBytes, LayerBytes
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.plan.memory.shapes import ModelShape
 from llmtune.plan.memory.trace.fake_run import TRACED_LAYERS, TraceSettings, trace_layers
 from llmtune.plan.memory.trace.loss_bytes import converted_bytes, head_loss_bytes, loss_bytes
@@ -58,7 +59,7 @@ class ActivationModel:
             traced,
             rows=1,
             zero3=settings.zero3 and not tuner.trains_all and not adapts_all,
-            after_frozen=0 < self._frozen_layers(settings) < self.shape.layers,
+            after_frozen=0 < self.shape.frozen_layers < self.shape.layers,
             masked=traced.masked and traced.attn_implementation in ("sdpa", "eager"),
         )
         first = further = self._remembered(one)
@@ -74,6 +75,30 @@ class ActivationModel:
             working=first.working + more * further.working + converted,
             logits=self._loss_bytes(settings),
             origin=first.origin,
+        )
+
+    def of_layers(self, settings: TraceSettings, recomputed: RecomputedLayers) -> ActivationBytes:
+        """Return the bytes of a micro-batch of which some layers are computed again.
+
+        The ends are traced, all layers and none. Between them every layer that is computed again
+        keeps its input in the place of all that it saves, so that ``saved`` is on a line. The
+        layers that keep everything are the last ones, and are freed before one is computed again.
+
+        Args:
+            settings: Their ``gradient_checkpointing`` is not read.
+        """
+        of_all = replace(settings, gradient_checkpointing=True)
+        if recomputed.count and not recomputed.is_partial:
+            return self(of_all)
+        none = self(replace(settings, gradient_checkpointing=False))
+        if recomputed.count == 0:
+            return none
+        all_layers = self(of_all)
+        spared = recomputed.share * (none.saved - all_layers.saved)
+        saved = none.saved - round(spared)
+        freed = saved - all_layers.saved
+        return replace(
+            none, saved=saved, working=max(none.working, all_layers.working - max(0, freed))
         )
 
     def _loss_bytes(self, settings: TraceSettings) -> int:
@@ -115,14 +140,9 @@ class ActivationModel:
                 "activations estimated, because the trace failed: %s", error
             )
             return estimate(shape, settings)
-        layers = shape.layers - self._frozen_layers(settings)
-        saved = max(0, trace.held + trace.layer * (layers - TRACED_LAYERS))
+        # Layers before everything that is trained keep nothing.
+        saved = max(0, trace.held + trace.layer * (shape.reached_layers - TRACED_LAYERS))
         return LayerBytes(saved=saved, working=max(0, trace.peak - trace.held))
-
-    def _frozen_layers(self, settings: TraceSettings) -> int:
-        """Count the first layers that keep nothing, because no gradient flows back through them."""
-        # Checkpointing makes the first layer's input need a gradient (``model/build.py``).
-        return 0 if settings.gradient_checkpointing else self.shape.frozen_layers
 
     def _task(self) -> Task | None:
         """The task whose head is traced; the head of a language model is counted by its loss."""

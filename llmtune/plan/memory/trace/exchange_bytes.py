@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from llmtune.plan.memory.rank_bytes import LayerBytes
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
 from llmtune.plan.memory.shapes import ModelShape
 
 
 def exchange_bytes(
-    shape: ModelShape, tokens: int, count: int, element_bytes: int, recompute: bool
+    shape: ModelShape, tokens: int, count: int, element_bytes: int, recomputed: RecomputedLayers
 ) -> LayerBytes:
     """Return what the exchange adds to the activations of one rank.
 
@@ -24,7 +25,8 @@ def exchange_bytes(
     before, behind = shape.exchanged_numel(tokens, count)
     both_sides = element_bytes * behind
     working = 3 * element_bytes * before
-    if recompute:
+    kept = recomputed.total - recomputed.count
+    if recomputed.count and kept == 0:
         return LayerBytes(saved=0, working=working + both_sides)
-    layers = shape.layers - shape.frozen_layers
-    return LayerBytes(saved=both_sides * layers, working=working)
+    # Layers that keep both are freed before one is computed again.
+    return LayerBytes(saved=both_sides * kept, working=working)
