@@ -2,11 +2,11 @@
 
     DS_ACCELERATOR=cpu python scripts/bench/step_overhead.py [--steps 100] [--times 5]
 
-One engine trains a tiny model. In turn, llmtune's loop does 100 steps as in a run (its loader, the
-learning rate, the check of losses, a line in metrics.jsonl, the console, the stop request), and a
-bare loop calls the engine's forward pass, ``backward`` and ``step`` on batches that are ready. Both
-compute the same losses of the same rows. Prints the medians of the milliseconds of a step over all
-turns, and their difference.
+One engine trains a tiny model. llmtune's loop does a step as in a run (its loader, the learning
+rate, the check of losses, a line in metrics.jsonl, the console, the stop request), and then a bare
+loop calls the engine's forward pass, ``backward`` and ``step`` on the same rows, which are ready;
+and so on. Prints the median over ``--times`` turns of the medians of ``--steps`` steps, and the
+difference of the two.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,17 +35,21 @@ from llmtune.plan.length.resolve_steps import resolve_steps
 from llmtune.plan.memory.placement import Placement
 from llmtune.plan.resolve import resolve_plan
 from llmtune.run.task import adopt_task, prepare_rows, resolve_labels
+from llmtune.storage import layout
 from llmtune.track.console import Console
 from llmtune.train import loop
 from llmtune.train.build.job import build_job
 from llmtune.train.request import RunRequest
 from llmtune.train.stop_request import Stop
 
+#: Steps that do not count.
+WARM_UP = 20
+
 
 def make_job(folder: Path, steps: int, rank: Rank) -> loop.Job:
     """Build a run of the tiny model with everything that a run has."""
     overrides = ["model=tiny", "tuner=full", "zero=0", "precision=fp32", "optim=adamw"]
-    overrides += ["data.train=stdlib_docs@400", "data.max_seq_length=128", "data.overlong=truncate"]
+    overrides += ["data.train=stdlib_docs@400", "data.max_seq_length=512", "data.overlong=truncate"]
     overrides += ["data.val_set_size=8", f"train.max_steps={steps}", "train.sample_answers=false"]
     overrides += ["train.global_batch_size=4", "report.write=false", "export=none"]
     config = adopt_task(compose_config([*overrides, f"output_dir={folder}"])).config
@@ -70,39 +74,33 @@ def make_job(folder: Path, steps: int, rank: Rank) -> loop.Job:
     return build_job(request, rank, Console(None), Stop(rank, folder))
 
 
-def run_ours(job: loop.Job, steps: int) -> list[float]:
-    """Seconds of each step of the loop, with what it does between two steps."""
-    progress, seconds = replace(job.start, step=0), []
+def ours(job: loop.Job, steps: int) -> Iterator[float]:
+    """Do steps of llmtune's loop; yield the seconds of each, with what is done between two."""
+    progress = job.start
     batches = job.loader.from_position(None, steps, progress.reached)
     for _ in range(steps):
         started = time.perf_counter()
         progress = loop.train_step(job, progress, batches)
         job.ranks.after_step()
         job.stop.agree(job.saver.has_failed, job.saver.is_writing)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+        yield time.perf_counter() - started
 
 
-def run_bare(job: loop.Job, steps: int) -> list[float]:
-    """Seconds of each step of the engine's own calls, on the same rows."""
+def bare(job: loop.Job, steps: int) -> Iterator[float]:
+    """Do steps of the engine's own calls on the same rows, which are ready; yield their seconds."""
     batches = job.loader.from_position(None, steps, job.start.reached)
-    ready = [next(batches) for _ in range(steps)]
-    engine, objective, seconds = job.module.engine, job.module.objective, []
-    engine.train()
-    for step in ready:
+    engine, objective = job.module.engine, job.module.objective
+    for _ in range(steps):
+        step = next(batches)
+        engine.train()
         started = time.perf_counter()
         for index, batch in enumerate(step.micro_batches):
             engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
-            inputs: dict[str, Any] = dict(batch.inputs)
-
-            def forward(inputs: dict[str, Any] = inputs) -> Any:
-                return engine(**inputs, use_cache=False)
-
+            forward = partial(engine, **batch.inputs, use_cache=False)
             loss = objective.train(forward, batch.targets)
             engine.backward(loss / step.loss_weight, scale_wrt_gas=False)
             engine.step()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+        yield time.perf_counter() - started
 
 
 def main() -> int:
@@ -113,6 +111,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--times", type=int, default=5)
     arguments = parser.parse_args()
+    steps = arguments.steps * arguments.times + WARM_UP
     set_defaults("cpu", 1)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     # DeepSpeed asks for both, though there is no other rank to meet.
@@ -120,17 +119,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "run"
         folder.mkdir()
+        # A run has written its own; a checkpoint would take it along.
+        (folder / layout.CONFIG).write_text("")
         load_ops("cpu", Placement(0))
         rank = init_ranks(meeting=Path(root) / "meeting")
         job = make_job(folder, 10**6, rank)
-        runs: dict[str, list[float]] = {"llmtune": [], "bare": []}
-        for _ in range(arguments.times + 1):
-            for name, run in (("llmtune", run_ours), ("bare", run_bare)):
-                runs[name].append(1000 * statistics.median(run(job, arguments.steps)))
-        # The first turn warms up.
-        ours, bare = (statistics.median(of_side[1:]) for of_side in runs.values())
-    print(f"llmtune {ours:.2f} ms a step, bare DeepSpeed {bare:.2f} ms: {ours - bare:+.2f} ms")
-    print(json.dumps({"llmtune_ms": ours, "bare_ms": bare, "turns": runs}))
+        # The first steps of both warm up.
+        pairs = list(zip(ours(job, steps), bare(job, steps), strict=True))[WARM_UP:]
+    turns = [
+        pairs[start : start + arguments.steps] for start in range(0, len(pairs), arguments.steps)
+    ]
+    medians = [
+        [1000 * statistics.median(side) for side in zip(*turn, strict=True)] for turn in turns
+    ]
+    llmtune, engine = (statistics.median(side) for side in zip(*medians, strict=True))
+    print(f"llmtune {llmtune:.2f} ms a step, DeepSpeed {engine:.2f} ms: {llmtune - engine:+.2f} ms")
+    print(json.dumps({"llmtune_ms": llmtune, "deepspeed_ms": engine, "turns": medians}))
     return 0
 
 

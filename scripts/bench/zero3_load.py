@@ -48,7 +48,7 @@ def load_llmtune(folder: Path, meeting: Path) -> dict[str, float]:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     peak, started = Peak(), time.monotonic()
-    model = build_model(folder, config.model, config.precision, False, "eager", weights)
+    model = build_model(folder, config.model, config.precision, "eager", weights)
     seconds = time.monotonic() - started
     return {"seconds": seconds, "peak_bytes": peak.stop(), "kept_bytes": kept_bytes(model)}
 
