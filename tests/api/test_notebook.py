@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import cold
 from tests.support import ROOT, run
 
 NOTEBOOK = ROOT / "docs" / "python-api.ipynb"
@@ -45,13 +46,17 @@ def test_the_cells_run_as_a_program(tmp_path: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_the_notebook_runs_in_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a kernel is installed, which ``pip install nbclient ipykernel`` does."""
+def test_the_notebook_runs_in_a_kernel(tmp_path: Path) -> None:
+    """Where a kernel is installed, which ``pip install nbclient ipykernel`` does.
+
+    It starts cold: in a process that has matplotlib already, it would not show pictures.
+    """
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     metadata = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=metadata).execute()
+    with cold():
+        nbclient.NotebookClient(notebook, timeout=600, resources=metadata).execute()
     shown = json.dumps(notebook)
     assert "step 6/6" in shown
     assert "image/png" in shown
