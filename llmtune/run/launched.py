@@ -165,7 +165,7 @@ def _run_watched(request: RunRequest, rank: Rank, console: Console, watch: RankW
     """
     from llmtune.engine.distributed import barrier
     from llmtune.run.fallback import may_move
-    from llmtune.train.build.job import run_job
+    from llmtune.train.builders.job import run_job
 
     failures: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if may_move(request.config):

@@ -105,7 +105,7 @@ def import_libraries(tuner: str) -> None:
     with no_collection():
         import transformers.modeling_utils  # noqa: F401
 
-        import llmtune.train.build.job  # noqa: F401
+        import llmtune.train.builders.job  # noqa: F401
         from llmtune.engine.distributed import import_deepspeed
 
         import_deepspeed()
@@ -116,7 +116,7 @@ def import_libraries(tuner: str) -> None:
 def _train(request: RunRequest, console: Console, phases: PhaseLog) -> None:
     from llmtune.engine.distributed import barrier, init_ranks
     from llmtune.launch.preflight.deepspeed_ops import load_ops
-    from llmtune.train.build.job import run_job
+    from llmtune.train.builders.job import run_job
 
     if request.plan.hardware.accelerator == "cuda":
         bind_to_gpu(int(os.environ["LOCAL_RANK"]), launched_ranks_on_node())

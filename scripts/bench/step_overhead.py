@@ -38,7 +38,7 @@ from llmtune.run.task import adopt_task, prepare_rows, resolve_labels
 from llmtune.storage import layout
 from llmtune.track.console import Console
 from llmtune.train import loop
-from llmtune.train.build.job import build_job
+from llmtune.train.builders.job import build_job
 from llmtune.train.request import RunRequest
 from llmtune.train.stop_request import Stop
 

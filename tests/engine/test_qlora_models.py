@@ -130,8 +130,8 @@ def check(cells: list[Any], cache: Path, folder: Path, tmp_path: Path) -> None:
     both = list(zip(tasks, places, strict=True))
     saving = [{**task, "save": place, "save_at": HALF} for task, place in both]
     loading = [{**task, "first": HALF, "load": place} for task, place in both]
-    # In processes of their own, as resumed runs are: in one that has trained six other engines a sum
-    # of gpt2's was rounded otherwise.
+    # In processes of their own, as resumed runs are: in one that has trained six other engines a
+    # sum of gpt2's was rounded otherwise.
     found = [
         *train_engines(saving, ranks, tmp_path, timeout=900),
         *train_engines(loading, ranks, tmp_path, timeout=900),

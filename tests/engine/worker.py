@@ -44,8 +44,8 @@ from llmtune.storage.plain_fields import from_plain
 from llmtune.task.losses import sum_cross_entropy
 from llmtune.task.objective import ForwardPass
 from llmtune.task.targets import Targets
-from llmtune.train.build.batches import build_collator
-from llmtune.train.build.job import build_module
+from llmtune.train.builders.batches import build_collator
+from llmtune.train.builders.job import build_module
 from llmtune.train.model_files import render_model_files, resolve_weight_files
 from llmtune.train.request import RunRequest
 from tests.joined import join_ranks

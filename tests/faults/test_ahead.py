@@ -98,7 +98,7 @@ def test_what_libraries_print_while_they_are_imported_stays_off_the_console(tmp_
         "class Loud:\n"
         "    @staticmethod\n"
         "    def find_spec(name, path=None, target=None):\n"
-        "        if name == 'llmtune.train.build.job' and 'RANK' in os.environ:\n"
+        "        if name == 'llmtune.train.builders.job' and 'RANK' in os.environ:\n"
         "            print('a loud library', flush=True)\n"
         "sys.meta_path.insert(0, Loud)\n"
     )

@@ -52,7 +52,10 @@ _KEYS_OF_UNITS: dict[str, tuple[str, ...]] = {
     ),
     SECONDS: ("launch.hang_timeout", "launch.stop_timeout", "hparams_search.timeout"),
     "restarts": ("launch.max_restarts",),
-    "layers": ("tuner.freeze.last_layers", "tuner.layers_to_transform"),
+    "layers": (
+        *("train.gradient_checkpointing", "tuner.freeze.last_layers"),
+        "tuner.layers_to_transform",
+    ),
     "classes": ("predict.top_k",),
     "days": ("runs.unused_days",),
     "trials": ("hparams_search.trials", "hparams_search.pruner_startup_trials"),

@@ -190,7 +190,7 @@ def _patch_save(module: Any) -> None:
 
 
 def _patch_job(module: Any) -> None:
-    """``llmtune.train.build.job``: the model is being built."""
+    """``llmtune.train.builders.job``: the model is being built."""
 
     def begin(*_: Any, **__: Any) -> None:
         note("load")
@@ -240,7 +240,7 @@ _PATCHES: dict[str, Callable[[Any], None]] = {
     "llmtune.storage.manifest": _patch_manifest,
     "llmtune.checkpoint.save": _patch_save,
     "llmtune.storage.remote": _patch_mirror,
-    "llmtune.train.build.job": _patch_job,
+    "llmtune.train.builders.job": _patch_job,
     "llmtune.train.resume": _patch_resume,
 }
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-
 from llmtune.checkpoint.mirror import Mirror
 from llmtune.checkpoint.resume_best import resume_best
 from llmtune.checkpoint.retention import Retention, list_checkpoints
@@ -51,7 +50,7 @@ from llmtune.track.service import TrackedRun, open_services
 from llmtune.track.tracker import Outcome, Tracker, Trackers
 from llmtune.track.utilization import find_utilization
 from llmtune.train.adapters.attach import attach_tuner
-from llmtune.train.build.batches import build_collator, build_loader
+from llmtune.train.builders.batches import build_collator, build_loader
 from llmtune.train.checkpointing import CheckpointSaver, SaveSettings
 from llmtune.train.divergence import DivergenceMonitor
 from llmtune.train.hooks.build_hooks import build_hooks

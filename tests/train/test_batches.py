@@ -10,7 +10,7 @@ import torch
 
 from llmtune.config.compose import compose_config
 from llmtune.task.labels import Labels
-from llmtune.train.build.batches import build_collator
+from llmtune.train.builders.batches import build_collator
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Optimizers that DeepSpeed's engine drives in the place of its own."""
