@@ -235,12 +235,13 @@ def load_bench() -> Any:
 def test_rounding_stochastically_follows_fp32_and_to_the_nearest_does_not(tmp_path: Path) -> None:
     """SmolLM2 on 2 ranks, as ``scripts/bench/optimizers.py`` trains it; see docs/planner.md."""
     bench = load_bench()
+    rows = bench.write_rows(tmp_path / "rows.jsonl")
     jobs = {
         "fp32": bench.REFERENCE,
         **{name: bench.OPTIMIZERS[name][0] for name in ("adamw_bf16", "adamw_bf16_nearest")},
     }
     known, stochastic, nearest = (
-        bench.train(overrides, "none", tmp_path / name, STEPS) for name, overrides in jobs.items()
+        bench.train(overrides, "none", rows, STEPS) for overrides in jobs.values()
     )
     assert largest_difference(stochastic, known) < 0.06
     assert largest_difference(nearest, known) > 0.3
