@@ -244,4 +244,4 @@ def test_rounding_stochastically_follows_fp32_and_to_the_nearest_does_not(tmp_pa
         bench.train(overrides, "none", rows, STEPS) for overrides in jobs.values()
     )
     assert largest_difference(stochastic, known) < 0.06
-    assert largest_difference(nearest, known) > 0.3
+    assert largest_difference(nearest, known) > 0.1
