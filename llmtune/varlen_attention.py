@@ -125,6 +125,8 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **said)
     scaling, window = said.get("scaling"), said.get("sliding_window")
     if _exchange is not None:
+        # Rotary positions in fp32 may have left queries and keys in it.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         query, key, value = _exchange.to_heads(query, key, value)
     if query.device.type == "cuda":
         longest = said["max_length_q"]

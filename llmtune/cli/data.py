@@ -161,7 +161,9 @@ def _build_report(
 ) -> DataReport:
     asked, global_batch = config.train.per_device_train_batch_size, config.train.global_batch_size
     if not isinstance(global_batch, int):
-        ranks = Ranks(config.launch.nproc or 1)
+        shared = config.launch.sequence_parallel_size
+        # More ranks than these may be started; they are a multiple of a group.
+        ranks = Ranks(max(config.launch.nproc or 1, shared), shared)
         global_batch = resolve_batch(config.train, ranks).global_batch_size
     lengths = measure_lengths(rows)
     padding = measure_padding(

@@ -29,6 +29,8 @@ class Rank:
     ranks_on_node: int = 1
     control: Any = None
     """Process group on the host for small decisions, where the default one is on GPUs."""
+    timeout: timedelta = timedelta(minutes=60)
+    """The time that a collective waits for the other ranks."""
 
     @property
     def is_first(self) -> bool:
@@ -67,7 +69,7 @@ def init_ranks(
         phases.clock = PhaseClock(StreamTimer(accelerator))
 
     # The process group.
-    init_method = None
+    timeout, init_method = timedelta(minutes=timeout_minutes), None
     if meeting is not None:
         # A descriptor, which stays open, replaces the path of the folder: torch ends a path at # or
         # ?.
@@ -75,7 +77,7 @@ def init_ranks(
         init_method = f"file:///proc/self/fd/{folder}/{meeting.name}"
     deepspeed.init_distributed(
         dist_backend="gloo" if on_host else accelerator.communication_backend_name(),
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         verbose=False,
         init_method=init_method,
         rank=int(os.environ["RANK"]),
@@ -90,7 +92,7 @@ def init_ranks(
     # With NCCL, small decisions go through a group on the host.
     control = None
     if not on_host:
-        control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        control = dist.new_group(backend="gloo", timeout=timeout)
     return Rank(
         rank=dist.get_rank(),
         local_rank=local_rank,
@@ -99,6 +101,7 @@ def init_ranks(
         phases=phases,
         ranks_on_node=on_node,
         control=control,
+        timeout=timeout,
     )
 
 

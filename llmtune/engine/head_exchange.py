@@ -31,7 +31,7 @@ class HeadExchange:
         self.count = count
         self.group: Any = None
         for first in range(0, rank.world_size, count):
-            group = dist.new_group(list(range(first, first + count)))
+            group = dist.new_group(list(range(first, first + count)), timeout=rank.timeout)
             if first <= rank.rank < first + count:
                 self.group = group
 

@@ -57,7 +57,7 @@ class Candidate:
     @property
     def key(self) -> dict[str, Any]:
         """Return what tells it from the other candidates of a job, as plain values."""
-        return candidate_key(self.placement, self.batch.micro_batch_size, self.recomputed)
+        return candidate_key(self.placement, self.batch, self.recomputed)
 
     def describe(self) -> str:
         """Describe the candidate in one phrase, for messages."""
@@ -107,20 +107,22 @@ class Ladder:
 
 
 def candidate_key(
-    placement: Placement, micro_batch_size: int, recomputed: RecomputedLayers
+    placement: Placement, batch: BatchPlan, recomputed: RecomputedLayers
 ) -> dict[str, Any]:
     """Return what tells a candidate from the others of its job, as plain values.
 
-    Where all layers are the same the values are those that earlier versions wrote, so that what
-    they remember of memory that ran out still counts.
+    Where all layers are the same, and each rank has rows of its own, the values are those that
+    earlier versions wrote, so that what they remember of memory that ran out still counts.
     """
     key = {
         **asdict(placement),
-        "micro_batch_size": micro_batch_size,
+        "micro_batch_size": batch.micro_batch_size,
         "gradient_checkpointing": recomputed.count > 0,
     }
     if recomputed.is_partial:
         key["recomputed_layers"] = recomputed.count
+    if batch.sequence_parallel_size > 1:
+        key["sequence_parallel_size"] = batch.sequence_parallel_size
     return key
 
 

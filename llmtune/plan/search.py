@@ -273,6 +273,10 @@ class Search:
             resolve_zero_sizes(shape, placement, optimizer, world, hardware.accelerator),
             self.config.zero.deepspeed,
         )
+        if self.ranks.sequence_parallel_size > 1 and placement.zero_stage < 3:
+            # Reductions would run beside the exchange of tokens, in another group of ranks, in an
+            # order that was not tried on GPUs.
+            sizes = replace(sizes, overlaps=False)
         # What accumulates gradients on the host takes no more of it for more micro-batches, but
         # takes none for one.
         most = batch.resized(self.schedule.largest).accumulation_steps

@@ -112,7 +112,7 @@ class Cluster:
         """Return the seconds in which ``count`` neighboring ranks exchange ``nbytes`` each."""
         hardware = self.hardware
         link = CPU_LINK_BANDWIDTH if hardware.accelerator == "cpu" else hardware.link_bandwidth
-        if count > self.ranks_on_node:
+        if self.ranks_on_node % count:
             # The ranks of a machine share its network.
             link = min(link, hardware.network_bandwidth / self.ranks_on_node)
         return nbytes * (count - 1) / count / link

@@ -190,7 +190,7 @@ def _to_failure(request: RunRequest, event: MemoryEvent) -> MemoryFailure:
     """Return memory that ran out, with the placement of this attempt."""
     plan = request.plan
     return MemoryFailure(
-        candidate=candidate_key(plan.placement, plan.batch.micro_batch_size, plan.recomputed),
+        candidate=candidate_key(plan.placement, plan.batch, plan.recomputed),
         conditions=failure_conditions(
             plan.hardware, plan.world_size, request.config.launch.memory_limit
         ),

@@ -100,7 +100,8 @@ class DivergenceMonitor:
         own_bad = [row for row, loss in own if not math.isfinite(loss)]
         of_ranks = gather_objects((own_bad, [row for row, _ in own]), self.module.rank)
         bad = [row for rank_bad, _ in of_ranks for row in rank_bad]
-        named = sorted(bad or [row for _, rank_rows in of_ranks for row in rank_rows])
+        # Ranks that share rows have the same ones.
+        named = sorted({*bad} or {row for _, rank_rows in of_ranks for row in rank_rows})
 
         # Their files and lines.
         locations: list[str] = []

@@ -17,7 +17,11 @@ from llmtune.plan.batch_sizes import Ranks, batch_options
 from llmtune.plan.ladder import Candidate, Ladder
 from llmtune.plan.length.sequence_parallel import check_sequence_parallel
 from llmtune.plan.memory.model_shape import resolve_shape
+from llmtune.plan.memory.rank_bytes import LayerBytes
+from llmtune.plan.memory.recomputed_layers import RecomputedLayers
+from llmtune.plan.memory.trace.exchange_bytes import exchange_bytes
 from llmtune.plan.resolve import resolve_ladder, resolve_plan
+from llmtune.plan.speed import Cluster
 
 CARDS = ["hardware=8xa100_80gb", "precision=bf16", "data.train=none.jsonl"]
 LONG = ["model=llama31_70b", "tuner=lora", "data.max_seq_length=131072", *CARDS]
@@ -131,3 +135,41 @@ def test_sharing_costs_time_where_rows_would_fit() -> None:
     assert shared.speed.terms["tokens for heads"] > 0
     assert alone.speed.terms["tokens for heads"] == 0
     assert shared.speed.tokens_per_second < alone.speed.tokens_per_second
+
+
+def test_memory_that_ran_out_in_a_group_says_nothing_of_other_sizes_of_groups() -> None:
+    job = ["model=llama31_8b", "tuner=lora", "data.max_seq_length=4096", *CARDS]
+    keys = [chosen(*job, f"launch.sequence_parallel_size={count}").key for count in (1, 2, 4)]
+    assert "sequence_parallel_size" not in keys[0], "as earlier versions wrote it"
+    assert [key["sequence_parallel_size"] for key in keys[1:]] == [2, 4]
+
+
+def test_a_group_on_two_nodes_is_as_slow_as_the_network() -> None:
+    hardware = resolve_ladder(compose(*LONG), planning=True).hardware
+    inside = Cluster(replace(hardware, nodes=2), 16).exchange_seconds(1e9, 8)
+    # Three ranks on a node: one of the groups of two has ranks on both.
+    across = Cluster(replace(hardware, nodes=2), 6).exchange_seconds(1e9, 2)
+    assert across / (1 / 2) > 4 * inside / (7 / 8), "of what leaves a rank"
+
+
+def test_repeated_keys_are_kept() -> None:
+    config = compose("model=tiny", "data.train=none.jsonl")
+    shape = replace(resolve_shape(config.model, config.tuner), heads=8, key_heads=2)
+    none, every = RecomputedLayers(0, 2), RecomputedLayers(2, 2)
+    two, four = (exchange_bytes(shape, 100, count, 2, none) for count in (2, 4))
+    width = shape.attention_width // 8
+    assert four.saved - two.saved == 2 * 2 * (2 * 2 * 100 * width)
+    assert exchange_bytes(shape, 100, 4, 2, every).saved == 0
+    assert exchange_bytes(shape, 100, 1, 2, none) == LayerBytes(saved=0, working=0)
+
+
+def test_overlap_is_off_in_groups() -> None:
+    job = ["model=llama31_8b", "tuner=full", "zero=2", "optim=adamw_8bit", *CARDS]
+    alone = resolve_ladder(compose(*job), planning=True).rungs[0].candidate
+    shared = resolve_ladder(compose(*job, "launch.sequence_parallel_size=2"), planning=True).rungs[
+        0
+    ]
+    assert alone is not None
+    assert alone.sizes.overlaps
+    assert shared.candidate is not None
+    assert not shared.candidate.sizes.overlaps

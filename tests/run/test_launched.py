@@ -21,7 +21,7 @@ JOB += ["zero=3", "hardware.nvme_bytes=1TB", "hardware.host_memory_bytes=1TB"]
 
 def failure_of(plan: Plan, number: int) -> MemoryFailure:
     return MemoryFailure(
-        candidate=candidate_key(plan.placement, plan.batch.micro_batch_size, plan.recomputed),
+        candidate=candidate_key(plan.placement, plan.batch, plan.recomputed),
         conditions=failure_conditions(plan.hardware, plan.world_size, None),
         time=float(number),
         rank=0,

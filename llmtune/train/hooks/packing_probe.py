@@ -106,17 +106,19 @@ def measure_mixing(
             largest=math.nan, mean_square=math.nan, nan_alone=nan_alone, nan_behind=nan_behind
         )
 
-    # The differences, in units of the logits' spread.
-    one_by_one, packed = torch.cat(alone), torch.cat(behind)
-    # Some models give tokens that cannot follow a logit of minus infinity.
-    finite = one_by_one[one_by_one.isfinite()]
-    spread = float(finite.sub(finite.mean()).square().mean().sqrt()) if len(finite) else 0.0
-    spread = spread or 1.0
-    difference = torch.where(packed == one_by_one, 0.0, packed - one_by_one)
+    difference = _difference(torch.cat(alone), torch.cat(behind))
     return Mixing(
-        largest=float(difference.abs().max()) / spread,
-        mean_square=float(difference.square().mean().sqrt()) / spread,
+        largest=float(difference.abs().max()),
+        mean_square=float(difference.square().mean().sqrt()),
     )
+
+
+def _difference(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Return the differences of logits, in units of the spread of the expected ones."""
+    # Some models give tokens that cannot follow a logit of minus infinity.
+    finite = expected[expected.isfinite()]
+    spread = float(finite.sub(finite.mean()).square().mean().sqrt()) if len(finite) else 0.0
+    return torch.where(found == expected, 0.0, found - expected) / (spread or 1.0)
 
 
 def _find_nan(documents: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, ...]:
@@ -261,8 +263,6 @@ def check_module(
             NaN.
     """
     documents, limit = draw_documents(LENGTHS, vocabulary), LIMITS[dtype]
-    if collator.part.count > 1:
-        _check_parts(module, collator, documents, limit, name)
     with exchanging(None):
         mixing = measure_mixing(module.logits, collator, documents)
 
@@ -290,6 +290,8 @@ def check_module(
     )
     if problem is not None:
         raise ConfigError(problem)
+    if collator.part.count > 1:
+        _check_parts(module, collator, documents, limit, name)
 
 
 def _check_parts(
@@ -312,8 +314,7 @@ def _check_parts(
     own = module.logits(collator.part.cut(whole, collator.pad_token_id))[0].float()
     # The parts of the first group, which has the same tokens as the others.
     together = gather_rows(own, module.rank)[: len(alone)]
-    spread = float(alone.std()) or 1.0
-    difference = float((together - alone).square().mean().sqrt()) / spread
+    difference = float(_difference(alone, together).square().mean().sqrt())
     (size,) = all_reduce_sum([difference], module.rank)
     if not size / module.rank.world_size <= limit:
         raise ConfigError(

@@ -14,7 +14,7 @@ def exchange_bytes(
 
     What goes out, what comes in and its copy in the order of tokens are there at the same time. Of
     attention's result both sides are kept, where a layer is not recomputed: one by the kernel, the
-    other by the projection behind it.
+    other by the projection behind it. The kernel also keeps the keys and values that were repeated.
 
     Args:
         tokens: Of one rank.
@@ -23,10 +23,11 @@ def exchange_bytes(
     if count == 1:
         return LayerBytes(saved=0, working=0)
     before, behind = shape.exchanged_numel(tokens, count)
-    both_sides = element_bytes * behind
+    once, _ = shape.exchanged_numel(tokens, 1)
+    more = element_bytes * (behind + before - once)
     working = 3 * element_bytes * before
     kept = recomputed.total - recomputed.count
     if recomputed.count and kept == 0:
-        return LayerBytes(saved=0, working=working + both_sides)
+        return LayerBytes(saved=0, working=working + more)
     # Layers that keep both are freed before one is computed again.
-    return LayerBytes(saved=both_sides * kept, working=working)
+    return LayerBytes(saved=more * kept, working=working)
