@@ -115,7 +115,9 @@ class DivergenceMonitor:
 
     def _report_spike(self, step: int, result: StepResult) -> None:
         if len(self._losses) >= _FEWEST:
-            mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+            mean = statistics.fmean(self._losses)
+            # Not statistics.pstdev, whose fractions take a tenth of a short step.
+            deviation = math.sqrt(statistics.fmean((loss - mean) ** 2 for loss in self._losses))
             norm = statistics.median(self._norms)
             if result.loss > mean + _DEVIATIONS * max(deviation, 0.01 * abs(mean)):
                 self.say(

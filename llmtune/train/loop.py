@@ -241,7 +241,11 @@ def _run_step(
     if step in job.divergence.skipped_steps:
         return StepResult(float("nan"), float("nan"), applied=False)
     # Dropout is a function of seed, step and rank, so that a resumed run draws the same.
-    torch.manual_seed(torch_seed(job.seed, Draw.dropout, progress.step, job.rank.rank))
+    # Not by torch.manual_seed, which looks for every kind of device there is.
+    draw = (job.seed, Draw.dropout, progress.step, job.rank.rank)
+    torch.default_generator.manual_seed(torch_seed(*draw))
+    if job.rank.device.type != "cpu":
+        torch.get_device_module(job.rank.device).manual_seed(torch_seed(*draw))
     result = job.module.train_step(
         batch.micro_batches, batch.loss_weight, learning_rate, job.stop.requested
     )

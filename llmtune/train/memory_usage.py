@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import resource
 
 import psutil
@@ -12,7 +14,13 @@ def used_memory_bytes(device: torch.device) -> int:
     """Return torch's peak allocation on a GPU, or the process's resident memory on a CPU."""
     if device.type != "cpu":
         return int(torch.get_device_module(device).max_memory_allocated(device))
-    return int(psutil.Process().memory_info().rss)
+    return int(_this_process(os.getpid()).memory_info().rss)
+
+
+@functools.cache
+def _this_process(number: int) -> psutil.Process:
+    """Find a process by its number once: psutil reads when it was started."""
+    return psutil.Process(number)
 
 
 def spare_host_memory_bytes(planned_bytes: int, ranks_on_node: int) -> int:

@@ -38,7 +38,7 @@ def load_llmtune(folder: Path, meeting: Path) -> dict[str, float]:
     from llmtune.plan.resolve import resolve_plan
 
     rank = init_ranks(meeting=meeting)
-    job = [f"model.name_or_path={folder}", "tuner=full", "zero=3", "offload=none"]
+    job = [f"model.name_or_path={folder}", "tuner=lora", "zero=3", "offload=none"]
     job += ["data.train=stdlib_docs@10", "precision=bf16", "data.max_seq_length=128"]
     config = compose_config(job).config
     plan = resolve_plan(config, RANKS)

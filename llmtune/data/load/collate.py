@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from llmtune.data.load.batch import Batch, VarlenIndex
@@ -115,17 +116,17 @@ class Collator:
 
         An empty row is a document of one token, which trains nothing.
         """
-        padded = self.pad(rows)
-        width = padded.input_ids.shape[1]
-        lengths = [max(1, len(row.ids)) if row else 1 for row in rows]
-        ids = [padded.input_ids[index, :length] for index, length in enumerate(lengths)]
+        empty = np.array([self.pad_token_id])
+        ids = [row.ids if row and len(row.ids) else empty for row in rows]
+        lengths = [len(one) for one in ids]
 
         # Positions of targets, from rows of the same width to rows one behind the other.
-        targets = padded.targets
+        width = max(lengths)
+        targets = self.find_targets(rows, width)
         shifts = torch.tensor([0, *lengths[:-1]]).cumsum(0) - torch.arange(len(rows)) * width
         positions = targets.positions + shifts[targets.positions // width]
         return Batch(
-            input_ids=torch.cat(ids)[None],
+            input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
             targets=replace(targets, positions=positions, row_length=sum(lengths)),
             position_ids=_restarting_positions(lengths)[None],
             varlen=_index_documents(lengths, lengths),
