@@ -29,6 +29,15 @@ class Targets:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def within(self, start: int, length: int) -> Targets:
+        """Return the targets of some positions, as those of a row of that length.
+
+        ``weight`` stays that of the batch.
+        """
+        mine = (self.positions >= start) & (self.positions < start + length)
+        positions, values = self.positions[mine] - start, self.values[mine]
+        return replace(self, positions=positions, values=values, row_length=length)
+
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
         """Apply a change, such as a copy to a device, to every tensor."""
         return replace(self, positions=change(self.positions), values=change(self.values))

@@ -58,15 +58,8 @@ class Batch:
         batches: list[Batch] = []
         start = 0
         for row, length in enumerate(lengths):
-            mine = (targets.positions >= start) & (targets.positions < start + length)
-            own = replace(
-                targets,
-                positions=targets.positions[mine] - start,
-                values=targets.values[mine],
-                row_length=length,
-            )
             pieces: dict[str, Any] = {name: rows[row] for name, rows in cut.items()}
-            batches.append(Batch(targets=own, **pieces))
+            batches.append(Batch(targets=targets.within(start, length), **pieces))
             start += length
         return batches
 

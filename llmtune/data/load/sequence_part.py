@@ -43,17 +43,7 @@ class SequencePart:
         start = self.index * length
         own = slice(start, start + length)
 
-        # Targets of positions in this part.
-        targets = batch.targets
-        mine = (targets.positions >= start) & (targets.positions < start + length)
-        positions = targets.positions[mine] - start
-        targets = replace(
-            targets,
-            positions=positions,
-            values=targets.values[mine],
-            weight=len(positions),
-            row_length=length,
-        )
+        targets = batch.targets.within(start, length)
 
         # What each row has of its tokens here; of rows in other parts that is nothing.
         ends = torch.tensor(batch.varlen.row_lengths).cumsum(0).clamp(start, start + length)
@@ -62,7 +52,7 @@ class SequencePart:
             batch,
             input_ids=batch.input_ids[:, own].contiguous(),
             position_ids=batch.position_ids[:, own].contiguous(),
-            targets=targets,
+            targets=replace(targets, weight=len(targets)),
             varlen=replace(batch.varlen, row_lengths=tuple(row_lengths)),
         )
 
